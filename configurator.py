@@ -1,0 +1,132 @@
+"""Settings: a dataclass of defaults + config files + --key=value -> one checked object.
+
+    python train.py config/quickstart.py config/mine.py --batch_size=8 --compile=False
+
+A config file is plain Python that assigns settings; it sees the values so far, so `min_lr = learning_rate / 10` works.
+Files are run from left to right, flags come last wherever they stand. Every mistake is found before any is reported.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import traceback
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def configure(cls: type, argv: list[str]) -> Any:
+    """An instance of the dataclass `cls` with the settings of argv (config files and --key=value).
+
+    Raises ValueError with one line for each mistake: unknown names, wrong types, files that fail, and, when all of that
+    is right, whatever `cls.mistakes()` finds about the values together.
+    """
+    types_of = get_type_hints(cls)
+    values = {field.name: field.default for field in dataclasses.fields(cls)}
+    mistakes = []
+
+    flags = [argument for argument in argv if argument.startswith("-")]
+    for path in (argument for argument in argv if not argument.startswith("-")):
+        assigned, wrong = run_config_file(path, values)
+        mistakes += wrong
+        for name, value in assigned.items():
+            assign(values, types_of, name, value, f"{path}: {name} = {value!r}", mistakes)
+    for flag in flags:
+        name, equals, text = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not equals:
+            mistakes.append(f"{flag}: settings are written --key=value" + nearest(name.lstrip("-"), values))
+        else:
+            assign(values, types_of, name, parse(text, types_of.get(name, str)), flag, mistakes)
+
+    config = cls(**values)
+    if mistakes := mistakes or config.mistakes():
+        raise ValueError("\n".join(mistakes))
+    return config
+
+
+def run_config_file(path: str, values: dict) -> tuple[dict, list[str]]:
+    """Run one config file over the values so far -> (what it assigned, its mistakes)."""
+    if not Path(path).is_file():
+        there = sorted(map(str, Path(path).parent.glob("*.py")))
+        close = difflib.get_close_matches(path, there, n=1)
+        hint = f": did you mean {close[0]}?" if close else ". A config file is Python, a setting is --key=value"
+        return {}, [f"{path}: no such config file{hint}"]
+    namespace = dict(values)
+    try:
+        exec(compile(Path(path).read_text(), path, "exec"), namespace)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        return {}, [f"{path}, line {line}: {type(error).__name__}: {error}"]
+
+    # Names with a leading underscore are the file's own; so are what it imports and defines.
+    own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    public = {n: v for n, v in namespace.items() if not n.startswith("_") and not isinstance(v, own)}
+    return {name: value for name, value in public.items() if name not in values or value is not values[name]}, []
+
+
+def assign(values: dict, types_of: dict, name: str, value: Any, where: str, mistakes: list[str]) -> None:
+    """Set values[name], or add to the mistakes why not."""
+    if name not in values:
+        mistakes.append(f"{where}: there is no setting {name!r}" + nearest(name, values))
+    elif not accepts(types_of[name], value):
+        mistakes.append(f"{where}: {name} takes {describe(types_of[name])}, not {value!r}")
+    else:
+        values[name] = float(value) if types_of[name] is float else value
+
+
+def accepts(annotation: Any, value: Any) -> bool:
+    """Whether a setting of this type may have this value. int serves as float; bool is never a number."""
+    if get_origin(annotation) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(accepts(one, value) for one in get_args(annotation))
+    if annotation is float:
+        return type(value) in (int, float)
+    return type(value) is annotation
+
+
+def parse(text: str, annotation: Any) -> Any:
+    """The text behind --key= as a value: as it stands where the setting takes a str, else as a Python literal."""
+    if text == "None" and accepts(annotation, None):
+        return None
+    if accepts(annotation, text):
+        return text
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def describe(annotation: Any) -> str:
+    """A type in words: 'an int', "'auto', True or False"."""
+    if get_origin(annotation) is Literal:
+        words = [repr(choice) for choice in get_args(annotation)]
+    elif get_origin(annotation) in (Union, types.UnionType):
+        words = [describe(one) for one in get_args(annotation)]
+    else:
+        return {int: "an int", float: "a float", str: "a str", bool: "True or False"}.get(annotation, "None")
+    return " or ".join([", ".join(words[:-1]), words[-1]])
+
+
+def nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def help_text(cls: type) -> str:
+    """Every setting with its default and the comment behind it, under the comments that head each group.
+
+    Read from the source of the dataclass, so that a setting is described in one place.
+    """
+    types_of, lines = get_type_hints(cls), []
+    for line in inspect.getsource(cls).splitlines():
+        if heading := re.fullmatch(r"    # (.+)", line):
+            lines += ["", heading[1]]
+        elif setting := re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line):
+            name, default, meaning = setting.groups()
+            choices = f" ({describe(types_of[name])})" if get_origin(types_of[name]) is Literal else ""
+            lines.append(f"  --{name + '=' + default.strip(chr(34)):<40}  {meaning}{choices}")
+    return "\n".join(lines)

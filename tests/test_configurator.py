@@ -1,0 +1,127 @@
+"""Settings: precedence, types, and every mistake named."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+import pytest
+
+import train
+from configurator import configure, help_text, parse
+
+
+@dataclass(frozen=True)
+class Toy:
+    # Numbers
+    steps: int = 10  # how many
+    learning_rate: float = 0.1  # how fast
+    min_lr: float = 0.01  # how slow
+
+    # The rest
+    name: str = "toy"  # what it is called
+    note: str | None = None  # anything
+    fast: bool = False  # whether
+    mode: Literal["auto", True, False] = "auto"  # which
+
+    def mistakes(self) -> list[str]:
+        return ["steps is odd"] if self.steps % 2 else []
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_files_stack_and_flags_come_last(tmp_path):
+    one = write(tmp_path / "one.py", "learning_rate = 1.0\nsteps = 2\nmin_lr = learning_rate / 10")
+    two = write(tmp_path / "two.py", "import math\n_half = steps / 2\nsteps = int(math.sqrt(4 * _half * 4))")
+    assert configure(Toy, []) == Toy()
+    assert configure(Toy, ["--steps=8", one, two]) == Toy(steps=8, learning_rate=1.0, min_lr=0.1)
+    assert configure(Toy, [one, two]).steps == 4
+
+
+@pytest.mark.parametrize(
+    "flag, name, value",
+    [
+        ("--learning_rate=1", "learning_rate", 1.0),
+        ("--learning_rate=3e-4", "learning_rate", 3e-4),
+        ("--steps=1_000", "steps", 1000),
+        ("--name=a=b", "name", "a=b"),
+        ("--name=123", "name", "123"),
+        ("--name='quoted'", "name", "'quoted'"),
+        ("--name=", "name", ""),
+        ("--note=None", "note", None),
+        ("--note=hello", "note", "hello"),
+        ("--fast=True", "fast", True),
+        ("--fast=true", "fast", True),
+        ("--mode=False", "mode", False),
+        ("--mode=auto", "mode", "auto"),
+    ],
+)
+def test_flags_become_values(flag, name, value):
+    got = getattr(configure(Toy, [flag]), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--step=4", "--step=4: there is no setting 'step': did you mean steps?"),
+        ("--learning-rate=1", "--learning-rate=1: there is no setting 'learning-rate': did you mean learning_rate?"),
+        ("--zzz=1", "--zzz=1: there is no setting 'zzz'"),
+        ("--steps=2.0", "--steps=2.0: steps takes an int, not 2.0"),
+        ("--steps=True", "--steps=True: steps takes an int, not True"),
+        ("--steps=many", "--steps=many: steps takes an int, not 'many'"),
+        ("--learning_rate=True", "--learning_rate=True: learning_rate takes a float, not True"),
+        ("--fast=1", "--fast=1: fast takes True or False, not 1"),
+        ("--mode=1", "--mode=1: mode takes 'auto', True or False, not 1"),
+        ("--steps", "--steps: settings are written --key=value: did you mean steps?"),
+        ("-p", "-p: settings are written --key=value"),
+        ("--steps=3", "steps is odd"),
+        ("nowhere.py", "nowhere.py: no such config file. A config file is Python, a setting is --key=value"),
+    ],
+)
+def test_each_mistake_is_named(argument, message):
+    with pytest.raises(ValueError) as error:
+        configure(Toy, [argument])
+    assert str(error.value) == message
+
+
+def test_mistakes_in_files_are_named_with_the_file(tmp_path):
+    path = write(tmp_path / "bad.py", "stepps = 3\nfast = 1\nname = 'ok'")
+    with pytest.raises(ValueError) as error:
+        configure(Toy, [path, "--zzz=1"])
+    assert str(error.value).splitlines() == [
+        f"{path}: fast = 1: fast takes True or False, not 1",
+        f"{path}: stepps = 3: there is no setting 'stepps': did you mean steps?",
+        "--zzz=1: there is no setting 'zzz'",
+    ]
+
+
+def test_files_that_fail_are_named_with_the_line(tmp_path):
+    raises = write(tmp_path / "raises.py", "steps = 2\nsteps = 1 / 0\n")
+    syntax = write(tmp_path / "syntax.py", "steps = 2\nsteps = = 3\n")
+    with pytest.raises(ValueError) as error:
+        configure(Toy, [raises, syntax])
+    assert str(error.value).splitlines() == [
+        f"{raises}, line 2: ZeroDivisionError: division by zero",
+        f"{syntax}, line 2: SyntaxError: invalid syntax (syntax.py, line 2)",
+    ]
+    with pytest.raises(ValueError, match=r"did you mean .*syntax.py\?"):
+        configure(Toy, [str(tmp_path / "sintax.py")])
+
+
+def test_help_shows_every_setting_with_its_comment():
+    """Help is read from the source of the dataclass: a line that the pattern misses would vanish from it."""
+    text = help_text(train.TrainConfig)
+    for name, default in vars(train.TrainConfig()).items():
+        line = next(line for line in text.splitlines() if line.startswith(f"  --{name}="))
+        shown, meaning = line.split("=", 1)[1].split("  ", 1)
+        assert parse(shown.strip(), get_type_hints(train.TrainConfig)[name]) == default, line
+        assert len(meaning.strip()) > 5, line
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("config/*.py")), ids=lambda path: path.stem)
+def test_every_config_file_is_right(path):
+    config = configure(train.TrainConfig, [str(path)])
+    assert train.accumulation(config, world_size=1) >= 1
