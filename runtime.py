@@ -1,0 +1,197 @@
+"""Where the process meets the machine: which device, which precision, which rank, and how fast it could be.
+
+Each choice left on "auto" comes with a sentence that says why, so that nobody has to guess what a run used.
+"""
+
+import os
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Dense bf16 (fp16 on V100 and T4) FLOP/s by the makers' data sheets; the first name found in the device's name counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place on the machine and in the group; without torchrun, the only one."""
+
+    device: torch.device
+    dtype: torch.dtype  # what matrix products compute in; weights stay float32
+    rank: int = 0
+    world_size: int = 1
+    notes: list[str] = field(default_factory=list)  # one line for each choice made
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given, so that a clock read now means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over all ranks, in place (gloo knows no average)."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else "mps"
+
+    def peak_flops(self) -> float | None:
+        """The device's dense half-precision FLOP/s where the data sheet is known, else None."""
+        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_name()), None)
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start(device: str = "auto", dtype: str = "auto", tf32: bool = True) -> Runtime:
+    """Choose device and precision, and join the group if torchrun started this process.
+
+    Raises ValueError for a device that is not there.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
+    device, device_note = choose_device(device, local_rank, world_size)
+    dtype, dtype_note = choose_dtype(dtype, device)
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # Products of float32 matrices with 10 bits of mantissa instead of 23, on tensor cores.
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        device_note += f"; {world_size} processes over {backend}"
+    return Runtime(device, dtype, rank, world_size, [f"device: {device_note}", f"dtype: {dtype_note}"])
+
+
+_TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def choose_device(setting: str, local_rank: int = 0, world_size: int = 1) -> tuple[torch.device, str]:
+    """ "auto", "cpu", "cuda", "cuda:1" or "mps" -> the device and why it was taken."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if setting == "auto":
+        # DistributedDataParallel knows no mps: several processes on a Mac run on its CPU.
+        name, why = (
+            ("cuda", "found")
+            if has_cuda
+            else ("mps", "found")
+            if has_mps and world_size == 1
+            else ("cpu", "no GPU here")
+        )
+    else:
+        name, why = setting, "as set"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={setting}: not a device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device={setting}: this code runs on cpu, cuda and mps")
+    if device.type == "mps" and not has_mps:
+        raise ValueError("device=mps: this PyTorch sees no Apple GPU here; use --device=cpu")
+    if device.type == "cuda":
+        if not has_cuda:
+            raise ValueError(
+                f"device={setting}: PyTorch {torch.__version__} sees no CUDA GPU here; use --device=cpu, or install a "
+                "driver and a CUDA build of PyTorch"
+            )
+        index = local_rank if device.index is None or world_size > 1 else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"GPU number {index} asked for, but this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", index)
+        return device, f"{device}, {torch.cuda.get_device_name(device)} ({why})"
+    return device, f"{device} ({why})"
+
+
+def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """ "auto", "fp32", "bf16" or "fp16" -> the precision of matrix products and why it was taken."""
+    if setting != "auto":
+        if setting == "fp16" and device.type != "cuda":
+            raise ValueError(f"dtype=fp16 is for CUDA GPUs without bf16; on {device.type} use bf16 or fp32")
+        return DTYPES[setting], f"{setting} (as set)"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "bf16 (float32's range, so gradients need no scaling)"
+        return torch.float16, "fp16 with a gradient scaler (this GPU has no bf16)"
+    if device.type == "cpu" and cpu_multiplies_bf16():
+        return torch.bfloat16, "bf16 (this CPU multiplies bf16 matrices faster than fp32)"
+    return torch.float32, f"fp32 (this {device.type} gains nothing from less)"
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for bf16 matrix products: AMX tiles, or AVX-512's dot product.
+
+    Read from what the CPU says of itself and not by a race, so that a resumed run decides as the first one did. LOG.md
+    has the races: AVX512_BF16 alone makes a training step 1.3 to 1.9 times faster.
+    """
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+
+
+def choose_compile(setting: bool | str, device: torch.device, seconds: float) -> tuple[bool, str]:
+    """ "auto", True or False -> whether to torch.compile a run expected to last so many seconds, and why."""
+    if setting != "auto":
+        return setting, f"{'on' if setting else 'off'} (as set)"
+    # Compiling takes 15 to 60 s. A GPU wins that back in a minute or two; a CPU gains some 15 %, if anything.
+    worth = {"cuda": 120, "cpu": 900}.get(device.type)
+    if worth is None:
+        return False, f"off (not worth it on {device.type})"
+    if seconds < worth:
+        return False, f"off (compiling would not pay in a run of about {seconds / 60:.1f} minutes)"
+    if missing := missing_for_compile(device):
+        return False, f"off ({missing})"
+    return True, "on (the first step takes a minute longer, the others less)"
+
+
+def missing_for_compile(device: torch.device) -> str:
+    """What torch.compile lacks on this machine, in words; empty when a trial succeeds."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "no C++ compiler found"
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device=device))
+    except Exception as error:  # the compiler, its headers, OpenMP or Triton: whatever it is, the run goes on without
+        return f"a trial failed with {type(error).__name__}"
+    return ""
+
+
+def expected_seconds(flops: float, runtime: Runtime) -> float:
+    """A guess, within a factor of three, of how long the group takes for so many FLOPs: only to decide on compiling."""
+    if runtime.device.type == "cuda":
+        return flops / (0.4 * (runtime.peak_flops() or 100e12) * runtime.world_size)
+    return flops / (75e9 * torch.get_num_threads() * runtime.world_size)

@@ -1,0 +1,108 @@
+"""Device, precision and compilation: each choice and its reason."""
+
+import pytest
+import torch
+
+import runtime
+from runtime import choose_compile, choose_device, choose_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that this machine has so many GPUs of a name, with or without bf16."""
+
+    def pretend(count: int, name: str = "NVIDIA A100-SXM4-80GB", bf16: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+
+    return pretend
+
+
+@pytest.fixture
+def cpu_with(monkeypatch):
+    """Pretend that the CPU has these instructions for bf16 and no others."""
+
+    def pretend(*names: str) -> None:
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda name=name: name in names, raising=False)
+
+    return pretend
+
+
+def test_a_gpu_is_taken_where_there_is_one(gpus):
+    gpus(0)
+    assert choose_device("auto")[0] == CPU
+    gpus(2)
+    assert choose_device("auto", local_rank=1, world_size=2)[0] == torch.device("cuda", 1)
+    assert choose_device("cuda:1")[0] == torch.device("cuda", 1)
+    assert choose_device("cpu")[0] == CPU
+
+
+def test_devices_that_are_not_there(gpus):
+    gpus(0)
+    for setting, message in (
+        ("cuda", "sees no CUDA GPU here; use --device=cpu"),
+        ("gpu", "not a device; use auto, cpu, cuda, cuda:1 or mps"),
+        ("meta", "runs on cpu, cuda and mps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_device(setting)
+    gpus(1)
+    with pytest.raises(ValueError, match="GPU number 1 asked for, but this machine has 1"):
+        choose_device("auto", local_rank=1, world_size=2)
+
+
+def test_precision_follows_the_hardware(gpus, cpu_with):
+    gpus(1)
+    assert choose_dtype("auto", CUDA)[0] == torch.bfloat16
+    gpus(1, bf16=False)
+    assert choose_dtype("auto", CUDA)[0] == torch.float16
+    for instructions, dtype in (
+        ((), torch.float32),
+        (("_is_amx_tile_supported",), torch.bfloat16),
+        (("_is_avx512_bf16_supported",), torch.bfloat16),
+    ):
+        cpu_with(*instructions)
+        assert choose_dtype("auto", CPU)[0] == dtype
+    assert choose_dtype("auto", torch.device("mps"))[0] == torch.float32
+    assert choose_dtype("fp32", CUDA) == (torch.float32, "fp32 (as set)")
+    with pytest.raises(ValueError, match="fp16 is for CUDA"):
+        choose_dtype("fp16", CPU)
+
+
+def test_compiling_must_pay(monkeypatch):
+    monkeypatch.setattr(runtime, "missing_for_compile", lambda device: "")
+    assert choose_compile("auto", CPU, seconds=100) == (
+        False,
+        "off (compiling would not pay in a run of about 1.7 minutes)",
+    )
+    assert choose_compile("auto", CPU, seconds=5000)[0]
+    assert choose_compile("auto", torch.device("mps"), seconds=5000)[0] is False
+    assert choose_compile(True, CPU, seconds=0)[0] and not choose_compile(False, CPU, seconds=5000)[0]
+    monkeypatch.setattr(runtime, "missing_for_compile", lambda device: "no C++ compiler found")
+    assert choose_compile("auto", CPU, seconds=5000) == (False, "off (no C++ compiler found)")
+
+
+def test_a_machine_without_a_compiler_is_noticed(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    assert runtime.missing_for_compile(CPU) == "no C++ compiler found"
+
+
+def test_peak_flops_by_name(gpus):
+    gpus(1)
+    for name, peak in (
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10G", 125e12),
+        ("Quadro P400", None),
+    ):
+        gpus(1, name)
+        assert runtime.Runtime(CUDA, torch.bfloat16).peak_flops() == peak
+    assert runtime.Runtime(CPU, torch.float32).peak_flops() is None
