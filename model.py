@@ -1,0 +1,524 @@
+"""GPT-2, whole: the network, its initialisation, the KV cache, generation, and Hugging Face folders in and out.
+
+The network is the decoder of "Attention Is All You Need" (Vaswani et al. 2017) with the changes of "Language Models
+are Unsupervised Multitask Learners" (Radford et al. 2019): LayerNorm moved in front of each sub-block, one more after
+the last block, learned positions, tanh-GELU, and residual projections initialised smaller the deeper the network is.
+
+Letters in shape comments:
+    B  sequences in the batch      T  tokens in a sequence     V  vocabulary, PV  vocabulary padded for the matmul
+    C  width of the model (n_embd) nh heads (n_head)           hs width of one head (C / nh)
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# OpenAI's four releases. All have 50257 tokens and 1024 positions; heads are 64 wide.
+SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; the defaults are GPT-2 124M."""
+
+    vocab_size: int = 50257  # 50,000 merges + 256 bytes + end of text
+    block_size: int = 1024  # longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches
+    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has
+    flash: bool = True  # fused attention; False spells it out, to see what it costs
+    pad_vocab: bool = True  # round the embedding's rows up to a multiple of 64: 50257 -> 50304
+
+    def mistakes(self) -> list[str]:
+        """What is wrong with this shape, one sentence each; empty when it can be built."""
+        sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        wrong = [f"{name} is {getattr(self, name)}: it must be at least 1" for name in sizes if getattr(self, name) < 1]
+        if not wrong and self.n_embd % self.n_head:
+            heads = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            fitting = sorted(sorted(heads, key=lambda n: abs(n - self.n_head))[:3])
+            wrong.append(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: n_head could be "
+                + ", ".join(map(str, fitting))
+            )
+        if not 0 <= self.dropout < 1:
+            wrong.append(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        return wrong
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / 64) * 64 if self.pad_vocab else self.vocab_size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class KVCache:
+    """Keys and values of all tokens seen so far, so that generating a token costs one token's work.
+
+    Room for `capacity` tokens is taken at the first use of each layer, in the dtype the layer computes in. Prompts of
+    different lengths are aligned at their right ends: `pad[b]` says how many columns at the left of row b hold nothing.
+    """
+
+    def __init__(self, n_layer: int, capacity: int, pad: torch.Tensor | None = None):
+        self.capacity = capacity
+        self.length = 0  # columns filled; the same in every layer between two forward passes
+        self.pad = pad  # (B,) int64, or None when all rows start at column 0
+        self.layers = [None] * n_layer  # each (2, B, nh, capacity, hs): keys and values
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append k and v (B, nh, T, hs) behind the filled columns; return all the layer has (B, nh, past + T, hs)."""
+        B, nh, T, hs = k.shape
+        if self.layers[layer] is None:
+            self.layers[layer] = k.new_empty(2, B, nh, self.capacity, hs)
+        stored = self.layers[layer][:, :, :, : self.length + T]  # a view
+        stored[0, :, :, self.length :] = k
+        stored[1, :, :, self.length :] = v
+        return stored[0], stored[1]
+
+    def positions(self, T: int, device: torch.device) -> torch.Tensor:
+        """Positions of the next T tokens: (T) when all rows are aligned at the left, else (B, T)."""
+        column = torch.arange(self.length, self.length + T, device=device)
+        return column if self.pad is None else (column - self.pad[:, None]).clamp(min=0)
+
+    def mask(self, T: int, device: torch.device) -> torch.Tensor | None:
+        """Which columns each of the next T tokens may look at, (B or 1, 1, T, past + T) bool; None if plain causal."""
+        if self.pad is None and (self.length == 0 or T == 1):
+            return None
+        query = torch.arange(self.length, self.length + T, device=device)[:, None]
+        key = torch.arange(self.length + T, device=device)[None, :]
+        mask = (key <= query)[None]
+        if self.pad is not None:
+            # An empty column must see something, or its softmax is 0/0 and the NaN spreads: it may see itself.
+            mask = mask & (key >= self.pad[:, None, None]) | (key == query)
+        return mask[:, None]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and what came before."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer  # this attention's place in the cache
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.flash = config.flash
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, nh, past + T, hs)
+
+        # `is_causal` aligns queries with the first keys. That is right for an empty cache only: behind a filled one, a
+        # single token may see everything and several come with a mask.
+        is_causal = mask is None and T == k.size(2)
+        attention = F.scaled_dot_product_attention if self.flash else attention_spelled_out
+        dropout = self.dropout if self.training else 0.0
+        y = attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+def attention_spelled_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False) -> torch.Tensor:
+    """softmax(q kᵀ / sqrt(hs)) v with the (T, T) matrix in memory: what the fused kernel computes without it."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, past + T)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    return F.dropout(F.softmax(scores, dim=-1).to(v.dtype), dropout_p) @ v
+
+
+class MLP(nn.Module):
+    """Each token on its own: out to four times the width, tanh-GELU (the form GPT-2 was trained with), and back."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Tokens talk to each other, then think for themselves; both are added to a residual stream kept clean of norms."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model. `model(idx)` gives logits, `model(idx, targets)` the mean loss in nats a token."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if wrong := config.mistakes():
+            raise ValueError("; ".join(wrong))
+        self.config = config
+        # Without memory at first, or torch would draw initial weights of its own, only to have them overwritten.
+        with torch.device("meta"):
+            self.transformer = nn.ModuleDict(
+                dict(
+                    wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                    wpe=nn.Embedding(config.block_size, config.n_embd),
+                    drop=nn.Dropout(config.dropout),
+                    h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                    ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                )
+            )
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.to_empty(device=torch.get_default_device())
+        self.lm_head.weight = self.transformer.wte.weight  # what reads a token in also predicts it: one tensor
+
+        # Rows that only round the vocabulary up get a logit of -inf here, added inside the matmul: softmax gives them
+        # nothing, so they take no part in the loss, have no gradient and are never sampled.
+        padding = torch.zeros(config.padded_vocab_size)
+        padding[config.vocab_size :] = float("-inf")
+        self.register_buffer("padding", padding if config.pad_vocab else None, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's: normal(0, 0.02), zero biases, projections into the residual stream divided by sqrt(2 n_layer).
+
+        Each block adds two branches to the stream; that division keeps the variance of their sum independent of depth.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("wte.weight"):
+                parameter[: self.config.vocab_size].normal_(std=0.02)  # padding or not, the same draws
+                parameter[self.config.vocab_size :] = 0.0
+            elif name.endswith("c_proj.weight"):
+                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                parameter.normal_(std=0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)  # LayerNorm's scale
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Token ids (B, T) -> the final LayerNorm's output (B, T, C). With a cache, idx continues what it holds."""
+        T = idx.size(1)
+        past = cache.length if cache else 0
+        assert past + T <= self.config.block_size, f"{past + T} tokens, but {self.config.block_size} positions"
+        position = cache.positions(T, idx.device) if cache else torch.arange(T, device=idx.device)
+        mask = cache.mask(T, idx.device) if cache else None
+
+        x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cache, mask)
+        if cache:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def padded_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., PV): dot product of each vector with every token's embedding; -inf in the padding."""
+        return F.linear(x, self.lm_head.weight, self.padding)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross entropy in nats a token.
+
+        Only the loss leaves in training: the logits are the largest tensor of all, and nothing else needs them.
+        """
+        logits = self.padded_logits(self.hidden(idx))  # (B, T, PV)
+        if targets is None:
+            return logits[..., : self.config.vocab_size]
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Arithmetic
+
+    def num_params(self) -> int:
+        """Parameters as papers count them: positions included, the tied head once, padding rows not at all."""
+        padding_rows = self.config.padded_vocab_size - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding_rows * self.config.n_embd
+
+    def flops_per_token(self, T: int) -> int:
+        """FLOPs to train on one token in sequences of T: forward and backward, 6 for each parameter that multiplies.
+
+        Positions are only added, so they do not count. Attention's two (T, T) products add 12 n_layer n_embd T, as if
+        nothing were masked: the convention of PaLM (Chowdhery et al. 2022, appendix B) and of most reported MFUs.
+        """
+        multiplying = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * multiplying + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def param_groups(self, weight_decay: float) -> list[dict]:
+        """Two groups for the optimizer: matrices and embeddings decay, biases and LayerNorms do not."""
+        decay = [p for p in self.parameters() if p.dim() >= 2]
+        no_decay = [p for p in self.parameters() if p.dim() < 2]
+        return [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    @torch.no_grad()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, seeds=None, stop_token=None):
+        """Continue each prompt (a list of token ids); yield one list of new ids a step, None for rows that have ended.
+
+        temperature     divides the logits; 0 takes the likeliest token always
+        top_k           only the k likeliest are drawn from; 0 means all
+        seeds           one for each prompt: a row's text depends on its own, not on the rows beside it
+        stop_token      a row ends with this id (end of text, usually)
+
+        The context of a token is the block_size tokens before it. A prompt that is empty or longer is a ValueError.
+        """
+        block_size, device = self.config.block_size, self.lm_head.weight.device
+        for prompt in prompts:
+            if not 0 < len(prompt) <= block_size:
+                raise ValueError(f"a prompt of {len(prompt)} tokens: the model takes 1 to {block_size}")
+        seeds = range(len(prompts)) if seeds is None else seeds
+        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        draws = torch.stack(draws).to(device)  # (B, max_new_tokens), the same on every device
+
+        rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
+        cache, was_training = None, self.training
+        self.eval()
+        try:
+            for step in range(max_new_tokens):
+                # 1. Compute what the cache lacks: the last tokens, or, at first and when it is full, all that is seen.
+                # Positions are learned, so once the window slides every cached key stands at a wrong one.
+                if cache is None or cache.length == block_size:
+                    idx, pad = align_right([row[-block_size:] for row in rows])
+                    capacity = min(block_size, idx.size(1) + max_new_tokens)
+                    cache = KVCache(self.config.n_layer, capacity, pad.to(device) if pad.any() else None)
+                else:
+                    idx = torch.tensor([row[-1:] for row in rows])
+                logits = self.padded_logits(self.hidden(idx.to(device), cache)[:, -1])  # (B, PV)
+
+                # 2. Choose, 3. remember, 4. hand over.
+                chosen = sample(
+                    logits[:, : self.config.vocab_size].float(), draws[:, step], temperature, top_k
+                ).tolist()
+                for row, token in zip(rows, chosen):
+                    row.append(token)
+                yield [None if done else token for done, token in zip(ended, chosen)]
+                ended = [done or token == stop_token for done, token in zip(ended, chosen)]
+                if all(ended):
+                    return
+        finally:
+            self.train(was_training)
+
+    def generate(self, prompts, max_new_tokens, **options) -> list[list[int]]:
+        """The continuations that `stream` yields, whole: one list of new token ids for each prompt."""
+        steps = list(self.stream(prompts, max_new_tokens, **options))
+        return [[step[b] for step in steps if step[b] is not None] for b in range(len(prompts))]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Hugging Face folders
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **settings) -> "GPT":
+        """A model from a folder or, where no such folder exists, from the Hugging Face hub ("gpt2", "user/model").
+
+        Any GPT2LMHeadModel in safetensors will do. `settings` are GPTConfig fields that do not change the function:
+        dropout, flash, pad_vocab. Raises ValueError when the files cannot be had or do not fit.
+        """
+        config_file, weights_file = (locate(name, file) for file in ("config.json", "model.safetensors"))
+        config = read_config(config_file, **settings)
+        model = cls(config)
+        model.load_hf_state(read_weights(weights_file), source=weights_file)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors (float32) as transformers' GPT2LMHeadModel does."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.hf_state(), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(hf_config(self.config), indent=2) + "\n")
+
+    def hf_state(self) -> dict[str, torch.Tensor]:
+        """Our parameters under transformers' names and in its orientation; biases we lack are zeros there."""
+        state = {}
+        for name, parameter in self.named_parameters():  # the tied head stands once, as wte
+            value = parameter.detach().float().cpu()
+            if name.endswith("wte.weight"):
+                value = value[: self.config.vocab_size]
+            state[name] = (value.t() if is_conv1d(name) else value).contiguous()
+            if not self.config.bias and not name.endswith(("wte.weight", "wpe.weight")):
+                out_features = parameter.size(0)
+                state[name.removesuffix("weight") + "bias"] = torch.zeros(out_features)
+        return state
+
+    @torch.no_grad()
+    def load_hf_state(self, state: dict[str, torch.Tensor], source: str | Path = "the state") -> None:
+        """The inverse of `hf_state`; also takes the hub's names without the leading "transformer."."""
+        state = {
+            ("" if n.startswith(("transformer.", "lm_head.")) else "transformer.") + n: t for n, t in state.items()
+        }
+        # Old files carry attention's triangle of ones as buffers, and some the tied head a second time.
+        state = {n: t for n, t in state.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
+        head, embedding = state.pop("lm_head.weight", None), state.get("transformer.wte.weight")
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise ValueError(f"{source}: lm_head differs from the token embedding; GPT-2 shares one matrix for both")
+
+        for name, parameter in self.named_parameters():
+            if name not in state:
+                raise ValueError(f"{source}: the tensor {name} is missing; is it a whole GPT-2 checkpoint?")
+            value = state.pop(name)
+            value = value.t() if is_conv1d(name) else value
+            own = parameter[: self.config.vocab_size] if name.endswith("wte.weight") else parameter
+            if value.shape != own.shape:
+                raise ValueError(
+                    f"{source}: {name} has the shape {tuple(value.shape)}, but config.json makes it {tuple(own.shape)}"
+                )
+            own.copy_(value)
+        leftover = [n for n, t in state.items() if self.config.bias or not n.endswith("bias") or t.any()]
+        if leftover:
+            raise ValueError(f"{source}: {leftover[0]} has no place in this model ({len(leftover)} such tensors)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pure functions of the parts above
+
+
+def align_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of ids -> (B, longest) with zeros at the left of the shorter ones, and how many zeros each row has."""
+    longest = max(map(len, rows))
+    idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    return idx, torch.tensor([longest - len(row) for row in rows])
+
+
+def sample(logits: torch.Tensor, draw: torch.Tensor, temperature: float = 1.0, top_k: int = 0) -> torch.Tensor:
+    """One token for each row: logits (B, V) and one uniform number in [0, 1) for each row (B,) -> ids (B,).
+
+    The draw is turned into a token by inverting the cumulative distribution, so a row's token depends on nothing but
+    its own logits and its own number.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    cdf = F.softmax(logits, dim=-1).cumsum(dim=-1)  # (B, V), rising only at tokens with some probability
+    total = cdf[:, -1:]
+    # The first token whose cumulative probability exceeds the draw; kept below the total, or rounding could find none.
+    threshold = torch.minimum(draw[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+
+
+def is_conv1d(name: str) -> bool:
+    """GPT-2's linear layers were written as Conv1D: their files hold (in, out) where nn.Linear has (out, in)."""
+    return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+
+
+def hf_config(config: GPTConfig) -> dict:
+    """GPTConfig -> what transformers expects in config.json."""
+    end_of_text = config.vocab_size - 1  # in both of our tokenizers, as in GPT-2's
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "bias": config.bias,  # ours: False means that the file's biases are all zero
+    }
+
+
+def read_config(file: Path, **settings) -> GPTConfig:
+    """config.json -> GPTConfig. What GPT-2 can be told to do differently and we do not is a ValueError."""
+    try:
+        hf = json.loads(Path(file).read_text())
+        shape = dict(vocab_size=hf["vocab_size"], block_size=hf["n_positions"])
+        shape |= {name: hf[name] for name in ("n_layer", "n_head", "n_embd")}
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
+    expected = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_inner": None,
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    }
+    for name, value in expected.items():
+        if hf.get(name, value) not in (value, 4 * hf["n_embd"] if name == "n_inner" else value):
+            raise ValueError(f"{file}: {name} is {hf[name]!r}; this model is GPT-2 with {value!r} only")
+    config = GPTConfig(**shape, bias=hf.get("bias", True), **settings)
+    if wrong := config.mistakes():
+        raise ValueError(f"{file}: " + "; ".join(wrong))
+    return config
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged or only half copied ({error}); copy or download it again") from None
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoints of a run's folder (step_0000100, step_0000200, ...), oldest first; empty if there are none."""
+    return sorted(config.parent for config in Path(run).glob("step_*/config.json"))
+
+
+def locate(name: str | Path, file: str) -> Path:
+    """Path of one file of a model: in a checkpoint's folder, a run's newest, or the Hugging Face hub's cache."""
+    if Path(name).is_dir():
+        folder = checkpoints(name)[-1] if checkpoints(name) else Path(name)
+        if not (folder / file).is_file():
+            raise ValueError(f"{name}: no {file} in this folder; a checkpoint has config.json and model.safetensors")
+        return folder / file
+    if Path(name).parent != Path() and Path(name).parent.is_dir():
+        there = ", ".join(sorted(p.name for p in Path(name).parent.iterdir() if p.is_dir())) or "no folders"
+        raise ValueError(f"{name}: no such folder; in {Path(name).parent} there are {there}")
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    repo = f"openai-community/{name}" if name in SIZES else str(name)
+    try:
+        return Path(hf_hub_download(repo, file))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name!r} is neither a folder here nor a model that could be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason})"
+        ) from None

@@ -1,0 +1,358 @@
+"""The network against references: transformers' GPT-2, spelled-out loops, and arithmetic done another way."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import model as model_module
+from model import GPT, SIZES, GPTConfig, is_conv1d, sample
+
+TOY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture
+def toy() -> GPT:
+    return make_toy()
+
+
+def make_toy(**changes) -> GPT:
+    """A toy whose weights are larger than GPT-2's at init, so that mistakes show and no two logits nearly tie."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**(TOY | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("wte.weight"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        model.transformer.wte.weight[: model.config.vocab_size].mul_(10)
+    return model.eval()
+
+
+def ids(*shape: int, vocab_size: int = 257, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- Law 1: equal to transformers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("flash", [True, False])
+def test_logits_and_gradients_equal_transformers(tmp_path, bias, flash):
+    """The erf-GELU, a forgotten transpose, a wrong scale: all of them show here and nowhere else so clearly."""
+    ours = make_toy(bias=bias, flash=flash)
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(theirs, GPT2LMHeadModel)
+    x, y = ids(3, 16), ids(3, 16, seed=1)
+    assert torch.allclose(ours(x), theirs(x).logits, atol=1e-5)
+
+    ours(x, y).backward()
+    F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        gradient = parameter.grad[:257] if name.endswith("wte.weight") else parameter.grad
+        gradient = gradient.t() if is_conv1d(name) else gradient
+        assert torch.allclose(gradient, expected[name].grad, atol=1e-5), name
+
+
+def test_loads_what_transformers_saves(tmp_path):
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=24, n_embd=48, n_layer=3, n_head=4)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path).eval()
+    assert ours.config == GPTConfig(vocab_size=100, block_size=24, n_embd=48, n_layer=3, n_head=4)
+    assert torch.allclose(ours(ids(2, 24, vocab_size=100)), theirs(ids(2, 24, vocab_size=100)).logits, atol=1e-5)
+
+
+def test_save_and_load_is_exact(tmp_path, toy):
+    toy.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    for (name, one), two in zip(toy.named_parameters(), again.parameters()):
+        assert torch.equal(one, two), name
+
+
+def test_loads_the_hubs_old_names(toy):
+    """The hub's gpt2 has no leading "transformer." and carries attention's triangle of ones as a buffer."""
+    state = {name.removeprefix("transformer."): tensor for name, tensor in toy.hf_state().items()}
+    state["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    state["lm_head.weight"] = state["wte.weight"].clone()
+    again = GPT(toy.config)
+    again.load_hf_state(state)
+    assert torch.equal(again.eval()(ids(1, 16)), toy(ids(1, 16)))
+
+
+# ---- The initial weights, and the counts -----------------------------------------------------------------------------
+
+
+def test_loss_at_initialisation_is_that_of_knowing_nothing():
+    """At GPT-2's shape. A final norm of length sqrt(C) against rows of N(0, 0.02) gives logits of variance 0.0004 C,
+    and those cost half their variance above ln V: 10.825 + 0.154."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig())
+    with torch.no_grad():
+        loss = model(ids(1, 512, vocab_size=50257), ids(1, 512, vocab_size=50257, seed=1)).item()
+    assert abs(loss - (math.log(50257) + 0.02**2 * 768 / 2)) < 0.05
+    assert abs(loss - math.log(50257)) < 0.2
+
+
+def test_initialisation_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=8, n_head=4, n_embd=128))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.eq(0).all(), name
+        elif parameter.dim() == 1:
+            assert parameter.eq(1).all(), name
+        else:
+            rows = parameter[:1000] if name.endswith("wte.weight") else parameter
+            expected = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+            assert abs(rows.std().item() / expected - 1) < 0.05, name
+            assert abs(rows.mean().item()) < 0.1 * expected, name
+
+
+def test_head_and_embedding_are_one_tensor(toy):
+    assert toy.lm_head.weight.data_ptr() == toy.transformer.wte.weight.data_ptr()
+    assert toy.to(torch.float64).lm_head.weight is toy.transformer.wte.weight
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_parameters_of_the_four_sizes(name, parameters):
+    with torch.device("meta"):
+        assert GPT(GPTConfig(**SIZES[name])).num_params() == parameters
+
+
+def test_flops_per_token_is_what_torch_counts():
+    """Counted by torch over forward and backward; our 6N has norms and biases, which are no products: 3 % here."""
+    model = make_toy(block_size=64, n_embd=64, flash=False, pad_vocab=False)
+    with FlopCounterMode(display=False) as counter:
+        model(ids(2, 64), ids(2, 64)).backward()
+    assert model.flops_per_token(64) * 2 * 64 == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+# ---- Law 9, law 7's sister, and the padding --------------------------------------------------------------------------
+
+
+def test_every_parameter_is_in_one_group_and_has_a_gradient(toy):
+    groups = toy.param_groups(weight_decay=0.1)
+    listed = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(map(id, listed)) == sorted(map(id, toy.parameters()))
+    assert all(p.dim() >= 2 for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0.1
+    assert all(p.dim() < 2 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0.0
+    toy(ids(2, 16), ids(2, 16)).backward()
+    for name, parameter in toy.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_the_future_does_not_change_the_past(flash):
+    model = make_toy(flash=flash)
+    x = ids(1, 16)
+    changed = x.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 257
+    before, after = model(x), model(changed)
+    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-6)
+    assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-3)
+
+
+def test_padding_the_vocabulary_changes_nothing():
+    """257 tokens become 320 rows: the same initial weights, loss and gradients, and nothing flows into the padding."""
+    plain, padded = make_toy(pad_vocab=False), make_toy(pad_vocab=True)
+    assert padded.transformer.wte.weight.shape[0] == 320
+    x, y = ids(2, 16), ids(2, 16, seed=1)
+    assert torch.allclose(plain(x), padded(x), atol=1e-6) and padded(x).shape[-1] == 257
+    (one := plain(x, y)).backward()
+    (two := padded(x, y)).backward()
+    assert torch.allclose(one, two, atol=1e-6)
+    gradient = padded.transformer.wte.weight.grad
+    assert torch.allclose(gradient[:257], plain.transformer.wte.weight.grad, atol=1e-6)
+    assert gradient[257:].eq(0).all()
+
+
+def test_dropout_acts_in_training_only():
+    model = make_toy(dropout=0.5)
+    x = ids(2, 16)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.allclose(model(x), model(x))
+
+
+# ---- Law 5: cached generation equals uncached ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate_plainly(model: GPT, prompt: list[int], n: int, seed: int, stop_token=None, **options) -> list[int]:
+    """One row, no cache: the whole context through the network for each token."""
+    draws = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    row = list(prompt)
+    for draw in draws:
+        logits = model(torch.tensor([row[-model.config.block_size :]]))[:, -1]
+        row.append(sample(logits, draw[None], **options).item())
+        if row[-1] == stop_token:
+            break
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=1.0), dict(temperature=0.8, top_k=5)])
+@pytest.mark.parametrize("flash", [True, False])
+def test_cached_equals_uncached(options, flash):
+    """Prompts of several lengths in one batch, one as long as the context, and 40 tokens: far past the window of 16."""
+    model = make_toy(flash=flash)
+    prompts = [ids(n, seed=n).tolist() for n in (1, 3, 3, 16, 9)]
+    together = model.generate(prompts, 40, seeds=[5, 6, 7, 8, 9], **options)
+    for prompt, seed, completion in zip(prompts, (5, 6, 7, 8, 9), together):
+        assert completion == generate_plainly(model, prompt, 40, seed, **options)
+        assert model.generate([prompt], 40, seeds=[seed], **options) == [completion]
+
+
+def test_rows_end_at_the_stop_token_each_on_its_own(toy):
+    prompts = [ids(3, seed=n).tolist() for n in range(6)]
+    free = toy.generate(prompts, 12, seeds=range(6))
+    stop = free[0][4]
+    for completion, row in zip(toy.generate(prompts, 12, seeds=range(6), stop_token=stop), free):
+        assert completion == (row[: row.index(stop) + 1] if stop in row else row)
+
+
+def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone(toy):
+    toy.train()
+    steps = list(toy.stream([[1, 2], [3]], 5, seeds=[0, 1]))
+    assert [list(row) for row in zip(*steps)] == toy.generate([[1, 2], [3]], 5, seeds=[0, 1])
+    assert toy.training
+
+
+@pytest.mark.parametrize("length", [0, 17])
+def test_a_prompt_must_fit_the_context(toy, length):
+    with pytest.raises(ValueError, match=rf"{length} tokens: the model takes 1 to 16"):
+        toy.generate([[0] * length], 1)
+
+
+def test_several_tokens_onto_a_filled_cache(toy):
+    """`is_causal` with more keys than queries lets the first query see the first key only: a mask is needed there."""
+    from model import KVCache
+
+    x = ids(2, 16)
+    cache = KVCache(toy.config.n_layer, capacity=16)
+    parts = [toy.hidden(part, cache) for part in x.split([5, 1, 7, 3], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), toy.hidden(x), atol=1e-5)
+
+
+# ---- Law 6: sampling -------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_distributed_as_the_softmax_says():
+    """Draws spread evenly over [0, 1) must hit each token in proportion to its probability, to within one draw."""
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).expand(5000, 20)
+    draws = (torch.arange(5000) + 0.5) / 5000
+    for options in (dict(), dict(temperature=0.5), dict(top_k=4), dict(temperature=2.0, top_k=1)):
+        kept = logits[0] / options.get("temperature", 1.0)
+        if k := options.get("top_k"):
+            kept = torch.where(kept >= kept.topk(k).values[-1], kept, -torch.inf)
+        counts = sample(logits, draws, **options).bincount(minlength=20)
+        assert (counts - 5000 * kept.softmax(0)).abs().max() <= 1.01
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=2, max_size=60),
+    st.floats(0, 1, exclude_max=True, width=32),
+    st.floats(0.01, 10),
+    st.integers(0, 70),
+)
+def test_only_tokens_that_may_be_drawn_are_drawn(logits, draw, temperature, top_k):
+    """Also at the edges: a draw of 0, of nearly 1, and logits so far apart that most probabilities round to 0."""
+    logits = torch.tensor([logits])
+    token = sample(logits, torch.tensor([draw]), temperature, top_k).item()
+    scaled = (logits / temperature)[0]
+    assert scaled.softmax(-1)[token] > 0
+    if top_k:
+        assert (scaled > scaled[token]).sum() < top_k
+
+
+def test_no_id_of_the_padding_is_ever_sampled():
+    """Weights so large in the padding that it would win every time."""
+    model = make_toy()
+    with torch.no_grad():
+        model.transformer.wte.weight[257:] = 100.0
+    for options in (dict(temperature=0), dict(temperature=100.0)):
+        assert max(max(row) for row in model.generate([[1], [2]], 200, **options)) < 257
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(n_embd=30, n_head=4), "n_head could be 2, 3, 5"),
+        (dict(n_layer=0), "n_layer is 0"),
+        (dict(dropout=1.0), "dropout is 1.0"),
+    ],
+)
+def test_impossible_shapes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(GPTConfig(**(TOY | changes)))
+
+
+def damage(folder, change) -> None:
+    """Apply `change` to config.json's dict or, if it takes a path, to the weights file."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_type="llama"), "model_type is 'llama'"),
+        (dict(activation_function="relu"), "activation_function is 'relu'"),
+        (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"),
+        (dict(n_embd=64), "has the shape .* but config.json makes it"),
+        (dict(n_layer=3), "h.2.ln_1.weight is missing"),
+        (dict(n_layer=1), "has no place in this model"),
+    ],
+)
+def test_folders_that_do_not_fit(tmp_path, toy, change, message):
+    toy.save_pretrained(tmp_path)
+    damage(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_half_copied_folders(tmp_path, toy):
+    toy.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model.safetensors: damaged or only half copied"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: not the config.json of a GPT-2"):
+        GPT.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"no model.safetensors in this folder"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_untied_heads_are_refused(toy):
+    state = toy.hf_state()
+    state["lm_head.weight"] = state["transformer.wte.weight"] + 1
+    with pytest.raises(ValueError, match="shares one matrix"):
+        GPT(toy.config).load_hf_state(state)
+
+
+def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, toy):
+    for step in (5, 20, 100):
+        toy.save_pretrained(tmp_path / f"step_{step:07d}")
+    (tmp_path / ".step_0000200.tmp").mkdir()
+    assert [folder.name for folder in model_module.checkpoints(tmp_path)] == [
+        "step_0000005",
+        "step_0000020",
+        "step_0000100",
+    ]
+    assert model_module.locate(tmp_path, "config.json").parent.name == "step_0000100"
