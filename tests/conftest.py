@@ -1,0 +1,88 @@
+"""What several tests share: a toy model's shape, toy shards, and short runs. No network, no GPU."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+
+# Two threads sum in another order than one: bit-identical means with the same number of them.
+torch.set_num_threads(1)
+
+TOY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """60 kB of sentences made from a few words: learnable, and the same on every machine."""
+    rng = random.Random(0)
+    words = "the quick brown fox jumps over a lazy dog while seven wizards brew potions in old stone towers".split()
+    sentences = (" ".join(rng.choices(words, k=rng.randint(4, 10))).capitalize() + ".\n" for _ in range(1500))
+    path = tmp_path_factory.mktemp("text") / "tale.txt"
+    path.write_text("".join(sentences))
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(text_file, tmp_path_factory) -> Path:
+    """Byte shards of that text, several small ones, so that windows come from more than one file."""
+    out = tmp_path_factory.mktemp("shards") / "tale"
+    data.main([str(text_file), "--out", str(out), "--tokenizer", "bytes", "--shard_tokens", "20000"])
+    return out
+
+
+@pytest.fixture
+def config(shards, tmp_path):
+    """TrainConfig of a run that takes a second: 12 steps of 4 x 32 tokens on the CPU in fp32."""
+
+    def make(**settings) -> train.TrainConfig:
+        toy = dict(
+            **TOY_MODEL,
+            data_dir=str(shards),
+            out_dir=str(tmp_path / "run"),
+            batch_size=4,
+            total_batch_size=128,
+            learning_rate=1e-2,
+            min_lr=1e-3,
+            warmup_steps=2,
+            max_steps=12,
+            eval_every=0,
+            sample_every=0,
+            checkpoint_every=0,
+            eval_tokens=512,
+            device="cpu",
+            dtype="fp32",
+            compile=False,
+        )
+        return train.TrainConfig(**(toy | settings))
+
+    return make
+
+
+def metrics(out_dir: str | Path, kind: str = "train") -> list[dict]:
+    """The records of one kind in a run's metrics.jsonl."""
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(config: train.TrainConfig) -> list[float]:
+    """Run it and return the training loss of each step."""
+    train.train(config)
+    return [record["loss"] for record in metrics(config.out_dir)]
+
+
+def flags(config: train.TrainConfig) -> list[str]:
+    """The settings as the command line has them."""
+    return [f"--{name}={value}" for name, value in vars(config).items()]
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """The environment for a child process: without what torchrun or a person may have set."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HF_HOME", "HF_ENDPOINT")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)} | extra

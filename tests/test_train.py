@@ -1,0 +1,422 @@
+"""Training: against a loop written with transformers and torch alone, against itself stopped and resumed, and against
+what people and machines do to it."""
+
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOY_MODEL, flags, losses, metrics
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+import data
+import train
+from model import GPT, GPTConfig, checkpoints
+from train import accumulation, learning_rate_at
+
+
+def weights(out_dir) -> dict[str, torch.Tensor]:
+    """The newest checkpoint's."""
+    return load_file(checkpoints(out_dir)[-1] / "model.safetensors")
+
+
+def assert_same_weights(one, two) -> None:
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+# ---- Against references ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_trajectory_equals_transformers_and_torch(config, tmp_path, optimizer):
+    """20 steps with accumulation, clipping, decay groups and a cosine, against transformers' model and plain torch."""
+    ours = config(
+        max_steps=20, total_batch_size=256, grad_clip=0.5, weight_decay=0.3, optimizer=optimizer, checkpoint_every=20
+    )
+    torch.manual_seed(ours.seed)
+    GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path / "start")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "start", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    decay = [p for n, p in theirs.named_parameters() if n.endswith("weight") and "ln_" not in n]
+    rest = [p for n, p in theirs.named_parameters() if n.endswith("bias") or "ln_" in n]
+    groups = [dict(params=decay, weight_decay=0.3), dict(params=rest, weight_decay=0.0)]
+    if optimizer == "adamw":
+        reference = torch.optim.AdamW(groups, lr=1, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    else:
+        reference = torch.optim.SGD(groups, lr=1, momentum=0.9, foreach=False)
+    source = data.Windows(data.open_shards(ours.data_dir, "train"), 32, 257)
+    batches = data.Batches(source, 8, 8, 1, ours.seed)
+    expected = []
+    for step in range(20):
+        warm = (step + 1) / 2
+        cosine = 1e-3 + 0.5 * (1e-2 - 1e-3) * (1 + math.cos(math.pi * (step - 2) / 18))
+        for group in reference.param_groups:
+            group["lr"] = 1e-2 * warm if step < 2 else cosine
+        batch = torch.from_numpy(batches.batch(step))
+        loss = F.cross_entropy(theirs(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        reference.step()
+        reference.zero_grad()
+        expected.append(loss.item())
+
+    assert losses(ours) == pytest.approx(expected, abs=1e-4)
+    for name, value in weights(ours.out_dir).items():
+        assert torch.allclose(value, theirs.state_dict()[name], atol=1e-4), name
+
+
+def test_micro_batches_equal_one_large_batch(config, tmp_path):
+    """Law 2. Forgetting the 1/k, or logging the last piece's loss, shows here."""
+    small = losses(config(batch_size=1, out_dir=str(tmp_path / "small"), checkpoint_every=12))
+    large = losses(config(batch_size=4, out_dir=str(tmp_path / "large"), checkpoint_every=12))
+    assert small == pytest.approx(large, abs=1e-5)
+    one, two = weights(tmp_path / "small"), weights(tmp_path / "large")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+def test_one_batch_can_be_learnt_by_heart(config, monkeypatch):
+    """Every step gets the first batch."""
+    batch = data.Batches.batch
+    monkeypatch.setattr(data.Batches, "batch", lambda self, *_: batch(self, 0))
+    assert losses(config(max_steps=200))[-1] < 0.05
+
+
+def test_the_loss_falls_and_every_line_is_logged(config):
+    run = config(max_steps=60, eval_every=20, sample_every=30, checkpoint_every=30)
+    result = train.train(run)
+    curve = metrics(run.out_dir)
+    assert [record["step"] for record in curve] == list(range(60))
+    assert abs(curve[0]["loss"] - math.log(257)) < 0.1 and curve[-1]["loss"] < 3.6
+    assert set(curve[0]) == {"step", "kind", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "ms"}
+    assert [record["step"] for record in metrics(run.out_dir, "val")] == [0, 20, 40, 60]
+    assert [record["step"] for record in metrics(run.out_dir, "sample")] == [0, 30, 60]
+    assert [record["step"] for record in metrics(run.out_dir, "checkpoint")] == [30, 60]
+    assert result == dict(step=60, val_loss=metrics(run.out_dir, "val")[-1]["loss"], stopped=None)
+    facts = metrics(run.out_dir, "run")[0]
+    assert facts["settings"]["learning_rate"] == 1e-2 and facts["versions"]["torch"] == torch.__version__
+
+
+def test_validation_loss_is_the_mean_over_its_windows(config):
+    """Against one forward pass for each window; 500 tokens are 15 windows, which batches of 4 do not divide."""
+    run = config(max_steps=0, eval_every=1, eval_tokens=500)
+    torch.manual_seed(run.seed)
+    model = GPT(GPTConfig(vocab_size=257, **TOY_MODEL))
+    tokens = data.open_shards(run.data_dir, "val")[0].tokens[: 15 * 32 + 1].astype("int64")
+    each = [
+        model(torch.tensor(tokens[i : i + 32])[None], torch.tensor(tokens[i + 1 : i + 33])[None]).item()
+        for i in range(0, 480, 32)
+    ]
+    assert train.train(run)["val_loss"] == pytest.approx(sum(each) / 15, abs=1e-5)
+
+
+def test_learning_rate_at_its_corners(config):
+    cosine = config(warmup_steps=10, max_steps=110, learning_rate=1.0, min_lr=0.1)
+    at = [learning_rate_at(step, cosine) for step in range(110)]
+    assert at[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert at[10] == 1.0 and at[60] == pytest.approx(0.55) and at[109] == pytest.approx(0.1, abs=1e-3)
+    assert learning_rate_at(110, cosine) == pytest.approx(0.1)
+    wsd = config(warmup_steps=10, max_steps=110, cooldown_steps=20, learning_rate=1.0, min_lr=0.0, lr_schedule="wsd")
+    at = [learning_rate_at(step, wsd) for step in range(111)]
+    assert at[10:91] == [1.0] * 81 and at[100] == pytest.approx(0.5) and at[110] == 0.0
+    constant = config(warmup_steps=0, learning_rate=1.0, lr_schedule="constant")
+    assert {learning_rate_at(step, constant) for step in range(100)} == {1.0}
+
+
+def test_torch_compile_trains_alike(config, tmp_path):
+    eager = losses(config(out_dir=str(tmp_path / "eager"), max_steps=4))
+    compiled = config(out_dir=str(tmp_path / "compiled"), max_steps=4, compile=True, eval_every=2, sample_every=2)
+    assert losses(compiled) == pytest.approx(eager, abs=1e-4)
+
+
+def test_bf16_trains_nearly_alike(config, tmp_path):
+    slow = dict(max_steps=30, learning_rate=1e-3, min_lr=1e-4)
+    exact = losses(config(out_dir=str(tmp_path / "fp32"), **slow))
+    rounded = losses(config(out_dir=str(tmp_path / "bf16"), dtype="bf16", **slow))
+    assert rounded == pytest.approx(exact, abs=0.02) and rounded != exact
+
+
+# ---- Laws 3, 4, 8: nothing disturbs training -------------------------------------------------------------------------
+
+EVERYTHING = dict(dropout=0.2, batch_size=2, eval_every=2, sample_every=3, checkpoint_every=4, keep_checkpoints=0)
+
+
+def test_watching_does_not_change_training(config, tmp_path):
+    """Law 4: evaluation, samples, checkpoints and logging on or off; with dropout, which a moved RNG would change."""
+    plain = losses(config(out_dir=str(tmp_path / "plain"), dropout=0.2, batch_size=2))
+    assert losses(config(out_dir=str(tmp_path / "watched"), **EVERYTHING)) == plain
+    sparse = losses(config(out_dir=str(tmp_path / "sparse"), dropout=0.2, batch_size=2, log_every=5))
+    assert sparse == [plain[0], plain[5], plain[10], plain[11]]
+
+
+def without_times(out_dir) -> list[dict]:
+    """metrics.jsonl but for what differs between two equal runs."""
+    records = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    dropped = {"ms", "tokens_per_s", "mfu", "folder"}
+    return [{k: v for k, v in r.items() if k not in dropped} for r in records if r["kind"] != "run"]
+
+
+def test_resumed_equals_straight(config, tmp_path):
+    """Law 3, bit for bit, and no step stands twice in the metrics. The kill came in step 10, two after a checkpoint,
+    while a line and a checkpoint were being written."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train.train(config(out_dir=str(straight), **EVERYTHING))
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "step_0000012")
+    (resumed / ".step_0000012.tmp").mkdir()
+    (resumed / ".step_0000012.tmp" / "model.safetensors").write_text("half")
+    lines = [line for line in (straight / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 10]
+    (resumed / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "ki')
+    train.train(config(out_dir=str(resumed), **EVERYTHING))
+    assert_same_weights(straight, resumed)
+    assert without_times(straight) == without_times(resumed)
+    assert [record["step"] for record in metrics(resumed, "run")] == [0, 8]
+    assert not list(resumed.glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_leads_on(config, tmp_path, monkeypatch, capsys, number):
+    """At step 6, which has no checkpoint of its own. The exit code is the shell's for that signal."""
+    straight, stopped = (
+        config(out_dir=str(tmp_path / "a"), **EVERYTHING),
+        config(out_dir=str(tmp_path / "b"), **EVERYTHING),
+    )
+    train.train(straight)
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(number)
+        return clip(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit_:
+        train.main(flags(stopped))
+    assert exit_.value.code == 128 + number and signal.getsignal(number) == before
+    assert "after 6 steps" in capsys.readouterr().out
+    assert checkpoints(stopped.out_dir)[-1].name == "step_0000006"
+    train.train(stopped)
+    assert_same_weights(straight.out_dir, stopped.out_dir)
+    kept = [record for record in without_times(stopped.out_dir) if record["kind"] != "checkpoint"]
+    assert kept == [record for record in without_times(straight.out_dir) if record["kind"] != "checkpoint"]
+
+
+def test_a_finished_run_says_so_and_can_go_on(config, capsys):
+    run = config(checkpoint_every=6, eval_every=6)
+    train.train(run)
+    files = {path: path.stat().st_mtime_ns for path in Path(run.out_dir).rglob("*")}
+    capsys.readouterr()
+    assert train.train(run)["step"] == 12
+    said = capsys.readouterr().out
+    assert "is finished: 12 of 12 steps, val loss" in said
+    assert f"sample.py --model {run.out_dir}" in said and "--max_steps=24" in said and "--resume=never" in said
+    assert files == {path: path.stat().st_mtime_ns for path in Path(run.out_dir).rglob("*")}
+    train.train(config(checkpoint_every=6, eval_every=6, max_steps=24))
+    assert "changed since then: max_steps 12 -> 24" in capsys.readouterr().out
+    assert [record["step"] for record in metrics(run.out_dir)] == list(range(24))
+
+
+def test_starting_over_moves_the_old_run_aside(config, tmp_path):
+    run = config(checkpoint_every=6)
+    train.train(run)
+    train.train(config(checkpoint_every=6, resume="never", max_steps=6))
+    assert [folder.name for folder in checkpoints(run.out_dir)] == ["step_0000006"]
+    assert [folder.name for folder in checkpoints(tmp_path / "run.old1")] == ["step_0000006", "step_0000012"]
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(config, monkeypatch):
+    scores = iter([9.0, 3.0, 1.0, 2.0, 4.0, 5.0, 6.0])  # at steps 0, 2, 4 ...: the best is step 4's
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(scores))
+    run = config(eval_every=2, checkpoint_every=2, keep_checkpoints=2)
+    train.train(run)
+    assert [folder.name for folder in checkpoints(run.out_dir)] == ["step_0000004", "step_0000010", "step_0000012"]
+
+
+# ---- Checkpoints and starting points ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_a_hugging_face_model(config):
+    run = config(checkpoint_every=12, bias=False)
+    train.train(run)
+    folder = checkpoints(run.out_dir)[-1]
+    ours, theirs = GPT.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("The quick brown")["input_ids"]
+    assert ids == list(b"The quick brown")
+    assert torch.allclose(ours(torch.tensor([ids])), theirs(torch.tensor([ids])).logits, atol=1e-5)
+    state = torch.load(folder / "train_state.pt", weights_only=True)
+    assert set(state) == {"optimizer", "scaler"}
+    assert json.loads((folder / "settings.json").read_text())["step"] == 12
+
+
+def test_fine_tuning_starts_from_a_checkpoint_with_its_shape(config, tmp_path, capsys):
+    """A run folder will do; windows may be shorter than the model's context; settings of the shape give way."""
+    train.train(config(checkpoint_every=12))
+    first = str(tmp_path / "run")
+    tuned = config(init_from=first, out_dir=str(tmp_path / "tuned"), n_layer=7, block_size=16, checkpoint_every=12)
+    capsys.readouterr()
+    curve = losses(tuned)
+    assert "2 layers, 2 heads, width 32" in capsys.readouterr().out
+    assert curve[0] < 4.5  # it knows something already
+    assert GPT.from_pretrained(tuned.out_dir).config.block_size == 32
+    assert train.train(tuned)["step"] == 12  # and goes on from its own checkpoint
+
+
+def test_optional_settings_of_the_optimizer_hold_after_a_resume(config):
+    """The optimizer's state holds its settings of then; the run's settings of now must win."""
+    train.train(config(checkpoint_every=6, max_steps=6, weight_decay=0.0))
+    seen = []
+    build = train.build_optimizer
+
+    def remember(*arguments):
+        seen.append(build(*arguments))
+        return seen[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_optimizer", remember)
+        train.train(config(checkpoint_every=6, max_steps=12, weight_decay=0.5, beta2=0.9))
+    assert seen[0].param_groups[0]["weight_decay"] == 0.5 and seen[0].param_groups[0]["betas"] == (0.9, 0.9)
+
+
+# ---- Guards ----------------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, *bad_steps: int) -> None:
+    """Make the gradient of these forward passes NaN."""
+    forward, calls = GPT.forward, []
+
+    def poisoned(self, idx, targets=None):
+        out = forward(self, idx, targets)
+        calls.append(1)
+        return out * float("nan") if len(calls) - 1 in bad_steps else out
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeypatch, tmp_path, capsys):
+    run = config(max_steps=5, checkpoint_every=1, keep_checkpoints=0)
+    poison(monkeypatch, 3)
+    train.train(run)
+    before, after = (load_file(checkpoints(run.out_dir)[i] / "model.safetensors") for i in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)  # after 3 and after 4 steps
+    final = weights(run.out_dir)
+    assert all(value.isfinite().all() for value in final.values())
+    assert any(not torch.equal(after[name], final[name]) for name in final)
+    assert "step 3 | gradient not finite" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_stops_with_advice(config, monkeypatch, capsys):
+    run = config(max_steps=40, checkpoint_every=4)
+    poison(monkeypatch, *range(5, 100))
+    with pytest.raises(SystemExit) as exit_:
+        train.main(flags(run))
+    line = capsys.readouterr().err
+    assert exit_.value.code == 2 and len(line.splitlines()) == 1
+    assert "not finite 10 steps in a row" in line and "lower learning_rate (now 0.01)" in line
+    assert all(value.isfinite().all() for value in weights(run.out_dir).values())
+
+
+# ---- Bad input: one line, exit code 2 --------------------------------------------------------------------------------
+
+
+def fails(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        train.main(list(argv))
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: ")
+    return line.removeprefix("train.py: ")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(data_dir="nowhere"), "no folder nowhere; make them with: python data.py TEXT --out nowhere"),
+        (dict(total_batch_size=96), "These fit: batch_size 1, 3; or total_batch_size 128"),
+        (dict(total_batch_size=100), "These fit: total_batch_size 128"),
+        (dict(n_head=5), "n_embd 32 is not divisible by n_head 5: n_head could be 2, 4, 8"),
+        (dict(block_size=100_000, batch_size=1, total_batch_size=100_000), "block_size 100000 needs"),
+        (dict(init_from="no-such/model"), "'no-such/model' is neither a folder here nor a model"),
+        (dict(weight_decay=-1.0), "weight_decay is -1.0: it must be at least 0"),
+        (dict(max_steps=-1), "max_steps is -1: it must be at least 0"),
+        (dict(min_lr=1.0), "min_lr 1.0 is above learning_rate 0.01"),
+        (dict(lr_schedule="wsd", cooldown_steps=20), "together more than max_steps 12"),
+        (dict(dtype="fp16"), "fp16 is for CUDA"),
+        (dict(device="cuda"), "sees no CUDA GPU here; use --device=cpu"),
+        (dict(wandb=True), "pip install wandb"),
+    ],
+)
+def test_bad_settings(config, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(train.sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert message in fails(capsys, *flags(config(**changes)))
+
+
+def test_several_mistakes_are_reported_together(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--stepss=3", "--n_layer=many", "nowhere.py"])
+    assert exit_.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_batches_that_divide_are_suggested(config):
+    odd = config(batch_size=6, total_batch_size=128 * 32)
+    with pytest.raises(ValueError) as error:
+        accumulation(odd, world_size=2)
+    numbers = str(error.value).split("These fit: batch_size ")[1]
+    suggested, total = numbers.split("; or total_batch_size ")
+    for batch_size in map(int, suggested.split(", ")):
+        assert accumulation(config(batch_size=batch_size, total_batch_size=128 * 32), 2) > 0
+    assert accumulation(config(batch_size=6, total_batch_size=int(total)), 2) > 0
+
+
+def test_damaged_shards(config, tmp_path, shards, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    shard = sorted(copy.glob("*_train_*"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    assert f"{shard}: cut off or damaged" in fails(capsys, *flags(config(data_dir=str(copy))))
+    shard.write_bytes(whole[:1024] + b"\xff" * (len(whole) - 1024))
+    assert f"{shard}: holds the token id 65535" in fails(capsys, *flags(config(data_dir=str(copy), max_steps=200)))
+    shard.write_bytes(b"\0" * len(whole))
+    assert f"{shard}: not a token shard" in fails(capsys, *flags(config(data_dir=str(copy))))
+
+
+def test_checkpoints_that_do_not_fit(config, capsys):
+    run = config(checkpoint_every=6, keep_checkpoints=0)
+    train.train(run)
+    capsys.readouterr()
+    line = fails(capsys, *flags(config(n_layer=3)))
+    assert "was trained with n_layer=2, but n_layer=3 is set: use another out_dir, or --resume=never" in line
+    newest = checkpoints(run.out_dir)[-1]
+    state = newest / "train_state.pt"
+    again = flags(config(max_steps=24))
+    state.write_bytes(state.read_bytes()[:500])
+    assert f"{newest}: train_state.pt is damaged or only half copied" in fails(capsys, *again)
+    (newest / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "model.safetensors: damaged or only half copied" in fails(capsys, *again)
+    (newest / "settings.json").unlink()
+    assert f"{newest}: settings.json cannot be read" in fails(capsys, *again)
+
+
+def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
+    GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path / "other")
+    GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path / "bytes")
+    line = fails(capsys, *flags(config(init_from=str(tmp_path / "other"))))
+    assert "has a vocabulary of 100, but the shards in" in line
+    long = config(init_from=str(tmp_path / "bytes"), block_size=64, batch_size=1)
+    assert "block_size 64 is more than" in fails(capsys, *flags(long))
+
+
+def test_an_out_dir_that_cannot_be_written(config, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "file" in fails(capsys, *flags(config(out_dir=str(tmp_path / "file" / "run"))))

@@ -1,0 +1,686 @@
+"""Train a GPT-2: one run, told from top to bottom by `train`.
+
+    python train.py config/quickstart.py                            one process: CPU, one GPU, or a Mac
+    python train.py config/shakespeare.py --max_steps=100           any setting from the command line
+    torchrun --standalone --nproc_per_node=8 train.py               eight GPUs, the 124M reproduction
+    python train.py --help                                          every setting, its default and meaning
+
+The same command goes on where a stopped run left off, and says so when there is nothing left to do.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+import configurator
+import data
+import runtime
+from model import GPT, GPTConfig, checkpoints
+from runtime import Runtime
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # The run
+    data_dir: str = "shards/fineweb_edu_10B"  # folder of *_train_*.bin and *_val_*.bin shards
+    out_dir: str = "out/gpt2_124M"  # where checkpoints and metrics.jsonl go
+    init_from: str = "scratch"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, a checkpoint folder
+    resume: Literal["auto", "never"] = "auto"  # auto: from out_dir's newest checkpoint; never: move out_dir aside
+    seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
+
+    # The model (init_from a checkpoint brings its own shape; only block_size, dropout, flash and pad_vocab hold then)
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads in a block
+    n_embd: int = 768  # width, divisible by n_head
+    block_size: int = 1024  # tokens in a training sequence; from scratch also the model's longest context
+    dropout: float = 0.0  # 0 for pretraining, 0.1 or 0.2 where the text is seen many times
+    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has
+    flash: bool = True  # fused attention; False writes the (T, T) matrix out
+    pad_vocab: bool = True  # round the vocabulary up to a multiple of 64 inside the model, which GPUs multiply faster
+
+    # The batch
+    batch_size: int = 64  # sequences a process works on at once; what memory allows, it does not change the result
+    total_batch_size: int = 524_288  # tokens in a step, over all processes; what a process cannot hold it accumulates
+
+    # The optimizer
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd has momentum beta1
+    learning_rate: float = 6e-4  # peak
+    min_lr: float = 6e-5  # where cosine and wsd end
+    lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # wsd: constant, then a straight line down
+    warmup_steps: int = 715  # straight line up from 0
+    cooldown_steps: int = 3_800  # the line down of wsd
+    max_steps: int = 19_073  # 10B tokens at 524,288 a step
+    weight_decay: float = 0.1  # on matrices and embeddings only
+    beta1: float = 0.9  # memory of the gradient
+    beta2: float = 0.95  # memory of its square
+    grad_clip: float = 1.0  # longest the gradient may be over all parameters; 0 is off
+    fused: bool = True  # the optimizer's step in one kernel
+
+    # Watching (every is in steps, 0 is off; the last step always counts as due)
+    log_every: int = 1  # a line, or the progress bar on a terminal
+    eval_every: int = 250  # validation loss
+    eval_tokens: int = 10_485_760  # validation tokens, always the same ones
+    sample_every: int = 1_000  # a sample of text
+    sample_prompt: str = "Hello, I'm a language model,"  # what it continues
+    sample_tokens: int = 64  # how long it is
+    checkpoint_every: int = 1_000  # a checkpoint; a multiple of eval_every, so that each has its validation loss
+    keep_checkpoints: int = 2  # the newest so many stay, and the one with the best validation loss; 0 keeps all
+    wandb: bool = False  # also log to Weights & Biases (pip install wandb)
+    wandb_project: str = "reproduce-gpt2"  # the run's name there is out_dir's
+    tensorboard: bool = False  # also log to out_dir for TensorBoard (pip install tensorboard)
+
+    # The machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights stay fp32
+    compile: Literal["auto", True, False] = "auto"  # auto: where a compiler is and the run is long enough to pay
+    tf32: bool = True  # on NVIDIA: products of float32 matrices with a 10-bit mantissa
+
+    def mistakes(self) -> list[str]:
+        """What is wrong with these values, one sentence each. `accumulation` finds what depends on the machine."""
+        at_least = dict(batch_size=1, total_batch_size=1, keep_checkpoints=0, eval_tokens=1, sample_tokens=1)
+        at_least |= dict.fromkeys(("warmup_steps", "cooldown_steps", "max_steps", "seed"), 0)
+        at_least |= {field.name: 0 for field in dataclasses.fields(self) if field.name.endswith("_every")}
+        at_least |= dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip"), 0)
+        wrong = [
+            f"{name} is {getattr(self, name)}: it must be at least {least}"
+            for name, least in at_least.items()
+            if not (least <= getattr(self, name) < math.inf)
+        ]
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                wrong.append(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if self.lr_schedule == "wsd" and self.warmup_steps + self.cooldown_steps > self.max_steps:
+            wrong.append(
+                f"warmup_steps {self.warmup_steps} and cooldown_steps {self.cooldown_steps} are together more than "
+                f"max_steps {self.max_steps}"
+            )
+        if self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
+            wrong.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; set both")
+        return wrong + model_config(self, vocab_size=1).mistakes()
+
+
+# What may not change between a checkpoint and the run that goes on from it: its tensors would not fit.
+FIXED_BY_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "pad_vocab", "optimizer")
+
+# A gradient is not finite once in a long while by bad luck (and a few times at first under fp16, whose scale starts too
+# high). So many steps in a row mean that the weights themselves have gone wrong.
+MAX_SKIPPED = 10
+
+
+def train(config: TrainConfig) -> dict:
+    """Run until max_steps or until told to stop; returns {"step", "val_loss", "stopped": signal number or None}.
+
+    Raises ValueError for what a person, a file or the machine got wrong, and when training diverges.
+    """
+    # ---- 1. The machine ----------------------------------------------------------------------------------------------
+    machine = runtime.start(config.device, config.dtype, config.tf32)
+    say = print if machine.is_main else lambda *_: None
+    out_dir = Path(config.out_dir)
+
+    # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
+    checkpoint = find_checkpoint(config, machine)
+    start_step = read_state(checkpoint)["step"] if checkpoint else 0
+    if checkpoint and start_step >= config.max_steps:
+        say(finished_message(checkpoint, config))
+        machine.close()
+        return dict(step=start_step, val_loss=read_state(checkpoint)["val_loss"], stopped=None)
+
+    # ---- 3. The batch: its size in tokens is the recipe's, the number of pieces it is computed in is the machine's ---
+    n_accumulate = accumulation(config, machine.world_size)
+    say(
+        f"batch: {config.batch_size} sequences x {config.block_size} tokens x {machine.world_size} processes x "
+        f"{n_accumulate} micro-steps = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
+        f"{config.max_steps * config.total_batch_size:,} tokens"
+    )
+
+    # ---- 4. The data -------------------------------------------------------------------------------------------------
+    tokenizer = data.get_tokenizer(data.read_meta(config.data_dir).get("tokenizer", "gpt2"))  # published: no meta.json
+    windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
+    val_windows = data.Windows(data.open_shards(config.data_dir, "val"), config.block_size, tokenizer.vocab_size)
+    val_places = val_windows.first(config.eval_tokens)
+    batches = data.Batches(
+        windows, config.batch_size, config.total_batch_size // config.block_size, machine.world_size, config.seed
+    )
+    say(
+        f"data: {config.data_dir}, {windows.n_tokens:,} training tokens ({tokenizer.name}), seen "
+        f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
+        f"{len(val_places) * config.block_size:,} validation tokens"
+    )
+
+    # ---- 5. The model ------------------------------------------------------------------------------------------------
+    raw_model = build_model(config, checkpoint, tokenizer).to(machine.device)
+    shape = raw_model.config
+    say(
+        f"model: {checkpoint or config.init_from}; {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
+        f"{raw_model.num_params():,} parameters"
+    )
+    flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
+
+    # ---- 6. The optimizer, with its memory if we go on ---------------------------------------------------------------
+    optimizer = build_optimizer(raw_model, config)
+    # For fp16 only: its smallest number is 6e-8, so gradients are scaled up before they are rounded to it.
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    if checkpoint:
+        load_train_state(checkpoint, optimizer, scaler)
+        say(f"resume: {checkpoint}, after {start_step:,} steps{changed_settings(checkpoint, config)}")
+
+    # ---- 7. Compile, then wrap. Only raw_model is evaluated, sampled and saved: it has the same parameters, its names
+    # ----    carry no prefix, and shapes that differ from training's do not make the compiled one compile again. ------
+    seconds = runtime.expected_seconds(flops_per_step * (config.max_steps - start_step), machine)
+    compiled, compile_note = runtime.choose_compile(config.compile, machine.device, seconds)
+    model = torch.compile(raw_model) if compiled else raw_model
+    if machine.world_size > 1:
+        ids = [machine.device.index] if machine.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    for note in (*machine.notes, f"compile: {compile_note}"):
+        say(note)
+
+    # ---- 8. The loop. It goes one past the last update, so that what came of it is evaluated and saved too -----------
+    log = Log(config, start_step, machine)
+    log("run", start_step, **run_facts(config, machine, raw_model, compiled))
+    micro_steps = ((s, k, machine.rank) for s in range(start_step, config.max_steps) for k in range(n_accumulate))
+    coming = data.prefetch(batches.batch, micro_steps, machine.device)
+    val_loss, train_seconds, steps_timed, skipped = None, 0.0, 0, 0
+
+    def due(every: int, step: int) -> bool:
+        return every > 0 and (step % every == 0 or step == config.max_steps)
+
+    with Console(config, start_step, machine.is_main) as console, StopSignal() as stop:
+        for step in range(start_step, config.max_steps + 1):
+            # What was due at a checkpoint's step was done before it was saved: it is not done twice.
+            fresh = not checkpoint or step > start_step
+            evaluated = fresh and due(config.eval_every, step)
+            if evaluated:
+                val_loss = evaluate(raw_model, val_windows, val_places, config.batch_size, machine)
+                log("val", step, loss=val_loss)
+                console.line(f"step {step:,} | val loss {val_loss:.4f}")
+
+            if fresh and due(config.sample_every, step) and machine.is_main:
+                text = sample_text(raw_model, tokenizer, config, machine)
+                log("sample", step, text=text)
+                console.line(f"step {step:,} | sample:\n{text}\n")
+
+            stopping = stop.agreed(machine)
+            if step > start_step and (due(config.checkpoint_every, step) or stopping):
+                folder = out_dir / f"step_{step:07d}"
+                if machine.is_main:
+                    state = dict(step=step, val_loss=val_loss if evaluated else None)
+                    save_checkpoint(folder, raw_model, tokenizer, optimizer, scaler, config, state)
+                    prune_checkpoints(out_dir, config.keep_checkpoints)
+                    log("checkpoint", step, folder=str(folder))
+                console.line(f"step {step:,} | saved {folder}")
+                machine.barrier()
+            if stopping or step == config.max_steps:
+                break
+
+            # ======== TRAINING: all else is watching ========
+            t0 = time.perf_counter()
+            lr = learning_rate_at(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # The gradient of the whole batch, piece by piece. A piece's loss is a mean, so 1/k of each adds up to one.
+            loss = torch.zeros((), device=machine.device)
+            for k in range(n_accumulate):
+                if config.dropout:
+                    seed_dropout(config.seed, step, k, machine.rank)
+                x, y = next(coming)  # (B, T) each
+                # Ranks average their gradients once, with the last piece.
+                alone = machine.world_size > 1 and k < n_accumulate - 1
+                with model.no_sync() if alone else contextlib.nullcontext():
+                    with machine.autocast():
+                        piece = model(x, y) / n_accumulate
+                    scaler.scale(piece).backward()
+                loss += piece.detach()
+
+            # Its length over all parameters, limited. Every rank has the same average, so all decide alike whether it
+            # is finite; if it is not, it never reaches the weights.
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
+            if math.isfinite(grad_norm):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            train_seconds, steps_timed = train_seconds + time.perf_counter() - t0, steps_timed + 1
+            # ======== END OF TRAINING ========
+
+            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+            if skipped:
+                console.line(f"step {step:,} | gradient not finite: step skipped, the weights are as before")
+            if skipped == MAX_SKIPPED:
+                raise ValueError(diverged_message(step, config))
+            if due(config.log_every, step) or (config.log_every and step == config.max_steps - 1):
+                seconds = train_seconds / steps_timed
+                record = dict(
+                    loss=machine.sum(loss).item() / machine.world_size,  # nats a token, over all pieces and ranks
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    tokens_per_s=config.total_batch_size / seconds,
+                    mfu=share_of_peak(flops_per_step / seconds, machine),
+                    ms=1000 * seconds,
+                )
+                log("train", step, **record)
+                console.step(step, record)
+                train_seconds, steps_timed = 0.0, 0
+
+    # ---- 9. What came of it ------------------------------------------------------------------------------------------
+    coming.close()
+    log.close()
+    machine.close()
+    say(stopped_message(stopping, step, out_dir) if stopping else closing_message(config, val_loss))
+    return dict(step=step, val_loss=val_loss, stopped=stopping or None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def accumulation(config: TrainConfig, world_size: int) -> int:
+    """Micro-steps a step: total_batch_size / (batch_size x block_size x processes); ValueError if not an integer."""
+    per_micro_step = config.batch_size * config.block_size * world_size
+    if config.total_batch_size % per_micro_step == 0:
+        return config.total_batch_size // per_micro_step
+    sequences = config.total_batch_size / config.block_size / world_size  # what each process has to do in a step
+    fitting = [
+        b for b in range(1, int(sequences) + 1) if config.total_batch_size % (b * config.block_size * world_size) == 0
+    ]
+    nearest = sorted(sorted(fitting, key=lambda b: abs(b - config.batch_size))[:3])
+    multiple = max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step
+    raise ValueError(
+        f"total_batch_size {config.total_batch_size} is not a multiple of batch_size {config.batch_size} x block_size "
+        f"{config.block_size} x {world_size} processes = {per_micro_step}. These fit: "
+        + (f"batch_size {', '.join(map(str, nearest))}; or " if nearest else "")
+        + f"total_batch_size {multiple}"
+    )
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """The learning rate of the update that follows `step` updates."""
+    # 1. Up in a straight line: the optimizer's averages know nothing yet.
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    # 2. At the peak: for good, or, with wsd, until the cooldown begins.
+    steps_left = config.max_steps - step
+    if config.lr_schedule == "constant" or (config.lr_schedule == "wsd" and steps_left >= config.cooldown_steps):
+        return config.learning_rate
+    # 3. Down: wsd in a straight line, cosine along half a wave from the end of the warm-up.
+    if config.lr_schedule == "wsd":
+        height = steps_left / config.cooldown_steps
+    else:
+        height = 0.5 * (1 - math.cos(math.pi * steps_left / (config.max_steps - config.warmup_steps)))
+    return config.min_lr + height * (config.learning_rate - config.min_lr)
+
+
+def seed_dropout(*numbers: int) -> None:
+    """Seed torch from (seed, step, micro-step, rank), so that dropout has no state that a resume could lose."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def share_of_peak(flops_per_s: float, machine: Runtime) -> float | None:
+    """Model FLOPs utilisation (PaLM, appendix B), 0 to 1; None where the device's peak is unknown."""
+    peak = machine.peak_flops()
+    return flops_per_s / (peak * machine.world_size) if peak else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model and optimizer
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
+    return GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
+
+
+def build_model(config: TrainConfig, checkpoint: Path | None, tokenizer: data.Tokenizer) -> GPT:
+    """The model the run starts with: the checkpoint's, init_from's, or a new one; float32, on the CPU."""
+    if checkpoint is None and config.init_from == "scratch":
+        torch.manual_seed(config.seed)
+        return GPT(model_config(config, tokenizer.vocab_size))
+    source = checkpoint or config.init_from
+    model = GPT.from_pretrained(source, dropout=config.dropout, flash=config.flash, pad_vocab=config.pad_vocab)
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{source} has a vocabulary of {model.config.vocab_size}, but the shards in {config.data_dir} are "
+            f"{tokenizer.name}'s with {tokenizer.vocab_size}; make them with the model's tokenizer"
+        )
+    if model.config.block_size < config.block_size:
+        raise ValueError(f"block_size {config.block_size} is more than {source}'s context of {model.config.block_size}")
+    return model
+
+
+def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    groups = model.param_groups(config.weight_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1, fused=config.fused)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=1e-8, fused=config.fused)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watching: none of it touches what training computes
+
+
+@torch.no_grad()
+def evaluate(model: GPT, windows: data.Windows, places: np.ndarray, batch_size: int, machine: Runtime) -> float:
+    """Mean loss in nats a token over the windows at `places`; each rank takes its share, all get the result."""
+    model.eval()
+    total = torch.zeros((), device=machine.device)
+    mine = places[machine.rank :: machine.world_size]
+    for first in range(0, len(mine), batch_size):
+        batch = torch.from_numpy(windows.read(mine[first : first + batch_size])).to(machine.device)
+        with machine.autocast():
+            total += model(batch[:, :-1], batch[:, 1:]) * len(batch)
+    model.train()
+    return machine.sum(total).item() / len(places)
+
+
+def sample_text(model: GPT, tokenizer: data.Tokenizer, config: TrainConfig, machine: Runtime) -> str:
+    """sample_prompt and what the model makes of it, with numbers of its own: training's are not drawn from."""
+    prompt = tokenizer.encode(config.sample_prompt).tolist() or [tokenizer.end_of_text]
+    prompt = prompt[-model.config.block_size :]
+    options = dict(top_k=50, seeds=[config.seed], stop_token=tokenizer.end_of_text)
+    with machine.autocast():
+        return tokenizer.decode(prompt + model.generate([prompt], config.sample_tokens, **options)[0])
+
+
+class Console:
+    """What a person sees: a progress bar on a terminal, plain lines in a file; nothing from ranks above 0."""
+
+    def __init__(self, config: TrainConfig, start_step: int, is_main: bool):
+        from tqdm import tqdm
+
+        self.max_steps, self.is_main = config.max_steps, is_main
+        self.on_terminal = sys.stdout.isatty() and config.log_every > 0
+        hidden = not (is_main and self.on_terminal)
+        self.bar = tqdm(total=config.max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=hidden)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def line(self, text: str) -> None:
+        if self.is_main:
+            self.bar.write(text) if self.on_terminal else print(text, flush=True)
+
+    def step(self, step: int, record: dict) -> None:
+        """Show one training record (the dict that goes to metrics.jsonl)."""
+        speed = f"{record['tokens_per_s']:,.0f} tok/s" + (f" | mfu {record['mfu']:.1%}" if record["mfu"] else "")
+        if self.on_terminal:
+            self.bar.set_postfix_str(f"loss {record['loss']:.4f} | {speed}", refresh=False)
+            self.bar.update(step + 1 - self.bar.n)
+        else:
+            minutes_left = (self.max_steps - 1 - step) * record["ms"] / 60_000
+            self.line(
+                f"step {step:,}/{self.max_steps:,} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | norm "
+                f"{record['grad_norm']:.2f} | {record['ms']:,.0f} ms | {speed} | {minutes_left:.1f} min left"
+            )
+
+
+class Log:
+    """metrics.jsonl, and W&B and TensorBoard where wanted: `log(kind, step, **values)`. Ranks above 0 write nothing."""
+
+    def __init__(self, config: TrainConfig, start_step: int, machine: Runtime):
+        self.file = self.wandb = self.tensorboard = None
+        if not machine.is_main:
+            return
+        out_dir = Path(config.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        cut_metrics(out_dir / "metrics.jsonl", start_step)
+        self.file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
+        if config.wandb:
+            wandb = optional_import("wandb", "wandb=True")
+            self.wandb = wandb.init(
+                project=config.wandb_project, id=out_dir.name, resume="allow", config=dataclasses.asdict(config)
+            )
+        if config.tensorboard:
+            optional_import("tensorboard", "tensorboard=True")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step)
+
+    def __call__(self, kind: str, step: int, **values) -> None:
+        if self.file:
+            print(json.dumps(dict(step=step, kind=kind) | values), file=self.file, flush=True)
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, float)}
+        if self.wandb and numbers:
+            self.wandb.log(numbers, step=step)
+        for name, value in numbers.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for writer in (self.file, self.tensorboard):
+            if writer:
+                writer.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop from metrics.jsonl what a run going on from `step` will write again, and a line that a kill cut short."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            # At the checkpoint's own step all was done but the training.
+            if record["step"] < step or (record["step"] == step > 0 and record["kind"] != "train"):
+                kept.append(line)
+    data.write_whole(path, "".join(line + "\n" for line in kept).encode())
+
+
+def optional_import(package: str, setting: str):
+    """Import a package that requirements.txt does not name, or say how to get it."""
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{setting} needs a package that is not installed: pip install {package}") from None
+
+
+def run_facts(config: TrainConfig, machine: Runtime, model: GPT, compiled: bool) -> dict:
+    """All that is needed to understand, or to repeat, a run."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    return dict(
+        settings=dataclasses.asdict(config),
+        parameters=model.num_params(),
+        flops_per_token=model.flops_per_token(config.block_size),
+        device=machine.device_name(),
+        dtype=str(machine.dtype).removeprefix("torch."),
+        compiled=compiled,
+        world_size=machine.world_size,
+        commit=commit,
+        versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a folder out_dir/step_0001000 that exists is whole
+
+
+def find_checkpoint(config: TrainConfig, machine: Runtime) -> Path | None:
+    """The checkpoint to go on from, or None. With resume=never, a run that is there is moved aside first."""
+    out_dir = Path(config.out_dir)
+    if config.resume == "never":
+        if machine.is_main and out_dir.exists() and any(out_dir.iterdir()):
+            aside = next(p for n in range(1, 10_000) if not (p := out_dir.with_name(f"{out_dir.name}.old{n}")).exists())
+            out_dir.rename(aside)
+            print(f"resume=never: {out_dir} is moved to {aside}")
+        machine.barrier()
+    saved = checkpoints(out_dir)
+    if not saved:
+        return None
+    settings = read_state(saved[-1])["settings"]
+    for name in FIXED_BY_CHECKPOINT:
+        if settings[name] != getattr(config, name):
+            raise ValueError(
+                f"{saved[-1]} was trained with {name}={settings[name]}, but {name}={getattr(config, name)} is set: use "
+                "another out_dir, or --resume=never to start over"
+            )
+    return saved[-1]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """settings.json of a checkpoint: step, val_loss (None if not evaluated at that step), settings."""
+    try:
+        return json.loads((checkpoint / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint}: settings.json cannot be read ({error}); delete this folder to go on from the one before it"
+        ) from None
+
+
+def save_checkpoint(folder: Path, model: GPT, tokenizer, optimizer, scaler, config: TrainConfig, state: dict) -> None:
+    """Write model, tokenizer, optimizer and settings into a folder beside, fsync all, and rename it to `folder`."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    data.save_tokenizer(tokenizer, aside, model.config.block_size)
+    # Only what the optimizer remembers: its settings are the run's.
+    torch.save(dict(optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict()), aside / "train_state.pt")
+    settings = json.dumps(state | dict(settings=dataclasses.asdict(config)), indent=2)
+    (aside / "settings.json").write_text(settings + "\n")
+    for path in (*aside.iterdir(), aside):
+        fsync(path)
+    aside.rename(folder)
+    fsync(folder.parent)
+
+
+def fsync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def load_train_state(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    try:
+        state = torch.load(checkpoint / "train_state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
+    except Exception as error:  # torch raises half a dozen types for a file that is damaged
+        raise ValueError(
+            f"{checkpoint}: train_state.pt is damaged or only half copied ({type(error).__name__}); delete this "
+            "folder to go on from the one before it"
+        ) from None
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def changed_settings(checkpoint: Path, config: TrainConfig) -> str:
+    """In words, the settings that are not what they were when the checkpoint was made."""
+    before, now = read_state(checkpoint)["settings"], dataclasses.asdict(config)
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    return "; changed since then: " + ", ".join(changed) if changed else ""
+
+
+def prune_checkpoints(out_dir: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss; 0 keeps all."""
+    saved = checkpoints(out_dir)
+    losses = {folder: read_state(folder)["val_loss"] for folder in saved}
+    scored = [folder for folder in saved if losses[folder] is not None]
+    best = min(scored, key=losses.get, default=None)
+    for folder in saved[:-keep] if keep else []:
+        if folder != best:
+            # Renamed first: a folder that exists under its own name is whole.
+            gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
+            shutil.rmtree(gone)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Starting, stopping, and what to say then
+
+
+class StopSignal:
+    """While in use, a first Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C stops it at once."""
+
+    def __init__(self):
+        self.received = 0  # the signal's number
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self, machine: Runtime) -> int:
+        """The signal any rank has received, the same on all ranks; 0 if none."""
+        if machine.world_size == 1:
+            return self.received
+        numbers = torch.zeros(machine.world_size, device=machine.device)
+        numbers[machine.rank] = self.received
+        return int(machine.sum(numbers).max())
+
+
+def finished_message(checkpoint: Path, config: TrainConfig) -> str:
+    state = read_state(checkpoint)
+    val = f", val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else ""
+    return (
+        f"{config.out_dir} is finished: {state['step']:,} of {config.max_steps:,} steps{val}.\n"
+        f"  to sample from it:  python sample.py --model {config.out_dir}\n"
+        f"  to train on:        the same command with --max_steps={2 * config.max_steps}\n"
+        f"  to start over:      the same command with --resume=never"
+    )
+
+
+def closing_message(config: TrainConfig, val_loss: float | None) -> str:
+    val = f", val loss {val_loss:.4f}" if val_loss is not None else ""
+    return f"done: {config.max_steps:,} steps{val}; metrics in {config.out_dir}/metrics.jsonl"
+
+
+def stopped_message(number: int, step: int, out_dir: Path) -> str:
+    name = signal.Signals(number).name
+    return f"stopped by {name} after {step:,} steps, saved in {out_dir}; the same command goes on from there"
+
+
+def diverged_message(step: int, config: TrainConfig) -> str:
+    return (
+        f"the gradient was not finite {MAX_SKIPPED} steps in a row, up to step {step:,}. The checkpoints in "
+        f"{config.out_dir} are good: go on from the last with a lower learning_rate (now {config.learning_rate:g}), "
+        "more warmup_steps, or --dtype=fp32"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(__doc__ + configurator.help_text(TrainConfig))
+        return
+    try:
+        result = train(configurator.configure(TrainConfig, argv))
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join(f"train.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    if result["stopped"]:
+        sys.exit(128 + result["stopped"])
+
+
+if __name__ == "__main__":
+    main()
