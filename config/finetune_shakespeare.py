@@ -1,0 +1,29 @@
+"""Fine-tune OpenAI's GPT-2 (124M) on Shakespeare.
+
+    python data.py tinyshakespeare.txt --out shards/shakespeare_gpt2 --val_fraction 0.1
+    python train.py config/finetune_shakespeare.py                  fetches 0.5 GB from the Hugging Face hub, once
+    python sample.py --model out/finetune_shakespeare -p "ROMEO:"
+
+The text is 0.3M GPT-2 tokens: with 32,768 a step, 10 steps see it once. The checkpoint with the best validation loss is
+kept, for after a few epochs the model begins to learn the text by heart. --init_from takes gpt2-medium, gpt2-large,
+gpt2-xl, any GPT-2 on the hub, or a checkpoint folder of your own as well.
+"""
+
+data_dir = "shards/shakespeare_gpt2"
+out_dir = "out/finetune_shakespeare"
+init_from = "gpt2"
+
+batch_size = 4
+total_batch_size = 32 * block_size
+dropout = 0.1
+
+learning_rate = 3e-5
+min_lr = 3e-6
+warmup_steps = 10
+max_steps = 60
+
+eval_every = 10
+eval_tokens = 32_768
+checkpoint_every = 10
+sample_every = 20
+sample_prompt = "ROMEO:"

@@ -1,0 +1,36 @@
+"""Reproduce GPT-2 (124M) on FineWeb-Edu. These are train.py's defaults, spelled out.
+
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124M.py
+
+Shards: any folder of GPT-2 tokens in llm.c's format or build-nanogpt's .npy. Ready-made ones are on the Hugging Face
+hub as the dataset karpathy/fineweb-edu-100B-gpt2-token-shards (100 files of 0.2 GB are 10B tokens).
+
+The arithmetic:
+    64 sequences x 1024 tokens x 8 GPUs x 1 micro-step = 524,288 tokens a step (the GPT-3 paper's 0.5M)
+    19,073 steps x 524,288 tokens                      = 10.0B tokens, one epoch of FineWeb-Edu 10B
+    855 MFLOPs a token x 10.0B tokens                  = 8.6e18 FLOPs
+
+Hours, from the throughput that others report for this model and recipe (not measured here):
+    8 x H100   460k tokens/s each    0.8 hours        1 x H100     6 hours
+    8 x A100   200k tokens/s each    1.7 hours        1 x A100    14 hours       1 x RTX 4090   26 to 46 hours
+
+Expected: validation loss 3.03 to 3.09, HellaSwag 0.30 to 0.31. OpenAI's GPT-2 124M has 3.292 and 0.2955 there.
+"""
+
+data_dir = "shards/fineweb_edu_10B"
+out_dir = "out/gpt2_124M"
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+
+batch_size = 64  # lower it when memory runs out: 32, 16, 8 ... the accumulation follows, the result stays
+total_batch_size = 524_288
+
+# GPT-3's recipe for its 125M model, with 375M tokens of warm-up.
+learning_rate = 6e-4
+min_lr = learning_rate / 10
+warmup_steps = 715
+max_steps = 19_073
+weight_decay = 0.1

@@ -1,0 +1,18 @@
+"""Evaluate OpenAI's GPT-2 weights; nothing is trained.
+
+    python train.py config/gpt2_eval.py                             124M; fetches 0.5 GB from the Hugging Face hub
+    python train.py config/gpt2_eval.py --init_from=gpt2-xl         or gpt2-medium, gpt2-large, a checkpoint folder
+    python train.py config/gpt2_eval.py --data_dir=shards/mine      on your own text
+
+Expected on FineWeb-Edu's validation shard: 3.292 nats a token for the 124M model.
+"""
+
+data_dir = "shards/fineweb_edu_10B"
+out_dir = "out/gpt2_eval"
+init_from = "gpt2"
+
+max_steps = 0  # the loop looks once at the model as it is, and ends
+batch_size = 8
+total_batch_size = batch_size * block_size
+sample_every = 1
+checkpoint_every = 0

@@ -1,0 +1,25 @@
+"""GPT-2 medium (355M) from scratch, on 30B tokens.
+
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2_medium.py
+
+Shards: as for config/gpt2_124M.py, but 300 files of them (30B tokens), so that nothing is seen twice.
+
+The arithmetic:
+    32 sequences x 1024 tokens x 8 GPUs x 2 micro-steps = 524,288 tokens a step
+    57,220 steps x 524,288 tokens                       = 30.0B tokens
+    2.42 GFLOPs a token x 30B tokens                    = 7.3e19 FLOPs
+    At 50 % of an H100's 989 TFLOP/s: 204k tokens/s each, 5 hours on 8 (estimated, not measured).
+"""
+
+data_dir = "shards/fineweb_edu_30B"
+out_dir = "out/gpt2_medium"
+
+n_layer = 24
+n_head = 16
+n_embd = 1024
+batch_size = 32  # for 80 GB (estimated); halve it when memory runs out
+
+# The larger the model, the smaller GPT-3's learning rate; the rest is train.py's default.
+learning_rate = 3e-4
+min_lr = learning_rate / 10
+max_steps = 57_220

@@ -1,0 +1,33 @@
+"""A small GPT learns to write Python on a laptop's CPU: `make quickstart`.
+
+    python data.py "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --out shards/stdlib \
+        --tokenizer bytes --glob '*.py' --exclude site-packages --exclude test --exclude tests
+    python train.py config/quickstart.py
+    python sample.py --model out/quickstart -p "def "
+"""
+
+data_dir = "shards/stdlib"
+out_dir = "out/quickstart"
+
+n_layer = 4
+n_head = 2
+n_embd = 128
+block_size = 128
+flash = False  # at this size a CPU is faster with the (T, T) matrix written out
+
+batch_size = 8
+total_batch_size = batch_size * block_size
+
+learning_rate = 4e-3
+min_lr = 0.0
+warmup_steps = 200
+max_steps = 4_000
+beta2 = 0.99  # small batches are noisy: remember longer
+
+log_every = 50
+eval_every = 2_000
+eval_tokens = 1_000_000  # all there are
+checkpoint_every = 2_000
+sample_every = 2_000
+sample_prompt = "def "
+sample_tokens = 120
