@@ -1,0 +1,31 @@
+# The two commands of a newcomer. Both need only Python 3.10 or newer, and a way to get packages.
+#
+#     make quickstart      a small GPT learns Python on this machine in a few minutes, then writes some
+#     make test            the test suite
+
+PYTHON ?= python3
+BIN := .venv/bin
+STDLIB = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+
+.PHONY: quickstart test clean
+
+quickstart: $(BIN)/installed
+	@echo "== 1/3  shards: the source of Python's standard library, a token for each byte"
+	@$(BIN)/python data.py "$(STDLIB)" --out shards/stdlib --tokenizer bytes --glob '*.py' \
+		--exclude site-packages --exclude dist-packages --exclude test --exclude tests --exclude idle_test
+	@echo "== 2/3  training: config/quickstart.py"
+	@$(BIN)/python train.py config/quickstart.py
+	@echo "== 3/3  what it writes after 'def ', 'class ' and 'import '"
+	@$(BIN)/python sample.py --model out/quickstart -p "def " -p "class " -p "import " -m 200 --temperature 0.8
+
+test: $(BIN)/installed
+	$(BIN)/python -m pytest -q
+
+# The stamp is renewed when requirements.txt is.
+$(BIN)/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv shards/stdlib out/quickstart

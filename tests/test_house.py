@@ -1,0 +1,97 @@
+"""The house: who imports whom, what an import does, and how long things may get."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import clean_environment
+
+ROOT = Path(__file__).parent.parent
+
+# What each file may import of the project: only what stands above it.
+HOUSE = {
+    "configurator": set(),
+    "runtime": set(),
+    "data": set(),
+    "model": set(),
+    "sample": {"runtime", "data", "model"},
+    "train": {"configurator", "runtime", "data", "model"},
+}
+HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def imported(nodes) -> set[str]:
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_file_is_in_the_table():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(HOUSE)
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_imports_only_go_down(name):
+    assert imported(ast.walk(tree(name))) & set(HOUSE) <= HOUSE[name]
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_importing_has_no_side_effects(name, tmp_path):
+    """In a new process: no socket is made, no file opened for writing, no process started, nothing heavy loaded."""
+    script = f"""
+import sys
+import torch, numpy, concurrent.futures, torch.nn.parallel, torch.distributed  # their own effects are not ours
+from typing import Literal
+def watch(event, arguments):
+    writing = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if writing or event.startswith(("socket.", "subprocess.", "os.mkdir", "os.remove", "os.rename")):
+        raise SystemExit(f"import of {name}: {{event}} {{arguments}}")
+sys.dont_write_bytecode = True
+sys.addaudithook(watch)
+import {name}
+heavy = {HEAVY!r} & set(sys.modules)
+if heavy:
+    raise SystemExit(f"import of {name} loads {{heavy}}")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_nothing_but_definitions_at_the_top_level(name):
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.If)
+    for node in tree(name).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        guard = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        assert docstring or guard or (isinstance(node, allowed) and not isinstance(node, ast.If)), node.lineno
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_functions_are_short_and_scripts_have_a_main(name):
+    functions = [node for node in ast.walk(tree(name)) if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        if (name, function.name) != ("train", "train"):
+            body = function.body[1:] if ast.get_docstring(function) else function.body
+            assert not body or function.end_lineno - body[0].lineno < 40, f"{name}.{function.name}"
+    if name not in ("configurator", "runtime", "model"):
+        assert "main" in {function.name for function in functions}
+
+
+def test_the_quickstart_is_what_readme_promises():
+    """`make -n` reads the Makefile without doing anything."""
+    run = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True)
+    for command in ("data.py", "train.py config/quickstart.py", "sample.py --model out/quickstart"):
+        assert command in run.stdout
