@@ -150,9 +150,9 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 4. The data -------------------------------------------------------------------------------------------------
     tokenizer = data.get_tokenizer(data.read_meta(config.data_dir).get("tokenizer", "gpt2"))  # published: no meta.json
-    windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
-    val_windows = data.Windows(data.open_shards(config.data_dir, "val"), config.block_size, tokenizer.vocab_size)
-    val_places = val_windows.first(config.eval_tokens)
+    windows = open_windows(config, "train", tokenizer)
+    val_windows = open_windows(config, "val", tokenizer) if config.eval_every else None
+    val_places = val_windows.first(config.eval_tokens) if config.eval_every else []
     batches = data.Batches(
         windows, config.batch_size, config.total_batch_size // config.block_size, machine.world_size, config.seed
     )
@@ -218,11 +218,11 @@ def train(config: TrainConfig) -> dict:
             stopping = stop.agreed(machine)
             if step > start_step and (due(config.checkpoint_every, step) or stopping):
                 folder = out_dir / f"step_{step:07d}"
+                log("checkpoint", step, folder=str(folder))  # first: a resume cuts the line if the folder never came
                 if machine.is_main:
                     state = dict(step=step, val_loss=val_loss if evaluated else None)
                     save_checkpoint(folder, raw_model, tokenizer, optimizer, scaler, config, state)
                     prune_checkpoints(out_dir, config.keep_checkpoints)
-                    log("checkpoint", step, folder=str(folder))
                 console.line(f"step {step:,} | saved {folder}")
                 machine.barrier()
             if stopping or step == config.max_steps:
@@ -282,7 +282,7 @@ def train(config: TrainConfig) -> dict:
     coming.close()
     log.close()
     machine.close()
-    say(stopped_message(stopping, step, out_dir) if stopping else closing_message(config, val_loss))
+    say(stopped_message(stopping, step) if stopping else closing_message(config, val_loss))
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
 
 
@@ -338,7 +338,11 @@ def share_of_peak(flops_per_s: float, machine: Runtime) -> float | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model and optimizer
+# Data, model and optimizer
+
+
+def open_windows(config: TrainConfig, split: str, tokenizer: data.Tokenizer) -> data.Windows:
+    return data.Windows(data.open_shards(config.data_dir, split), config.block_size, tokenizer.vocab_size)
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -434,7 +438,7 @@ class Console:
 
 
 class Log:
-    """metrics.jsonl, and W&B and TensorBoard where wanted: `log(kind, step, **values)`. Ranks above 0 write nothing."""
+    """`log(kind, step, **values)`: to metrics.jsonl, W&B and TensorBoard as wanted; to nothing on ranks above 0."""
 
     def __init__(self, config: TrainConfig, start_step: int, machine: Runtime):
         self.file = self.wandb = self.tensorboard = None
@@ -446,9 +450,11 @@ class Log:
         self.file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
         if config.wandb:
             wandb = optional_import("wandb", "wandb=True")
-            self.wandb = wandb.init(
-                project=config.wandb_project, id=out_dir.name, resume="allow", config=dataclasses.asdict(config)
-            )
+            id_file = out_dir / "wandb_id"  # by which a resumed run goes on in the same curve
+            if not id_file.exists():
+                id_file.write_text(wandb.util.generate_id())
+            names = dict(project=config.wandb_project, name=out_dir.name, id=id_file.read_text())
+            self.wandb = wandb.init(**names, resume="allow", config=dataclasses.asdict(config))
         if config.tensorboard:
             optional_import("tensorboard", "tensorboard=True")
             from torch.utils.tensorboard import SummaryWriter
@@ -654,9 +660,8 @@ def closing_message(config: TrainConfig, val_loss: float | None) -> str:
     return f"done: {config.max_steps:,} steps{val}; metrics in {config.out_dir}/metrics.jsonl"
 
 
-def stopped_message(number: int, step: int, out_dir: Path) -> str:
-    name = signal.Signals(number).name
-    return f"stopped by {name} after {step:,} steps, saved in {out_dir}; the same command goes on from there"
+def stopped_message(number: int, step: int) -> str:
+    return f"stopped by {signal.Signals(number).name} after {step:,} steps; the same command goes on from there"
 
 
 def diverged_message(step: int, config: TrainConfig) -> str:

@@ -5,7 +5,9 @@ import json
 import math
 import shutil
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -420,3 +422,29 @@ def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
 def test_an_out_dir_that_cannot_be_written(config, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert "file" in fails(capsys, *flags(config(out_dir=str(tmp_path / "file" / "run"))))
+
+
+# ---- Optional loggers ------------------------------------------------------------------------------------------------
+
+
+def test_wandb_gets_the_numbers_and_goes_on_in_the_same_run(config, monkeypatch):
+    """A stand-in for the package, which is not a requirement."""
+    inits, logged = [], []
+    run = SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: None)
+    stand_in = SimpleNamespace(
+        init=lambda **settings: inits.append(settings) or run, util=SimpleNamespace(generate_id=lambda: "abc123")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    train.train(config(wandb=True, max_steps=6, checkpoint_every=6, eval_every=6))
+    train.train(config(wandb=True, max_steps=8, checkpoint_every=6, eval_every=6))
+    assert [settings["id"] for settings in inits] == ["abc123", "abc123"]
+    assert [step for step, numbers in logged if "train/loss" in numbers] == list(range(8))
+    assert [step for step, numbers in logged if "val/loss" in numbers] == [0, 6, 8]
+
+
+def test_evaluation_off_needs_no_validation_shards(config, shards, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    for shard in copy.glob("*_val_*"):
+        shard.unlink()
+    assert len(losses(config(data_dir=str(copy), max_steps=2))) == 2
