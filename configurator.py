@@ -20,8 +20,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 def configure(cls: type, argv: list[str]) -> Any:
     """An instance of the dataclass `cls` with the settings of argv (config files and --key=value).
 
-    Raises ValueError with one line for each mistake: unknown names, wrong types, files that fail, and, when all of that
-    is right, whatever `cls.mistakes()` finds about the values together.
+    Raises ValueError with one line for each mistake: unknown names, wrong types, files that fail, and what
+    `cls.mistakes()` finds in the values together.
     """
     types_of = get_type_hints(cls)
     values = {field.name: field.default for field in dataclasses.fields(cls)}
@@ -41,7 +41,7 @@ def configure(cls: type, argv: list[str]) -> Any:
             assign(values, types_of, name, parse(text, types_of.get(name, str)), flag, mistakes)
 
     config = cls(**values)
-    if mistakes := mistakes or config.mistakes():
+    if mistakes := mistakes + config.mistakes():
         raise ValueError("\n".join(mistakes))
     return config
 

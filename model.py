@@ -11,6 +11,7 @@ Letters in shape comments:
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -352,8 +353,9 @@ class GPT(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.hf_state(), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(hf_config(self.config), indent=2) + "\n")
+        save_file(self.hf_state(), folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody else read it
 
     def hf_state(self) -> dict[str, torch.Tensor]:
         """Our parameters under transformers' names and in its orientation; biases we lack are zeros there."""

@@ -80,7 +80,7 @@ def sample(arguments: argparse.Namespace) -> None:
     for number, (text, ids) in enumerate(zip(texts, completions)):
         if number:
             print("-" * 40)
-        print(text + tokenizer.decode([i for i in ids if i != tokenizer.end_of_text]))
+        print(data.printable(text + tokenizer.decode([i for i in ids if i != tokenizer.end_of_text])))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -213,7 +213,7 @@ def train(config: TrainConfig) -> dict:
             if fresh and due(config.sample_every, step) and machine.is_main:
                 text = sample_text(raw_model, tokenizer, config, machine)
                 log("sample", step, text=text)
-                console.line(f"step {step:,} | sample:\n{text}\n")
+                console.line(f"step {step:,} | sample:\n{data.printable(text)}\n")
 
             stopping = stop.agreed(machine)
             if step > start_step and (due(config.checkpoint_every, step) or stopping):
@@ -259,6 +259,7 @@ def train(config: TrainConfig) -> dict:
             train_seconds, steps_timed = train_seconds + time.perf_counter() - t0, steps_timed + 1
             # ======== END OF TRAINING ========
 
+            console.bar.update()
             skipped = 0 if math.isfinite(grad_norm) else skipped + 1
             if skipped:
                 console.line(f"step {step:,} | gradient not finite: step skipped, the weights are as before")
@@ -428,7 +429,6 @@ class Console:
         speed = f"{record['tokens_per_s']:,.0f} tok/s" + (f" | mfu {record['mfu']:.1%}" if record["mfu"] else "")
         if self.on_terminal:
             self.bar.set_postfix_str(f"loss {record['loss']:.4f} | {speed}", refresh=False)
-            self.bar.update(step + 1 - self.bar.n)
         else:
             minutes_left = (self.max_steps - 1 - step) * record["ms"] / 60_000
             self.line(

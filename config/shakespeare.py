@@ -4,33 +4,34 @@
     python train.py config/shakespeare.py
     python sample.py --model out/shakespeare -p "ROMEO:" -m 300
 
-Any text file will do; the one everybody uses is char-rnn's tinyshakespeare.txt, 1.1 MB. On it, with 6 layers of width
-192, the text is seen 37 times: dropout keeps the model from learning it by heart, and the checkpoint with the best
-validation loss is kept.
+Any text file will do; the one everybody uses is char-rnn's tinyshakespeare.txt, 1.1 MB, of which the run sees each byte
+five times. 12 minutes on 2 CPU cores end at a validation loss of 1.64 nats a byte; the checkpoint with the best one is
+kept.
 """
 
 data_dir = "shards/shakespeare"
 out_dir = "out/shakespeare"
 
 n_layer = 6
-n_head = 6
+n_head = 3
 n_embd = 192
-block_size = 256
-dropout = 0.2
+block_size = 128
+dropout = 0.1
+flash = False  # at this size a CPU is faster with the (T, T) matrix written out
 
-batch_size = 16
-total_batch_size = 32 * block_size
+batch_size = 8
+total_batch_size = batch_size * block_size
 
 learning_rate = 2e-3
-min_lr = 2e-4
-warmup_steps = 100
-max_steps = 4_500
+min_lr = 0.0
+warmup_steps = 300
+max_steps = 5_000
 beta2 = 0.99  # small batches are noisy: remember longer
 
-log_every = 10
-eval_every = 250
-eval_tokens = 110_000
-checkpoint_every = 250
-sample_every = 500
+log_every = 50
+eval_every = 500
+eval_tokens = 1_000_000  # all there are
+checkpoint_every = 500
+sample_every = 1_000
 sample_prompt = "ROMEO:"
 sample_tokens = 200
