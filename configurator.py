@@ -49,17 +49,20 @@ def configure(cls: type, argv: list[str]) -> Any:
 def run_config_file(path: str, values: dict) -> tuple[dict, list[str]]:
     """Run one config file over the values so far -> (what it assigned, its mistakes)."""
     if not Path(path).is_file():
+        if Path(path).is_dir():
+            return {}, [f"{path}: a folder, not a config file"]
         there = sorted(map(str, Path(path).parent.glob("*.py")))
         close = difflib.get_close_matches(path, there, n=1)
         hint = f": did you mean {close[0]}?" if close else ". A config file is Python, a setting is --key=value"
         return {}, [f"{path}: no such config file{hint}"]
     namespace = dict(values)
     try:
-        exec(compile(Path(path).read_text(), path, "exec"), namespace)
-    except Exception as error:
+        exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", None)
-        return {}, [f"{path}, line {line}: {type(error).__name__}: {error}"]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return {}, [f"{path}, line {line}: {reason}" if line else f"{path}: {reason}"]
 
     # Names with a leading underscore are the file's own; so are what it imports and defines.
     own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
@@ -84,7 +87,7 @@ def accepts(annotation: Any, value: Any) -> bool:
     if get_origin(annotation) in (Union, types.UnionType):
         return any(accepts(one, value) for one in get_args(annotation))
     if annotation is float:
-        return type(value) in (int, float)
+        return type(value) is float or (type(value) is int and abs(value) < 1e300)
     return type(value) is annotation
 
 

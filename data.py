@@ -15,18 +15,16 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch  # only prefetch() needs it: without it this command starts in a tenth of a second
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -120,7 +118,7 @@ def get_tokenizer(name_or_vocab_size: str | int) -> Tokenizer:
 
 def printable(text: str) -> str:
     """Text for a terminal: control characters, which move its cursor and ring its bell, become U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\r\t" else c for c in text)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
@@ -201,7 +199,10 @@ class Shard:
 def open_shard(path: Path) -> Shard:
     """Memory-map one shard, checked: ours and llm.c's .bin, or build-nanogpt's .npy. ValueError if it is damaged."""
     if path.suffix == ".npy":
-        tokens = np.load(path, mmap_mode="r")
+        try:
+            tokens = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}: not a whole .npy file ({error}). Copy it or make it again") from None
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"{path}: holds {tokens.dtype} of shape {tokens.shape}; tokens are a row of uint16")
         return Shard(path, tokens)
@@ -226,22 +227,35 @@ def open_shard(path: Path) -> Shard:
 def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     """All shards of a split, in the order of their names. ValueError if there are none, or one is not whole."""
     folder = Path(data_dir)
-    paths = sorted(p for p in folder.glob(f"*_{split}_*") if p.suffix in (".bin", ".npy"))
+    paths = sorted(p for p in folder.glob("*") if re.search(rf"_{split}_\d+\.(bin|npy)$", p.name))
     if not paths:
         what = f"no {split} shards in {folder}" if folder.is_dir() else f"no folder {folder}"
         raise ValueError(f"data_dir: {what}; make them with: python data.py TEXT --out {folder}")
-    if not read_meta(folder).get("complete", True):
+    meta = read_meta(folder)
+    if not meta.get("complete", True):
         raise ValueError(f"{folder}: still being written, or interrupted; run the command that makes it again")
-    return [open_shard(path) for path in paths]
+    shards = [open_shard(path) for path in paths]
+    promised = {row["file"]: row["tokens"] for row in meta.get("shards", {}).get(split, [])}
+    found = {shard.path.name: len(shard.tokens) for shard in shards}
+    for name in promised.keys() | found.keys() if promised else ():
+        if promised.get(name) != found.get(name):
+            raise ValueError(
+                f"{folder / name}: {found.get(name, 'no')} tokens here, {promised.get(name, 'none')} by meta.json; "
+                "copy the folder whole, or make it again"
+            )
+    return shards
 
 
 def read_meta(data_dir: str | Path) -> dict:
     """meta.json of a shard folder; empty where there is none, as beside published shards. ValueError if unreadable."""
     path = Path(data_dir) / "meta.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        meta = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); make the shards again") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("tokenizer", ""), str):
+        raise ValueError(f"{path}: not what data.py writes; make the shards again")
+    return meta
 
 
 def write_meta(folder: Path, meta: dict) -> None:
@@ -307,6 +321,11 @@ class Batches:
         self.windows_per_epoch = int(self.ends[-1])
         if self.windows_per_epoch == 0:
             raise ValueError(windows.too_small("training", 2 * T))
+        if self.windows_per_epoch < windows_per_step:
+            raise ValueError(
+                f"{windows.shards[0].path.parent}: {windows.n_tokens:,} training tokens make {self.windows_per_epoch} "
+                f"windows of {T}, too few for a step of {windows_per_step}; take more text or a lower total_batch_size"
+            )
         self.epoch = functools.lru_cache(maxsize=2)(self.draw_epoch)  # two: a step may lie across an epoch's end
 
     def draw_epoch(self, epoch: int) -> tuple[np.ndarray, int]:
@@ -332,9 +351,9 @@ class Batches:
         return self.windows.read(self.places(step, micro_step, rank))
 
 
-def prefetch(make: Callable[..., np.ndarray], keys: Iterator[tuple], device: "torch.device") -> Iterator[tuple]:
-    """For each key, (x, y) = make(*key) on the device, (B, T) each; the next one is read while this one is in use."""
-    import torch
+def prefetch(make: Callable[..., np.ndarray], keys: Iterator[tuple], device) -> Iterator[tuple]:
+    """For each key, (x, y) = make(*key) on the torch.device, (B, T) each; the next is read while this one is in use."""
+    import torch  # here alone, so that this file's command starts in a tenth of a second
 
     def read(key):
         batch = torch.from_numpy(make(*key))
@@ -343,7 +362,8 @@ def prefetch(make: Callable[..., np.ndarray], keys: Iterator[tuple], device: "to
     with ThreadPoolExecutor(max_workers=1) as thread:
         coming = thread.submit(read, next(keys))
         while coming:
-            batch = coming.result().to(device, non_blocking=True)
+            # Only from pinned memory: otherwise the copy may still be reading when the memory is freed.
+            batch = coming.result().to(device, non_blocking=device.type == "cuda")
             key = next(keys, None)
             coming = thread.submit(read, key) if key is not None else None
             yield batch[:, :-1], batch[:, 1:]
@@ -353,10 +373,11 @@ def prefetch(make: Callable[..., np.ndarray], keys: Iterator[tuple], device: "to
 # The command
 
 
-def find_files(paths: list[str], pattern: str, exclude: list[str]) -> list[Path]:
-    """Files, folders and globs -> text files, sorted, so that their order depends on nothing but their names.
+def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) -> list[Path]:
+    """Files, folders and globs -> text files, each once, in an order that depends on nothing but their names.
 
-    In folders, hidden files and folders are passed over, and so is whatever has a part that matches `exclude`.
+    In folders, hidden files and folders are passed over, and so is whatever has a part that matches `exclude`. What
+    lies in `out` was written by an earlier run and is no input.
     """
     files = []
     for path in paths:
@@ -370,6 +391,8 @@ def find_files(paths: list[str], pattern: str, exclude: list[str]) -> list[Path]
                 files.append(one)
             else:
                 raise ValueError(f"{one}: no such file or folder")
+    once = {path.resolve(): path for path in reversed(files) if out.resolve() not in path.resolve().parents}
+    files = [path for path in files if once.get(path.resolve()) is path]
     if not files:
         raise ValueError(f"{' '.join(paths)}: no files match {pattern!r} (see --glob and --exclude)")
     return files
@@ -460,34 +483,56 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.shard_tokens < 1:
         parser.error(f"--shard_tokens={arguments.shard_tokens}: it must be at least 1")
-    if not 0 <= arguments.val_fraction <= 0.5:
-        parser.error(f"--val_fraction={arguments.val_fraction}: it must be from 0 to 0.5")
+    if arguments.val_fraction != 0 and not 1e-6 <= arguments.val_fraction <= 0.5:
+        parser.error(f"--val_fraction={arguments.val_fraction}: it must be 0, or from 0.000001 to 0.5")
     return arguments
 
 
-def shard_local_text(arguments: argparse.Namespace) -> None:
-    files = find_files(arguments.paths, arguments.glob, arguments.exclude)
-    source = vars(arguments) | {"out": None, "files": len(files), "bytes": sum(f.stat().st_size for f in files)}
-    if source["bytes"] == 0:
+def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
+    """What decides the shards' bytes, for meta.json: the options, and a hash over the files' names and contents."""
+    digest, size = hashlib.sha256(), 0
+    for path in files:
+        content = path.read_bytes()
+        digest.update(path.name.encode() + hashlib.sha256(content).digest())
+        size += len(content)
+    if size == 0:
         raise ValueError(f"{files[0]}{' and others' * (len(files) > 1)}: empty; there is no text to tokenise")
-    out = Path(arguments.out)
+    options = {name: value for name, value in vars(arguments).items() if name != "out"}
+    return options | dict(files=len(files), bytes=size, sha256=digest.hexdigest())
+
+
+def prepare_folder(out: Path, source: dict) -> bool:
+    """Make `out` ready to be written, with a meta.json that calls it incomplete; False if it is finished already.
+
+    Only what an interrupted run left is removed. Finished shards of something else are a ValueError.
+    """
     before = read_meta(out)
     if before.get("complete") and before.get("source") == source:
-        print(f"{out}: already made from these {len(files)} files")
-        return
-    if before.get("complete") or (not before and list(out.glob("*.bin"))):
+        return False
+    if before.get("complete"):
         raise ValueError(f"{out}: holds shards made from something else; choose another --out or delete that folder")
-
-    # Until all is written meta.json says so; what an interrupted run left is made again, with the same bytes.
     out.mkdir(parents=True, exist_ok=True)
     write_meta(out, dict(source=source, complete=False))
-    for left_over in out.glob(f"{out.name}_*"):
-        left_over.unlink()
+    for path in out.iterdir():
+        if re.fullmatch(rf"{re.escape(out.name)}_(train|val)_\d+\.bin(\.tmp)?", path.name):
+            path.unlink()
+    return True
+
+
+def shard_local_text(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out).resolve()
+    if not read_meta(out) and out.is_dir() and any(path.name != "meta.json.tmp" for path in out.iterdir()):
+        raise ValueError(f"{out}: holds files that this command did not write; choose a new folder for --out")
+    files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
+    source = describe(arguments, files)
+    if not prepare_folder(out, source):
+        print(f"{arguments.out}: already made from these {len(files)} files")
+        return
     tokenizer = get_tokenizer(arguments.tokenizer)
     meta = make_shards(files, out, tokenizer, arguments.shard_tokens, arguments.val_fraction, arguments.seed)
     write_meta(out, meta | dict(source=source, complete=True))
     print(
-        f"{out}: {meta['documents']:,} documents, {meta['tokens']['train']:,} training and "
+        f"{arguments.out}: {meta['documents']:,} documents, {meta['tokens']['train']:,} training and "
         f"{meta['tokens']['val']:,} validation tokens ({tokenizer.name})"
     )
 
@@ -498,6 +543,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("data.py: interrupted; the same command makes the shards again", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

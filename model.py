@@ -293,16 +293,15 @@ class GPT(nn.Module):
         block_size, device = self.config.block_size, self.lm_head.weight.device
         for prompt in prompts:
             if not 0 < len(prompt) <= block_size:
-                raise ValueError(f"a prompt of {len(prompt)} tokens: the model takes 1 to {block_size}")
+                raise ValueError(f"a prompt of {len(prompt)} tokens: this model takes 1 to {block_size}; shorten it")
         seeds = range(len(prompts)) if seeds is None else seeds
-        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        draws = torch.stack(draws).to(device)  # (B, max_new_tokens), the same on every device
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same for every device
 
         rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
         cache, was_training = None, self.training
         self.eval()
         try:
-            for step in range(max_new_tokens):
+            for _ in range(max_new_tokens):
                 # 1. Compute what the cache lacks: the last tokens, or, at first and when it is full, all that is seen.
                 # Positions are learned, so once the window slides every cached key stands at a wrong one.
                 if cache is None or cache.length == block_size:
@@ -314,9 +313,9 @@ class GPT(nn.Module):
                 logits = self.padded_logits(self.hidden(idx.to(device), cache)[:, -1])  # (B, PV)
 
                 # 2. Choose, 3. remember, 4. hand over.
-                chosen = sample(
-                    logits[:, : self.config.vocab_size].float(), draws[:, step], temperature, top_k
-                ).tolist()
+                draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(device)  # (B)
+                logits = logits[:, : self.config.vocab_size].float()
+                chosen = sample(logits, draws, temperature, top_k).tolist()
                 for row, token in zip(rows, chosen):
                     row.append(token)
                 yield [None if done else token for done, token in zip(ended, chosen)]
@@ -341,6 +340,7 @@ class GPT(nn.Module):
         Any GPT2LMHeadModel in safetensors will do. `settings` are GPTConfig fields that do not change the function:
         dropout, flash, pad_vocab. Raises ValueError when the files cannot be had or do not fit.
         """
+        name = resolve(name)
         config_file, weights_file = (locate(name, file) for file in ("config.json", "model.safetensors"))
         config = read_config(config_file, **settings)
         model = cls(config)
@@ -415,7 +415,7 @@ def sample(logits: torch.Tensor, draw: torch.Tensor, temperature: float = 1.0, t
     The draw is turned into a token by inverting the cumulative distribution, so a row's token depends on nothing but
     its own logits and its own number.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # so close to 0 that only the likeliest is left
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
@@ -466,7 +466,9 @@ def read_config(file: Path, **settings) -> GPTConfig:
         hf = json.loads(Path(file).read_text())
         shape = dict(vocab_size=hf["vocab_size"], block_size=hf["n_positions"])
         shape |= {name: hf[name] for name in ("n_layer", "n_head", "n_embd")}
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        if not all(type(size) is int for size in shape.values()):
+            raise TypeError(f"sizes are not integers: {shape}")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
     expected = {
         "model_type": "gpt2",
@@ -498,16 +500,21 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 def checkpoints(run: str | Path) -> list[Path]:
     """The checkpoints of a run's folder (step_0000100, step_0000200, ...), oldest first; empty if there are none."""
-    return sorted(config.parent for config in Path(run).glob("step_*/config.json"))
+    folders = [path for path in Path(run).glob("step_*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+
+
+def resolve(name: str | Path) -> str | Path:
+    """A run's folder -> its newest checkpoint; any other name of a model stays as it is."""
+    return checkpoints(name)[-1] if checkpoints(name) else name
 
 
 def locate(name: str | Path, file: str) -> Path:
-    """Path of one file of a model: in a checkpoint's folder, a run's newest, or the Hugging Face hub's cache."""
+    """Path of one file of a model: in its folder, or in the Hugging Face hub's cache, fetched if need be."""
     if Path(name).is_dir():
-        folder = checkpoints(name)[-1] if checkpoints(name) else Path(name)
-        if not (folder / file).is_file():
+        if not (Path(name) / file).is_file():
             raise ValueError(f"{name}: no {file} in this folder; a checkpoint has config.json and model.safetensors")
-        return folder / file
+        return Path(name) / file
     if Path(name).parent != Path() and Path(name).parent.is_dir():
         there = ", ".join(sorted(p.name for p in Path(name).parent.iterdir() if p.is_dir())) or "no folders"
         raise ValueError(f"{name}: no such folder; in {Path(name).parent} there are {there}")

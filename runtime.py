@@ -4,6 +4,7 @@ Each choice left on "auto" comes with a sentence that says why, so that nobody h
 """
 
 import os
+import re
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense bf16 (fp16 on V100 and T4) FLOP/s by the makers' data sheets; the first name found in the device's name counts.
+# Dense bf16 (fp16 on V100 and T4) FLOP/s by the makers' data sheets; the first that the device's name has as a word.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -23,6 +24,7 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
+    "A10G": 70e12,
     "A10": 125e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -67,12 +69,13 @@ class Runtime:
 
     def device_name(self) -> str:
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{self.device.type} ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else "mps"
+            return f"{self.device}, {torch.cuda.get_device_name(self.device)}"
+        return f"cpu, {torch.get_num_threads()} threads" if self.device.type == "cpu" else str(self.device)
 
     def peak_flops(self) -> float | None:
         """The device's dense half-precision FLOP/s where the data sheet is known, else None."""
-        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_name()), None)
+        here = self.device_name()
+        return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", here)), None)
 
     def close(self) -> None:
         if self.world_size > 1:
@@ -84,62 +87,62 @@ def start(device: str = "auto", dtype: str = "auto", tf32: bool = True) -> Runti
 
     Raises ValueError for a device that is not there.
     """
-    rank, local_rank, world_size = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
-    device, device_note = choose_device(device, local_rank, world_size)
-    dtype, dtype_note = choose_dtype(dtype, device)
-
+    # torchrun tells each process its place; without torchrun it is alone.
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device, why = choose_device(device, world_size, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Products of float32 matrices with 10 bits of mantissa instead of 23, on tensor cores.
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    dtype, dtype_note = choose_dtype(dtype, device)
+
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-        device_note += f"; {world_size} processes over {backend}"
-    return Runtime(device, dtype, rank, world_size, [f"device: {device_note}", f"dtype: {dtype_note}"])
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
+        why += f"; {world_size} processes over {backend}"
+    machine = Runtime(device, dtype, rank, world_size)
+    machine.notes.extend([f"device: {machine.device_name()} ({why})", f"dtype: {dtype_note}"])
+    return machine
 
 
-_TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-
-
-def choose_device(setting: str, local_rank: int = 0, world_size: int = 1) -> tuple[torch.device, str]:
-    """ "auto", "cpu", "cuda", "cuda:1" or "mps" -> the device and why it was taken."""
+def choose_device(
+    setting: str, world_size: int = 1, local_rank: int = 0, local_size: int = 1
+) -> tuple[torch.device, str]:
+    """The device for "auto", "cpu", "cuda", "cuda:1" or "mps", and why. Each local process gets a GPU of its own."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    name, why = setting, "as set"
     if setting == "auto":
-        # DistributedDataParallel knows no mps: several processes on a Mac run on its CPU.
+        # DistributedDataParallel knows no mps: several processes on Macs run on their CPUs.
+        has_mps = has_mps and world_size == 1
         name, why = (
-            ("cuda", "found")
-            if has_cuda
-            else ("mps", "found")
-            if has_mps and world_size == 1
-            else ("cpu", "no GPU here")
+            "cuda" if has_cuda else "mps" if has_mps else "cpu",
+            "found" if has_cuda or has_mps else "no GPU here",
         )
-    else:
-        name, why = setting, "as set"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={setting}: not a device; use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device={setting}: this code runs on cpu, cuda and mps")
-    if device.type == "mps" and not has_mps:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device={setting}: not a device; use auto, cpu, cuda, cuda:1 or mps")
+    if name == "mps" and not has_mps:
         raise ValueError("device=mps: this PyTorch sees no Apple GPU here; use --device=cpu")
-    if device.type == "cuda":
-        if not has_cuda:
-            raise ValueError(
-                f"device={setting}: PyTorch {torch.__version__} sees no CUDA GPU here; use --device=cpu, or install a "
-                "driver and a CUDA build of PyTorch"
-            )
-        index = local_rank if device.index is None or world_size > 1 else device.index
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"GPU number {index} asked for, but this machine has {torch.cuda.device_count()}")
-        device = torch.device("cuda", index)
-        return device, f"{device}, {torch.cuda.get_device_name(device)} ({why})"
-    return device, f"{device} ({why})"
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device, why
+
+    if not has_cuda:
+        raise ValueError(
+            f"device={setting}: PyTorch {torch.__version__} sees no CUDA GPU here; use --device=cpu, or install a "
+            "driver and a CUDA build of PyTorch"
+        )
+    count = torch.cuda.device_count()
+    if local_size > count:  # said by every process, not only by those that go without
+        raise ValueError(f"{local_size} processes but {count} GPUs on this machine; use --nproc_per_node={count}")
+    index = local_rank if device.index is None or local_size > 1 else device.index
+    if index >= count:
+        raise ValueError(f"device={setting}: this machine has {count} GPUs, counted from 0")
+    return torch.device("cuda", index), why
 
 
 def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """ "auto", "fp32", "bf16" or "fp16" -> the precision of matrix products and why it was taken."""
+    """The precision of matrix products for "auto", "fp32", "bf16" or "fp16", and why it was taken."""
     if setting != "auto":
         if setting == "fp16" and device.type != "cuda":
             raise ValueError(f"dtype=fp16 is for CUDA GPUs without bf16; on {device.type} use bf16 or fp32")
@@ -164,7 +167,9 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def choose_compile(setting: bool | str, device: torch.device, seconds: float) -> tuple[bool, str]:
-    """ "auto", True or False -> whether to torch.compile a run expected to last so many seconds, and why."""
+    """Whether to torch.compile a run expected to last so many seconds, for "auto", True or False, and why."""
+    if setting is True and (missing := missing_for_compile(device)):
+        raise ValueError(f"compile=True: {missing}; use --compile=False, or install what is missing")
     if setting != "auto":
         return setting, f"{'on' if setting else 'off'} (as set)"
     # Compiling takes 15 to 60 s. A GPU wins that back in a minute or two; a CPU gains some 15 %, if anything.

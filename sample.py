@@ -13,7 +13,7 @@ from pathlib import Path
 
 import data
 import runtime
-from model import GPT, GPTConfig, checkpoints
+from model import GPT, GPTConfig, checkpoints, resolve
 
 HELLO = "Hello, I'm a language model,"
 
@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)")
     arguments = parser.parse_args(argv)
     for name, least in (("max_tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not getattr(arguments, name) >= least:
+        if not least <= getattr(arguments, name) < 2**62:
             parser.error(f"--{name} {getattr(arguments, name)}: it must be at least {least}")
     arguments.prompt = arguments.prompt or [HELLO]
     return arguments
@@ -52,8 +52,7 @@ def load_model(name: str | None) -> tuple[GPT, str]:
     if source is None:
         model = GPT(GPTConfig())
         return model, "UNTRAINED GPT-2 124M: no checkpoint under out/, so what follows is noise (try --model gpt2)"
-    if saved := checkpoints(source):
-        source = saved[-1]
+    source = resolve(source)
     model = GPT.from_pretrained(source)
     return model, f"{source}, {model.num_params():,} parameters"
 
@@ -84,11 +83,15 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the model's letters
     try:
-        sample(parse_arguments(argv))
+        sample(arguments)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The same command goes on where a stopped run left off, and says so when there is
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,7 +62,7 @@ class TrainConfig:
 
     # The optimizer
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd has momentum beta1
-    learning_rate: float = 6e-4  # peak
+    learning_rate: float = 6e-4  # its peak, after the warm-up
     min_lr: float = 6e-5  # where cosine and wsd end
     lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # wsd: constant, then a straight line down
     warmup_steps: int = 715  # straight line up from 0
@@ -97,9 +100,9 @@ class TrainConfig:
         at_least |= {field.name: 0 for field in dataclasses.fields(self) if field.name.endswith("_every")}
         at_least |= dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip"), 0)
         wrong = [
-            f"{name} is {getattr(self, name)}: it must be at least {least}"
+            f"{name} is {getattr(self, name)}: it must be at least {least}, and below 2^63"
             for name, least in at_least.items()
-            if not (least <= getattr(self, name) < math.inf)
+            if not least <= getattr(self, name) < 2**63
         ]
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -133,8 +136,11 @@ def train(config: TrainConfig) -> dict:
     out_dir = Path(config.out_dir)
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
-    checkpoint = find_checkpoint(config, machine)
+    check_writable(out_dir)
+    checkpoint = find_checkpoint(config)
     start_step = read_state(checkpoint)["step"] if checkpoint else 0
+    if machine.sum(torch.tensor(float(start_step), device=machine.device)) != start_step * machine.world_size:
+        raise ValueError(f"out_dir {out_dir} has other checkpoints on other machines; it must be on a disk they share")
     if checkpoint and start_step >= config.max_steps:
         say(finished_message(checkpoint, config))
         machine.close()
@@ -151,7 +157,7 @@ def train(config: TrainConfig) -> dict:
     # ---- 4. The data -------------------------------------------------------------------------------------------------
     tokenizer = data.get_tokenizer(data.read_meta(config.data_dir).get("tokenizer", "gpt2"))  # published: no meta.json
     windows = open_windows(config, "train", tokenizer)
-    val_windows = open_windows(config, "val", tokenizer) if config.eval_every else None
+    val_windows = open_windows(config, "val", tokenizer) if config.eval_every else None  # (n, T + 1) tokens
     val_places = val_windows.first(config.eval_tokens) if config.eval_every else []
     batches = data.Batches(
         windows, config.batch_size, config.total_batch_size // config.block_size, machine.world_size, config.seed
@@ -181,21 +187,25 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 7. Compile, then wrap. Only raw_model is evaluated, sampled and saved: it has the same parameters, its names
     # ----    carry no prefix, and shapes that differ from training's do not make the compiled one compile again. ------
-    seconds = runtime.expected_seconds(flops_per_step * (config.max_steps - start_step), machine)
+    # Whether compiling pays is decided by the whole run, not by what is left: a resumed run computes as before.
+    seconds = runtime.expected_seconds(flops_per_step * config.max_steps, machine)
     compiled, compile_note = runtime.choose_compile(config.compile, machine.device, seconds)
     model = torch.compile(raw_model) if compiled else raw_model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     for note in (*machine.notes, f"compile: {compile_note}"):
         say(note)
 
     # ---- 8. The loop. It goes one past the last update, so that what came of it is evaluated and saved too -----------
+    if machine.is_main:
+        clean_out_dir(config, start_step)
     log = Log(config, start_step, machine)
     log("run", start_step, **run_facts(config, machine, raw_model, compiled))
     micro_steps = ((s, k, machine.rank) for s in range(start_step, config.max_steps) for k in range(n_accumulate))
     coming = data.prefetch(batches.batch, micro_steps, machine.device)
-    val_loss, train_seconds, steps_timed, skipped = None, 0.0, 0, 0
+    val_loss, train_seconds, steps_timed = None, 0.0, 0
+    skipped, skipped_in_a_row = 0, 0
 
     def due(every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == config.max_steps)
@@ -259,11 +269,12 @@ def train(config: TrainConfig) -> dict:
             train_seconds, steps_timed = train_seconds + time.perf_counter() - t0, steps_timed + 1
             # ======== END OF TRAINING ========
 
-            console.bar.update()
-            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-            if skipped:
+            console.tick()
+            skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
+            if skipped_in_a_row:
+                skipped += 1
                 console.line(f"step {step:,} | gradient not finite: step skipped, the weights are as before")
-            if skipped == MAX_SKIPPED:
+            if skipped_in_a_row == MAX_SKIPPED:
                 raise ValueError(diverged_message(step, config))
             if due(config.log_every, step) or (config.log_every and step == config.max_steps - 1):
                 seconds = train_seconds / steps_timed
@@ -271,6 +282,7 @@ def train(config: TrainConfig) -> dict:
                     loss=machine.sum(loss).item() / machine.world_size,  # nats a token, over all pieces and ranks
                     lr=lr,
                     grad_norm=grad_norm,
+                    skipped=skipped,  # steps since the start of this process
                     tokens_per_s=config.total_batch_size / seconds,
                     mfu=share_of_peak(flops_per_step / seconds, machine),
                     ms=1000 * seconds,
@@ -283,7 +295,7 @@ def train(config: TrainConfig) -> dict:
     coming.close()
     log.close()
     machine.close()
-    say(stopped_message(stopping, step) if stopping else closing_message(config, val_loss))
+    say(stopped_message(stopping, step, config) if stopping else closing_message(config, val_loss))
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
 
 
@@ -424,6 +436,10 @@ class Console:
         if self.is_main:
             self.bar.write(text) if self.on_terminal else print(text, flush=True)
 
+    def tick(self) -> None:
+        """One step is done."""
+        self.bar.update()
+
     def step(self, step: int, record: dict) -> None:
         """Show one training record (the dict that goes to metrics.jsonl)."""
         speed = f"{record['tokens_per_s']:,.0f} tok/s" + (f" | mfu {record['mfu']:.1%}" if record["mfu"] else "")
@@ -445,14 +461,13 @@ class Log:
         if not machine.is_main:
             return
         out_dir = Path(config.out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
         cut_metrics(out_dir / "metrics.jsonl", start_step)
         self.file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
         if config.wandb:
             wandb = optional_import("wandb", "wandb=True")
             id_file = out_dir / "wandb_id"  # by which a resumed run goes on in the same curve
             if not id_file.exists():
-                id_file.write_text(wandb.util.generate_id())
+                id_file.write_text(uuid.uuid4().hex[:8])
             names = dict(project=config.wandb_project, name=out_dir.name, id=id_file.read_text())
             self.wandb = wandb.init(**names, resume="allow", config=dataclasses.asdict(config))
         if config.tensorboard:
@@ -463,7 +478,9 @@ class Log:
 
     def __call__(self, kind: str, step: int, **values) -> None:
         if self.file:
-            print(json.dumps(dict(step=step, kind=kind) | values), file=self.file, flush=True)
+            # JSON has no NaN: a number that is none becomes null.
+            finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+            print(json.dumps(dict(step=step, kind=kind) | finite), file=self.file, flush=True)
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, float)}
         if self.wandb and numbers:
             self.wandb.log(numbers, step=step)
@@ -481,11 +498,11 @@ class Log:
 def cut_metrics(path: Path, step: int) -> None:
     """Drop from metrics.jsonl what a run going on from `step` will write again, and a line that a kill cut short."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
             record = json.loads(line)
             # At the checkpoint's own step all was done but the training.
-            if record["step"] < step or (record["step"] == step > 0 and record["kind"] != "train"):
+            if record["step"] < step or (record["step"] == step and record["kind"] != "train"):
                 kept.append(line)
     data.write_whole(path, "".join(line + "\n" for line in kept).encode())
 
@@ -524,24 +541,23 @@ def run_facts(config: TrainConfig, machine: Runtime, model: GPT, compiled: bool)
 # Checkpoints: a folder out_dir/step_0001000 that exists is whole
 
 
-def find_checkpoint(config: TrainConfig, machine: Runtime) -> Path | None:
-    """The checkpoint to go on from, or None. With resume=never, a run that is there is moved aside first."""
-    out_dir = Path(config.out_dir)
-    if config.resume == "never":
-        if machine.is_main and out_dir.exists() and any(out_dir.iterdir()):
-            aside = next(p for n in range(1, 10_000) if not (p := out_dir.with_name(f"{out_dir.name}.old{n}")).exists())
-            out_dir.rename(aside)
-            print(f"resume=never: {out_dir} is moved to {aside}")
-        machine.barrier()
-    saved = checkpoints(out_dir)
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from: out_dir's newest, or None. ValueError if it is not whole or of another shape."""
+    saved = checkpoints(config.out_dir) if config.resume == "auto" else []
     if not saved:
         return None
+    for name in CHECKPOINT_FILES:
+        if not (saved[-1] / name).is_file():
+            raise ValueError(f"{saved[-1]}: {name} is missing; delete this folder to go on from the one before it")
     settings = read_state(saved[-1])["settings"]
     for name in FIXED_BY_CHECKPOINT:
-        if settings[name] != getattr(config, name):
+        if settings.get(name) != getattr(config, name):
             raise ValueError(
-                f"{saved[-1]} was trained with {name}={settings[name]}, but {name}={getattr(config, name)} is set: use "
-                "another out_dir, or --resume=never to start over"
+                f"{saved[-1]} was trained with {name}={settings.get(name)}, but {name}={getattr(config, name)} is set: "
+                "use another out_dir, or --resume=never to start over"
             )
     return saved[-1]
 
@@ -549,27 +565,66 @@ def find_checkpoint(config: TrainConfig, machine: Runtime) -> Path | None:
 def read_state(checkpoint: Path) -> dict:
     """settings.json of a checkpoint: step, val_loss (None if not evaluated at that step), settings."""
     try:
-        return json.loads((checkpoint / "settings.json").read_text())
-    except (OSError, ValueError) as error:
+        state = json.loads((checkpoint / "settings.json").read_text())
+        return dict(step=int(state["step"]), val_loss=state["val_loss"], settings=dict(state["settings"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{checkpoint}: settings.json cannot be read ({error}); delete this folder to go on from the one before it"
         ) from None
 
 
+def check_writable(out_dir: Path) -> None:
+    """Find out now, not at the first checkpoint, whether out_dir can be written."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"out_dir {out_dir} cannot be written ({error.strerror}); choose another --out_dir") from None
+
+
+def clean_out_dir(config: TrainConfig, start_step: int) -> None:
+    """Make room for a run from start_step: what a kill left goes, what another run wrote is moved aside."""
+    out_dir = Path(config.out_dir).resolve()
+    if config.resume == "never" and any(out_dir.iterdir()):
+        print(f"resume=never: the old run is moved to {move_aside(out_dir)}")
+        out_dir.mkdir()
+    for left_over in out_dir.glob(".step_*"):
+        shutil.rmtree(left_over)
+    if start_step == 0 and (out_dir / "metrics.jsonl").exists():
+        move_aside(out_dir / "metrics.jsonl")
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a file or folder to its name with .old1, .old2, ... behind, whichever is free; returns the new path."""
+    aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.old{n}")).exists())
+    return path.rename(aside)
+
+
 def save_checkpoint(folder: Path, model: GPT, tokenizer, optimizer, scaler, config: TrainConfig, state: dict) -> None:
-    """Write model, tokenizer, optimizer and settings into a folder beside, fsync all, and rename it to `folder`."""
+    """Write model, tokenizer, optimizer and settings into a folder beside, fsync all, and rename it to `folder`.
+
+    Raises OSError when that fails, a full disk being the usual reason; the checkpoints before it are untouched.
+    """
     aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    data.save_tokenizer(tokenizer, aside, model.config.block_size)
-    # Only what the optimizer remembers: its settings are the run's.
-    torch.save(dict(optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict()), aside / "train_state.pt")
-    settings = json.dumps(state | dict(settings=dataclasses.asdict(config)), indent=2)
-    (aside / "settings.json").write_text(settings + "\n")
-    for path in (*aside.iterdir(), aside):
-        fsync(path)
-    aside.rename(folder)
-    fsync(folder.parent)
+    try:
+        model.save_pretrained(aside)
+        data.save_tokenizer(tokenizer, aside, model.config.block_size)
+        # Only what the optimizer remembers: its settings are the run's.
+        torch.save(
+            dict(optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict()), aside / "train_state.pt"
+        )
+        settings = json.dumps(state | dict(settings=dataclasses.asdict(config)), indent=2)
+        (aside / "settings.json").write_text(settings + "\n")
+        for path in (*aside.iterdir(), aside):
+            fsync(path)
+        aside.rename(folder)
+        fsync(folder.parent)
+    except Exception as error:  # safetensors and torch.save have types of their own for a disk that is full
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"{folder} could not be written ({error}); is the disk full? Earlier checkpoints are good"
+        ) from error
 
 
 def fsync(path: Path) -> None:
@@ -660,31 +715,47 @@ def closing_message(config: TrainConfig, val_loss: float | None) -> str:
     return f"done: {config.max_steps:,} steps{val}; metrics in {config.out_dir}/metrics.jsonl"
 
 
-def stopped_message(number: int, step: int) -> str:
-    return f"stopped by {signal.Signals(number).name} after {step:,} steps; the same command goes on from there"
+def stopped_message(number: int, step: int, config: TrainConfig) -> str:
+    command = "the same command" + (" without --resume=never" if config.resume == "never" else "")
+    return f"stopped by {signal.Signals(number).name} after {step:,} steps; {command} goes on from there"
 
 
 def diverged_message(step: int, config: TrainConfig) -> str:
+    saved = "are good: go on from the last" if checkpoints(config.out_dir) else "are none yet: start again"
     return (
         f"the gradient was not finite {MAX_SKIPPED} steps in a row, up to step {step:,}. The checkpoints in "
-        f"{config.out_dir} are good: go on from the last with a lower learning_rate (now {config.learning_rate:g}), "
+        f"{config.out_dir} {saved} with a lower learning_rate (now {config.learning_rate:g}), "
         "more warmup_steps, or --dtype=fp32"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    rank = int(os.environ.get("RANK", 0))
     if {"-h", "--help"} & set(argv):
         print(__doc__ + configurator.help_text(TrainConfig))
         return
+    sys.stdout.reconfigure(errors="replace")  # a sample that the terminal has no letters for must not end the run
     try:
-        result = train(configurator.configure(TrainConfig, argv))
+        config = configurator.configure(TrainConfig, argv)
+    except ValueError as error:  # the same on every rank
+        fail(str(error) if rank == 0 else "")
+    try:
+        result = train(config)
     except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\n".join(f"train.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        fail(f"{error}" if rank == 0 else f"(rank {rank}) {error}")
+    except torch.OutOfMemoryError:
+        fail(f"out of memory: set batch_size (now {config.batch_size}) to half; the result stays the same")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if result["stopped"]:
         sys.exit(128 + result["stopped"])
+
+
+def fail(message: str) -> None:
+    """End with exit code 2 and the message, each of its lines behind the program's name."""
+    print("\n".join(f"train.py: {line}" for line in message.splitlines()), file=sys.stderr, end="\n" if message else "")
+    sys.exit(2)
 
 
 if __name__ == "__main__":

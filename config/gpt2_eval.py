@@ -3,6 +3,7 @@
     python train.py config/gpt2_eval.py                             124M; fetches 0.5 GB from the Hugging Face hub
     python train.py config/gpt2_eval.py --init_from=gpt2-xl         or gpt2-medium, gpt2-large, a checkpoint folder
     python train.py config/gpt2_eval.py --data_dir=shards/mine      on your own text
+    python train.py config/gpt2_eval.py --eval_tokens=50_000        a first look, for a CPU
 
 Expected on FineWeb-Edu's validation shard: 3.292 nats a token for the 124M model.
 """
@@ -13,6 +14,6 @@ init_from = "gpt2"
 
 max_steps = 0  # the loop looks once at the model as it is, and ends
 batch_size = 8
-total_batch_size = batch_size * block_size
+total_batch_size = 8 * batch_size * block_size  # unused, but it must divide by the number of processes
 sample_every = 1
 checkpoint_every = 0

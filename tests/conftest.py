@@ -5,11 +5,18 @@ import os
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import data
 import train
+from model import checkpoints
+
+# The same examples each time: a test that fails here fails elsewhere too.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 # Two threads sum in another order than one: bit-identical means with the same number of them.
 torch.set_num_threads(1)
@@ -68,6 +75,11 @@ def metrics(out_dir: str | Path, kind: str = "train") -> list[dict]:
     """The records of one kind in a run's metrics.jsonl."""
     lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def weights(out_dir: str | Path) -> dict[str, torch.Tensor]:
+    """Those of a run's newest checkpoint."""
+    return load_file(checkpoints(out_dir)[-1] / "model.safetensors")
 
 
 def losses(config: train.TrainConfig) -> list[float]:

@@ -101,11 +101,14 @@ def test_mistakes_in_files_are_named_with_the_file(tmp_path):
 def test_files_that_fail_are_named_with_the_line(tmp_path):
     raises = write(tmp_path / "raises.py", "steps = 2\nsteps = 1 / 0\n")
     syntax = write(tmp_path / "syntax.py", "steps = 2\nsteps = = 3\n")
+    leaves = write(tmp_path / "leaves.py", "raise SystemExit('two\\nlines')")
     with pytest.raises(ValueError) as error:
-        configure(Toy, [raises, syntax])
+        configure(Toy, [raises, syntax, leaves, str(tmp_path)])
     assert str(error.value).splitlines() == [
         f"{raises}, line 2: ZeroDivisionError: division by zero",
         f"{syntax}, line 2: SyntaxError: invalid syntax (syntax.py, line 2)",
+        f"{leaves}, line 1: SystemExit: two lines",
+        f"{tmp_path}: a folder, not a config file",
     ]
     with pytest.raises(ValueError, match=r"did you mean .*syntax.py\?"):
         configure(Toy, [str(tmp_path / "sintax.py")])

@@ -1,13 +1,15 @@
 """Several processes under torchrun, over gloo on this machine's CPU."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import clean_environment, flags, losses, metrics
-from test_train import weights
+from conftest import clean_environment, flags, losses, metrics, weights
+
+import data
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,8 +34,6 @@ def test_two_ranks_equal_one(config, tmp_path):
     for one, two in zip(metrics(alone.out_dir, "val"), metrics(pair.out_dir, "val"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
-    import shutil
-
     shutil.rmtree(tmp_path / "pair" / "step_0000012")
     assert losses(pair) == pytest.approx(expected, abs=1e-5)
     one, two = weights(alone.out_dir), weights(pair.out_dir)
@@ -44,3 +44,19 @@ def test_a_mistake_is_said_once(config):
     run = torchrun(2, config(n_head=5))
     assert run.returncode != 0
     assert run.stderr.count("n_embd 32 is not divisible by n_head 5") == 1
+
+
+def test_what_only_one_rank_sees_is_said_too(config, shards, tmp_path):
+    """Rank 1's part of the first step has an id beyond the vocabulary; rank 0 cannot know why its partner is gone."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    bad = config(data_dir=str(copy), batch_size=2, total_batch_size=128)
+    source = data.Windows(data.open_shards(copy, "train"), 32, 257)
+    shard, first = data.Batches(source, 2, 4, 2, bad.seed).places(0, 0, rank=1)[0].tolist()
+    path = source.shards[shard].path
+    content = bytearray(path.read_bytes())
+    content[1024 + 2 * first + 1] = 0xFF
+    path.write_bytes(content)
+    run = torchrun(2, bad)
+    assert run.returncode != 0
+    assert f"train.py: (rank 1) {path}: holds the token id" in run.stderr

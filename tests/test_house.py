@@ -72,11 +72,11 @@ if heavy:
 
 @pytest.mark.parametrize("name", HOUSE)
 def test_nothing_but_definitions_at_the_top_level(name):
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.If)
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
     for node in tree(name).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         guard = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
-        assert docstring or guard or (isinstance(node, allowed) and not isinstance(node, ast.If)), node.lineno
+        assert docstring or guard or isinstance(node, allowed), node.lineno
 
 
 @pytest.mark.parametrize("name", HOUSE)

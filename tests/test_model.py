@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import model as model_module
-from model import GPT, SIZES, GPTConfig, is_conv1d, sample
+from model import GPT, SIZES, GPTConfig, KVCache, checkpoints, is_conv1d, resolve, sample
 
 TOY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -191,9 +190,10 @@ def test_dropout_acts_in_training_only():
 @torch.no_grad()
 def generate_plainly(model: GPT, prompt: list[int], n: int, seed: int, stop_token=None, **options) -> list[int]:
     """One row, no cache: the whole context through the network for each token."""
-    draws = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
     row = list(prompt)
-    for draw in draws:
+    for _ in range(n):
+        draw = torch.rand((), generator=generator)
         logits = model(torch.tensor([row[-model.config.block_size :]]))[:, -1]
         row.append(sample(logits, draw[None], **options).item())
         if row[-1] == stop_token:
@@ -230,14 +230,12 @@ def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone(toy):
 
 @pytest.mark.parametrize("length", [0, 17])
 def test_a_prompt_must_fit_the_context(toy, length):
-    with pytest.raises(ValueError, match=rf"{length} tokens: the model takes 1 to 16"):
+    with pytest.raises(ValueError, match=rf"{length} tokens: this model takes 1 to 16; shorten it"):
         toy.generate([[0] * length], 1)
 
 
 def test_several_tokens_onto_a_filled_cache(toy):
     """`is_causal` with more keys than queries lets the first query see the first key only: a mask is needed there."""
-    from model import KVCache
-
     x = ids(2, 16)
     cache = KVCache(toy.config.n_layer, capacity=16)
     parts = [toy.hidden(part, cache) for part in x.split([5, 1, 7, 3], dim=1)]
@@ -259,17 +257,20 @@ def test_draws_are_distributed_as_the_softmax_says():
         assert (counts - 5000 * kept.softmax(0)).abs().max() <= 1.01
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=2, max_size=60),
     st.floats(0, 1, exclude_max=True, width=32),
-    st.floats(0.01, 10),
+    st.floats(0, 10),
     st.integers(0, 70),
 )
 def test_only_tokens_that_may_be_drawn_are_drawn(logits, draw, temperature, top_k):
     """Also at the edges: a draw of 0, of nearly 1, and logits so far apart that most probabilities round to 0."""
     logits = torch.tensor([logits])
     token = sample(logits, torch.tensor([draw]), temperature, top_k).item()
+    if temperature < 1e-6:
+        assert logits[0, token] == logits.max()
+        return
     scaled = (logits / temperature)[0]
     assert scaled.softmax(-1)[token] > 0
     if top_k:
@@ -331,9 +332,10 @@ def test_half_copied_folders(tmp_path, toy):
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"model.safetensors: damaged or only half copied"):
         GPT.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: not the config.json of a GPT-2"):
-        GPT.from_pretrained(tmp_path)
+    for text in ("{", "[]", '{"vocab_size": null}', (tmp_path / "config.json").read_text().replace("32", '"32"')):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config.json: not the config.json of a GPT-2"):
+            GPT.from_pretrained(tmp_path)
     weights.unlink()
     with pytest.raises(ValueError, match=r"no model.safetensors in this folder"):
         GPT.from_pretrained(tmp_path)
@@ -350,9 +352,9 @@ def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, toy):
     for step in (5, 20, 100):
         toy.save_pretrained(tmp_path / f"step_{step:07d}")
     (tmp_path / ".step_0000200.tmp").mkdir()
-    assert [folder.name for folder in model_module.checkpoints(tmp_path)] == [
-        "step_0000005",
-        "step_0000020",
-        "step_0000100",
-    ]
-    assert model_module.locate(tmp_path, "config.json").parent.name == "step_0000100"
+    (tmp_path / "step_10000000").mkdir()
+    names = [folder.name for folder in checkpoints(tmp_path)]
+    assert names == ["step_0000005", "step_0000020", "step_0000100", "step_10000000"]
+    (tmp_path / "step_10000000").rmdir()
+    assert resolve(tmp_path).name == "step_0000100" and resolve("gpt2") == "gpt2"
+    assert torch.equal(GPT.from_pretrained(tmp_path).lm_head.weight, toy.lm_head.weight)

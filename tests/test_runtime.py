@@ -37,7 +37,7 @@ def test_a_gpu_is_taken_where_there_is_one(gpus):
     gpus(0)
     assert choose_device("auto")[0] == CPU
     gpus(2)
-    assert choose_device("auto", local_rank=1, world_size=2)[0] == torch.device("cuda", 1)
+    assert choose_device("auto", world_size=2, local_rank=1, local_size=2)[0] == torch.device("cuda", 1)
     assert choose_device("cuda:1")[0] == torch.device("cuda", 1)
     assert choose_device("cpu")[0] == CPU
 
@@ -47,13 +47,17 @@ def test_devices_that_are_not_there(gpus):
     for setting, message in (
         ("cuda", "sees no CUDA GPU here; use --device=cpu"),
         ("gpu", "not a device; use auto, cpu, cuda, cuda:1 or mps"),
-        ("meta", "runs on cpu, cuda and mps"),
+        ("meta", "not a device"),
+        ("cpu:3", "not a device"),
     ):
         with pytest.raises(ValueError, match=message):
             choose_device(setting)
     gpus(1)
-    with pytest.raises(ValueError, match="GPU number 1 asked for, but this machine has 1"):
-        choose_device("auto", local_rank=1, world_size=2)
+    with pytest.raises(ValueError, match="device=cuda:1: this machine has 1 GPUs, counted from 0"):
+        choose_device("cuda:1")
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="2 processes but 1 GPUs on this machine; use --nproc_per_node=1"):
+            choose_device("auto", world_size=2, local_rank=rank, local_size=2)
 
 
 def test_precision_follows_the_hardware(gpus, cpu_with):
@@ -85,6 +89,8 @@ def test_compiling_must_pay(monkeypatch):
     assert choose_compile(True, CPU, seconds=0)[0] and not choose_compile(False, CPU, seconds=5000)[0]
     monkeypatch.setattr(runtime, "missing_for_compile", lambda device: "no C++ compiler found")
     assert choose_compile("auto", CPU, seconds=5000) == (False, "off (no C++ compiler found)")
+    with pytest.raises(ValueError, match="compile=True: no C"):
+        choose_compile(True, CPU, seconds=0)
 
 
 def test_a_machine_without_a_compiler_is_noticed(monkeypatch):
@@ -100,8 +106,10 @@ def test_peak_flops_by_name(gpus):
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA L40S", 362e12),
-        ("NVIDIA A10G", 125e12),
-        ("Quadro P400", None),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400", None),
     ):
         gpus(1, name)
         assert runtime.Runtime(CUDA, torch.bfloat16).peak_flops() == peak

@@ -12,19 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY_MODEL, flags, losses, metrics
+from conftest import TOY_MODEL, flags, losses, metrics, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import data
+import runtime
 import train
 from model import GPT, GPTConfig, checkpoints
 from train import accumulation, learning_rate_at
-
-
-def weights(out_dir) -> dict[str, torch.Tensor]:
-    """The newest checkpoint's."""
-    return load_file(checkpoints(out_dir)[-1] / "model.safetensors")
 
 
 def assert_same_weights(one, two) -> None:
@@ -96,7 +92,7 @@ def test_the_loss_falls_and_every_line_is_logged(config):
     curve = metrics(run.out_dir)
     assert [record["step"] for record in curve] == list(range(60))
     assert abs(curve[0]["loss"] - math.log(257)) < 0.1 and curve[-1]["loss"] < 3.6
-    assert set(curve[0]) == {"step", "kind", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "ms"}
+    assert set(curve[0]) == {"step", "kind", "loss", "lr", "grad_norm", "skipped", "tokens_per_s", "mfu", "ms"}
     assert [record["step"] for record in metrics(run.out_dir, "val")] == [0, 20, 40, 60]
     assert [record["step"] for record in metrics(run.out_dir, "sample")] == [0, 30, 60]
     assert [record["step"] for record in metrics(run.out_dir, "checkpoint")] == [30, 60]
@@ -131,6 +127,7 @@ def test_learning_rate_at_its_corners(config):
     assert {learning_rate_at(step, constant) for step in range(100)} == {1.0}
 
 
+@pytest.mark.skipif(bool(runtime.missing_for_compile(torch.device("cpu"))), reason="torch.compile does not work here")
 def test_torch_compile_trains_alike(config, tmp_path):
     eager = losses(config(out_dir=str(tmp_path / "eager"), max_steps=4))
     compiled = config(out_dir=str(tmp_path / "compiled"), max_steps=4, compile=True, eval_every=2, sample_every=2)
@@ -180,6 +177,23 @@ def test_resumed_equals_straight(config, tmp_path):
     assert without_times(straight) == without_times(resumed)
     assert [record["step"] for record in metrics(resumed, "run")] == [0, 8]
     assert not list(resumed.glob(".*"))
+
+
+def test_fp16_skips_and_scales_and_resumes(config, tmp_path, monkeypatch):
+    """The scaler begins at 65536; here the first gradients overflow, so steps are skipped until its scale fits. Its
+    state is in the checkpoint: a resumed run goes on with it and not from 65536 again."""
+    monkeypatch.setattr(runtime, "choose_dtype", lambda *_: (torch.float16, "fp16, as on an old GPU"))
+    settings = dict(max_steps=12, checkpoint_every=6, keep_checkpoints=0)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train.train(config(out_dir=str(straight), **settings))
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "step_0000012")
+    train.train(config(out_dir=str(resumed), **settings))
+    assert_same_weights(straight, resumed)
+    curve = metrics(straight)
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    scale = torch.load(checkpoints(straight)[-1] / "train_state.pt", weights_only=True)["scaler"]["scale"]
+    assert curve[-1]["skipped"] == math.log2(65536 / scale)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -313,6 +327,8 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeyp
     assert all(value.isfinite().all() for value in final.values())
     assert any(not torch.equal(after[name], final[name]) for name in final)
     assert "step 3 | gradient not finite" in capsys.readouterr().out
+    assert [record["skipped"] for record in metrics(run.out_dir)] == [0, 0, 0, 1, 1]
+    assert metrics(run.out_dir)[3]["loss"] is None and "NaN" not in (Path(run.out_dir) / "metrics.jsonl").read_text()
 
 
 def test_a_run_that_diverges_stops_with_advice(config, monkeypatch, capsys):
@@ -354,6 +370,8 @@ def fails(capsys, *argv: str) -> str:
         (dict(dtype="fp16"), "fp16 is for CUDA"),
         (dict(device="cuda"), "sees no CUDA GPU here; use --device=cpu"),
         (dict(wandb=True), "pip install wandb"),
+        (dict(seed=2**70), "seed is 1180591620717411303424: it must be at least 0, and below 2^63"),
+        (dict(total_batch_size=128 * 1000), "too few for a step of 4000"),
     ],
 )
 def test_bad_settings(config, capsys, monkeypatch, changes, message):
@@ -406,8 +424,13 @@ def test_checkpoints_that_do_not_fit(config, capsys):
     assert f"{newest}: train_state.pt is damaged or only half copied" in fails(capsys, *again)
     (newest / "model.safetensors").write_bytes(b"\0" * 100)
     assert "model.safetensors: damaged or only half copied" in fails(capsys, *again)
-    (newest / "settings.json").unlink()
-    assert f"{newest}: settings.json cannot be read" in fails(capsys, *again)
+    for text in ("{}", "[]", "{"):
+        (newest / "settings.json").write_text(text)
+        assert f"{newest}: settings.json cannot be read" in fails(capsys, *again)
+    (newest / "config.json").unlink()
+    assert f"{newest}: config.json is missing; delete this folder" in fails(capsys, *again)
+    shutil.rmtree(newest)
+    assert train.train(config(max_steps=24))["step"] == 24
 
 
 def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
@@ -421,7 +444,36 @@ def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
 
 def test_an_out_dir_that_cannot_be_written(config, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert "file" in fails(capsys, *flags(config(out_dir=str(tmp_path / "file" / "run"))))
+    for out_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert f"out_dir {out_dir} cannot be written" in fails(capsys, *flags(config(out_dir=str(out_dir))))
+
+
+def test_a_full_disk_while_saving(config, capsys, monkeypatch):
+    """As torch.save reports it: the second checkpoint's fails, the first stays whole, nothing is left over."""
+    run = config(checkpoint_every=6, max_steps=18)
+    save, saved = torch.save, []
+
+    def full(state, path):
+        if saved:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc] . file write failed")
+        saved.append(path)
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    line = fails(capsys, *flags(run))
+    assert "step_0000012 could not be written" in line and "is the disk full? Earlier checkpoints are good" in line
+    assert [path.name for path in Path(run.out_dir).iterdir() if path.is_dir()] == ["step_0000006"]
+    monkeypatch.setattr(torch, "save", save)
+    assert train.train(run)["step"] == 18
+
+
+def test_metrics_of_an_earlier_run_are_not_lost(config, tmp_path):
+    """Runs without checkpoints, as gpt2_eval's: the next one keeps the last one's numbers."""
+    run = config(max_steps=0, eval_every=1)
+    first = train.train(run)["val_loss"]
+    train.train(run)
+    assert json.loads((tmp_path / "run" / "metrics.jsonl.old1").read_text().splitlines()[1])["loss"] == first
 
 
 # ---- Optional loggers ------------------------------------------------------------------------------------------------
@@ -431,13 +483,11 @@ def test_wandb_gets_the_numbers_and_goes_on_in_the_same_run(config, monkeypatch)
     """A stand-in for the package, which is not a requirement."""
     inits, logged = [], []
     run = SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: None)
-    stand_in = SimpleNamespace(
-        init=lambda **settings: inits.append(settings) or run, util=SimpleNamespace(generate_id=lambda: "abc123")
-    )
+    stand_in = SimpleNamespace(init=lambda **settings: inits.append(settings) or run)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     train.train(config(wandb=True, max_steps=6, checkpoint_every=6, eval_every=6))
     train.train(config(wandb=True, max_steps=8, checkpoint_every=6, eval_every=6))
-    assert [settings["id"] for settings in inits] == ["abc123", "abc123"]
+    assert len(inits) == 2 and inits[0]["id"] == inits[1]["id"]
     assert [step for step, numbers in logged if "train/loss" in numbers] == list(range(8))
     assert [step for step, numbers in logged if "val/loss" in numbers] == [0, 6, 8]
 
