@@ -391,8 +391,11 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
                 files.append(one)
             else:
                 raise ValueError(f"{one}: no such file or folder")
-    once = {path.resolve(): path for path in reversed(files) if out.resolve() not in path.resolve().parents}
-    files = [path for path in files if once.get(path.resolve()) is path]
+    by_real_name = {}  # of several names for one file the first counts
+    for path in files:
+        if out not in path.resolve().parents:
+            by_real_name.setdefault(path.resolve(), path)
+    files = list(by_real_name.values())
     if not files:
         raise ValueError(f"{' '.join(paths)}: no files match {pattern!r} (see --glob and --exclude)")
     return files
