@@ -2,6 +2,7 @@
 #
 #     make quickstart      a small GPT learns Python on this machine in a few minutes, then writes some
 #     make test            the test suite
+#     make clean           removes .venv, and nothing that was trained
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +22,7 @@ quickstart: $(BIN)/installed
 test: $(BIN)/installed
 	$(BIN)/python -m pytest -q
 
-# The stamp is renewed when requirements.txt is.
+# Installs again when requirements.txt changes.
 $(BIN)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name it: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,4 +30,4 @@ $(BIN)/installed: requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv shards/stdlib out/quickstart
+	rm -rf .venv

@@ -27,8 +27,14 @@ def configure(cls: type, argv: list[str]) -> Any:
     values = {field.name: field.default for field in dataclasses.fields(cls)}
     mistakes = []
 
-    flags = [argument for argument in argv if argument.startswith("-")]
-    for path in (argument for argument in argv if not argument.startswith("-")):
+    flags, files, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument.startswith("--") and "=" not in argument and rest and not rest[0].startswith("-"):
+            mistakes.append(f"{argument} {rest[0]}: write {argument}={rest.pop(0)}")
+        else:
+            (flags if argument.startswith("-") else files).append(argument)
+    for path in files:
         assigned, wrong = run_config_file(path, values)
         mistakes += wrong
         for name, value in assigned.items():
@@ -61,7 +67,8 @@ def run_config_file(path: str, values: dict) -> tuple[dict, list[str]]:
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", None)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        reason = " ".join(f"{type(error).__name__}: {reason}".split())
         return {}, [f"{path}, line {line}: {reason}" if line else f"{path}: {reason}"]
 
     # Names with a leading underscore are the file's own; so are what it imports and defines.

@@ -229,8 +229,8 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     folder = Path(data_dir)
     paths = sorted(p for p in folder.glob("*") if re.search(rf"_{split}_\d+\.(bin|npy)$", p.name))
     if not paths:
-        what = f"no {split} shards in {folder}" if folder.is_dir() else f"no folder {folder}"
-        raise ValueError(f"data_dir: {what}; make them with: python data.py TEXT --out {folder}")
+        what = f"no {split} shards in {folder}" if folder.is_dir() else f"no folder {folder} in {Path.cwd()}"
+        raise ValueError(f"data_dir: {what}; make shards with: python data.py TEXT --out {folder} (or make quickstart)")
     meta = read_meta(folder)
     if not meta.get("complete", True):
         raise ValueError(f"{folder}: still being written, or interrupted; run the command that makes it again")
@@ -401,14 +401,6 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
     return files
 
 
-def read_text(path: Path) -> bytes:
-    """A file's bytes; ValueError if they are not text."""
-    content = path.read_bytes()
-    if b"\0" in content:
-        raise ValueError(f"{path}: a binary file (it has NUL bytes), not text; leave it out with --exclude or --glob")
-    return content
-
-
 def choose_split(n_documents: int, val_fraction: float, seed: int) -> list[float]:
     """For each document, which part of it trains: 1.0 all, 0.0 none (validation), between: the head trains.
 
@@ -436,7 +428,7 @@ def make_shards(files: list[Path], out: Path, tokenizer: Tokenizer, shard_tokens
     start = np.array([tokenizer.end_of_text], dtype=np.uint16)
     with tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, disable=None) as bar:
         for path, part in zip(files, parts):
-            content = read_text(path)
+            content = path.read_bytes()
             bar.update(len(content))
             tokens = tokenizer.encode(content)
             if not len(tokens):
@@ -493,14 +485,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
     """What decides the shards' bytes, for meta.json: the options, and a hash over the files' names and contents."""
-    digest, size = hashlib.sha256(), 0
+    digest, size, binary = hashlib.sha256(), 0, []
     for path in files:
         content = path.read_bytes()
+        if b"\0" in content:
+            binary.append(path)
         digest.update(path.name.encode() + hashlib.sha256(content).digest())
         size += len(content)
+    if binary:
+        endings = sorted(
+            {f"--exclude '*{path.suffix}'" if path.suffix else f"--exclude {path.name}" for path in binary}
+        )
+        others = f" and {len(binary) - 1} others" if len(binary) > 1 else ""
+        raise ValueError(f"{binary[0]}{others}: binary (NUL bytes), not text; leave out with {' '.join(endings[:5])}")
     if size == 0:
         raise ValueError(f"{files[0]}{' and others' * (len(files) > 1)}: empty; there is no text to tokenise")
-    options = {name: value for name, value in vars(arguments).items() if name != "out"}
+    names = ("tokenizer", "shard_tokens", "val_fraction", "seed")
+    options = {name: getattr(arguments, name) for name in names}
     return options | dict(files=len(files), bytes=size, sha256=digest.hexdigest())
 
 
@@ -510,10 +511,17 @@ def prepare_folder(out: Path, source: dict) -> bool:
     Only what an interrupted run left is removed. Finished shards of something else are a ValueError.
     """
     before = read_meta(out)
-    if before.get("complete") and before.get("source") == source:
-        return False
     if before.get("complete"):
-        raise ValueError(f"{out}: holds shards made from something else; choose another --out or delete that folder")
+        made_of = before.get("source", {})
+        changed = [
+            f"{name} {made_of.get(name)} -> {source[name]}" for name in source if made_of.get(name) != source[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"{out}: holds shards made from something else ({', '.join(changed)}); choose another --out or "
+                "delete that folder"
+            )
+        return False
     out.mkdir(parents=True, exist_ok=True)
     write_meta(out, dict(source=source, complete=False))
     for path in out.iterdir():

@@ -9,6 +9,7 @@ Letters in shape comments:
     C  width of the model (n_embd) nh heads (n_head)           hs width of one head (C / nh)
 """
 
+import difflib
 import json
 import math
 import shutil
@@ -526,8 +527,10 @@ def locate(name: str | Path, file: str) -> Path:
     try:
         return Path(hf_hub_download(repo, file))
     except (OSError, HFValidationError) as error:
+        close = difflib.get_close_matches(str(name), SIZES, n=1)
+        hint = f"; did you mean {close[0]}?" if close and name not in SIZES else ""
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{name!r} is neither a folder here nor a model that could be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {reason}){hint}"
         ) from None

@@ -177,7 +177,8 @@ def choose_compile(setting: bool | str, device: torch.device, seconds: float) ->
     if worth is None:
         return False, f"off (not worth it on {device.type})"
     if seconds < worth:
-        return False, f"off (compiling would not pay in a run of about {seconds / 60:.1f} minutes)"
+        minutes = f"about {seconds / 60:.1f} minutes" if seconds > 60 else "less than a minute"
+        return False, f"off (compiling would not pay in a run of {minutes})"
     if missing := missing_for_compile(device):
         return False, f"off ({missing})"
     return True, "on (the first step takes a minute longer, the others less)"

@@ -51,7 +51,11 @@ def load_model(name: str | None) -> tuple[GPT, str]:
     source = name or newest_checkpoint()
     if source is None:
         model = GPT(GPTConfig())
-        return model, "UNTRAINED GPT-2 124M: no checkpoint under out/, so what follows is noise (try --model gpt2)"
+        where = Path("out").resolve()
+        return (
+            model,
+            f"UNTRAINED GPT-2 124M, as there is no checkpoint under {where}: its text is noise (try --model gpt2)",
+        )
     source = resolve(source)
     model = GPT.from_pretrained(source)
     return model, f"{source}, {model.num_params():,} parameters"

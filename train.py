@@ -10,6 +10,7 @@ The same command goes on where a stopped run left off, and says so when there is
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -57,32 +58,32 @@ class TrainConfig:
     pad_vocab: bool = True  # round the vocabulary up to a multiple of 64 inside the model, which GPUs multiply faster
 
     # The batch
-    batch_size: int = 64  # sequences a process works on at once; what memory allows, it does not change the result
+    batch_size: int = 64  # sequences a process works on at once, as memory allows; but for dropout, the same result
     total_batch_size: int = 524_288  # tokens in a step, over all processes; what a process cannot hold it accumulates
 
     # The optimizer
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd has momentum beta1
-    learning_rate: float = 6e-4  # its peak, after the warm-up
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd uses beta1 as its momentum
+    learning_rate: float = 6e-4  # peak learning rate, reached after the warm-up
     min_lr: float = 6e-5  # where cosine and wsd end
     lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # wsd: constant, then a straight line down
     warmup_steps: int = 715  # straight line up from 0
     cooldown_steps: int = 3_800  # the line down of wsd
     max_steps: int = 19_073  # 10B tokens at 524,288 a step
     weight_decay: float = 0.1  # on matrices and embeddings only
-    beta1: float = 0.9  # memory of the gradient
-    beta2: float = 0.95  # memory of its square
-    grad_clip: float = 1.0  # longest the gradient may be over all parameters; 0 is off
+    beta1: float = 0.9  # decay of the running mean of the gradient
+    beta2: float = 0.95  # decay of the running mean of its square
+    grad_clip: float = 1.0  # largest norm of the gradient over all parameters; 0 turns clipping off
     fused: bool = True  # the optimizer's step in one kernel
 
-    # Watching (every is in steps, 0 is off; the last step always counts as due)
+    # Watching (*_every: in steps, 0 is off; the last step is always due)
     log_every: int = 1  # a line, or the progress bar on a terminal
     eval_every: int = 250  # validation loss
     eval_tokens: int = 10_485_760  # validation tokens, always the same ones
     sample_every: int = 1_000  # a sample of text
     sample_prompt: str = "Hello, I'm a language model,"  # what it continues
     sample_tokens: int = 64  # how long it is
-    checkpoint_every: int = 1_000  # a checkpoint; a multiple of eval_every, so that each has its validation loss
-    keep_checkpoints: int = 2  # the newest so many stay, and the one with the best validation loss; 0 keeps all
+    checkpoint_every: int = 1_000  # a checkpoint; best a multiple of eval_every, so that each has its validation loss
+    keep_checkpoints: int = 2  # how many of the newest to keep, besides the best by validation loss; 0 keeps all
     wandb: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project: str = "reproduce-gpt2"  # the run's name there is out_dir's
     tensorboard: bool = False  # also log to out_dir for TensorBoard (pip install tensorboard)
@@ -137,6 +138,7 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
     check_writable(out_dir)
+    check_packages(config)
     checkpoint = find_checkpoint(config)
     start_step = read_state(checkpoint)["step"] if checkpoint else 0
     if machine.sum(torch.tensor(float(start_step), device=machine.device)) != start_step * machine.world_size:
@@ -210,7 +212,7 @@ def train(config: TrainConfig) -> dict:
     def due(every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == config.max_steps)
 
-    with Console(config, start_step, machine.is_main) as console, StopSignal() as stop:
+    with Console(config, start_step, machine.is_main) as console, StopSignal(machine.is_main) as stop:
         for step in range(start_step, config.max_steps + 1):
             # What was due at a checkpoint's step was done before it was saved: it is not done twice.
             fresh = not checkpoint or step > start_step
@@ -220,7 +222,8 @@ def train(config: TrainConfig) -> dict:
                 log("val", step, loss=val_loss)
                 console.line(f"step {step:,} | val loss {val_loss:.4f}")
 
-            if fresh and due(config.sample_every, step) and machine.is_main:
+            untrained = step == 0 and config.init_from == "scratch"  # its text is a screen of noise
+            if fresh and due(config.sample_every, step) and machine.is_main and not untrained:
                 text = sample_text(raw_model, tokenizer, config, machine)
                 log("sample", step, text=text)
                 console.line(f"step {step:,} | sample:\n{data.printable(text)}\n")
@@ -376,7 +379,9 @@ def build_model(config: TrainConfig, checkpoint: Path | None, tokenizer: data.To
             f"{tokenizer.name}'s with {tokenizer.vocab_size}; make them with the model's tokenizer"
         )
     if model.config.block_size < config.block_size:
-        raise ValueError(f"block_size {config.block_size} is more than {source}'s context of {model.config.block_size}")
+        raise ValueError(
+            f"block_size {config.block_size} is beyond {source}'s context; set --block_size={model.config.block_size}"
+        )
     return model
 
 
@@ -464,14 +469,14 @@ class Log:
         cut_metrics(out_dir / "metrics.jsonl", start_step)
         self.file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
         if config.wandb:
-            wandb = optional_import("wandb", "wandb=True")
+            import wandb
+
             id_file = out_dir / "wandb_id"  # by which a resumed run goes on in the same curve
             if not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex[:8])
             names = dict(project=config.wandb_project, name=out_dir.name, id=id_file.read_text())
             self.wandb = wandb.init(**names, resume="allow", config=dataclasses.asdict(config))
         if config.tensorboard:
-            optional_import("tensorboard", "tensorboard=True")
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step)
@@ -507,14 +512,16 @@ def cut_metrics(path: Path, step: int) -> None:
     data.write_whole(path, "".join(line + "\n" for line in kept).encode())
 
 
-def optional_import(package: str, setting: str):
-    """Import a package that requirements.txt does not name, or say how to get it."""
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ValueError(f"{setting} needs a package that is not installed: pip install {package}") from None
+def check_packages(config: TrainConfig) -> None:
+    """Find out now whether the loggers that are wanted, which requirements.txt does not install, are there."""
+    for package in ("wandb", "tensorboard"):
+        if getattr(config, package):
+            try:
+                importlib.import_module(package)
+            except ImportError:
+                raise ValueError(
+                    f"{package}=True needs a package that is not installed: pip install {package}"
+                ) from None
 
 
 def run_facts(config: TrainConfig, machine: Runtime, model: GPT, compiled: bool) -> dict:
@@ -574,10 +581,10 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def check_writable(out_dir: Path) -> None:
-    """Find out now, not at the first checkpoint, whether out_dir can be written."""
+    """Find out now, not at the first checkpoint, whether out_dir can be written; nothing is left there."""
+    existing = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise ValueError(f"out_dir {out_dir} cannot be written ({error.strerror}); choose another --out_dir") from None
@@ -586,6 +593,7 @@ def check_writable(out_dir: Path) -> None:
 def clean_out_dir(config: TrainConfig, start_step: int) -> None:
     """Make room for a run from start_step: what a kill left goes, what another run wrote is moved aside."""
     out_dir = Path(config.out_dir).resolve()
+    out_dir.mkdir(parents=True, exist_ok=True)
     if config.resume == "never" and any(out_dir.iterdir()):
         print(f"resume=never: the old run is moved to {move_aside(out_dir)}")
         out_dir.mkdir()
@@ -654,13 +662,16 @@ def changed_settings(checkpoint: Path, config: TrainConfig) -> str:
     return "; changed since then: " + ", ".join(changed) if changed else ""
 
 
+def best_checkpoint(out_dir: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss; None where none was evaluated."""
+    losses = {folder: read_state(folder)["val_loss"] for folder in checkpoints(out_dir)}
+    return min((folder for folder in losses if losses[folder] is not None), key=losses.get, default=None)
+
+
 def prune_checkpoints(out_dir: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss; 0 keeps all."""
-    saved = checkpoints(out_dir)
-    losses = {folder: read_state(folder)["val_loss"] for folder in saved}
-    scored = [folder for folder in saved if losses[folder] is not None]
-    best = min(scored, key=losses.get, default=None)
-    for folder in saved[:-keep] if keep else []:
+    best = best_checkpoint(out_dir)
+    for folder in checkpoints(out_dir)[:-keep] if keep else []:
         if folder != best:
             # Renamed first: a folder that exists under its own name is whole.
             gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
@@ -674,7 +685,8 @@ def prune_checkpoints(out_dir: Path, keep: int) -> None:
 class StopSignal:
     """While in use, a first Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C stops it at once."""
 
-    def __init__(self):
+    def __init__(self, is_main: bool):
+        self.is_main = is_main
         self.received = 0  # the signal's number
 
     def __enter__(self) -> "StopSignal":
@@ -689,6 +701,8 @@ class StopSignal:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if self.is_main:
+            print("\nstopping after this step, then saving; Ctrl-C again stops at once, unsaved", file=sys.stderr)
 
     def agreed(self, machine: Runtime) -> int:
         """The signal any rank has received, the same on all ranks; 0 if none."""
@@ -700,19 +714,23 @@ class StopSignal:
 
 
 def finished_message(checkpoint: Path, config: TrainConfig) -> str:
-    state = read_state(checkpoint)
-    val = f", val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else ""
+    step = read_state(checkpoint)["step"]
     return (
-        f"{config.out_dir} is finished: {state['step']:,} of {config.max_steps:,} steps{val}.\n"
+        f"{config.out_dir} is finished: it has {step:,} steps, max_steps is {config.max_steps:,}{best_note(config)}.\n"
         f"  to sample from it:  python sample.py --model {config.out_dir}\n"
-        f"  to train on:        the same command with --max_steps={2 * config.max_steps}\n"
+        f"  to train on:        the same command with --max_steps={2 * step} (and so its schedule)\n"
         f"  to start over:      the same command with --resume=never"
     )
 
 
 def closing_message(config: TrainConfig, val_loss: float | None) -> str:
     val = f", val loss {val_loss:.4f}" if val_loss is not None else ""
-    return f"done: {config.max_steps:,} steps{val}; metrics in {config.out_dir}/metrics.jsonl"
+    return f"done: {config.max_steps:,} steps{val}{best_note(config)}; metrics in {config.out_dir}/metrics.jsonl"
+
+
+def best_note(config: TrainConfig) -> str:
+    best = best_checkpoint(Path(config.out_dir))
+    return f"; best {best} (val loss {read_state(best)['val_loss']:.4f})" if best else ""
 
 
 def stopped_message(number: int, step: int, config: TrainConfig) -> str:

@@ -3,6 +3,7 @@
     python train.py config/gpt2_eval.py                             124M; fetches 0.5 GB from the Hugging Face hub
     python train.py config/gpt2_eval.py --init_from=gpt2-xl         or gpt2-medium, gpt2-large, a checkpoint folder
     python train.py config/gpt2_eval.py --data_dir=shards/mine      on your own text
+    python train.py config/gpt2_eval.py --block_size=128            a model with a shorter context
     python train.py config/gpt2_eval.py --eval_tokens=50_000        a first look, for a CPU
 
 Expected on FineWeb-Edu's validation shard: 3.292 nats a token for the 124M model.

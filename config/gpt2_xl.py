@@ -25,4 +25,4 @@ learning_rate = 2e-4
 min_lr = learning_rate / 10
 warmup_steps = 358
 max_steps = 28_610
-checkpoint_every = 500  # 18 GB each
+checkpoint_every = 500  # 19 GB each; up to four at a time

@@ -326,7 +326,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path, ca
     assert "already made" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     line = fails(capsys, str(tmp_path / "text"), "--out", str(out), "--tokenizer", "gpt2")
-    assert "choose another --out or delete that folder" in line
+    assert "(tokenizer bytes -> gpt2); choose another --out or delete that folder" in line
 
 
 def test_an_interrupted_command_run_again_ends_with_the_same_bytes(tmp_path, monkeypatch):
@@ -363,7 +363,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
     assert "nowhere.txt: no such file or folder" in fails(capsys, str(tmp_path / "nowhere.txt"), *out)
     assert "empty.txt: empty" in fails(capsys, str(tmp_path / "empty.txt"), *out)
-    assert "photo.jpg: a binary file" in fails(capsys, str(tmp_path / "photo.jpg"), *out)
+    line = fails(capsys, str(tmp_path), *out)
+    assert "photo.jpg: binary (NUL bytes), not text; leave out with --exclude '*.jpg'" in line
     assert "no files match '*.md'" in fails(capsys, str(tmp_path), *out, "--glob", "*.md")
     assert "too little text" in fails(capsys, str(tmp_path / "a.txt"), *out)
     (tmp_path / "file").touch()

@@ -84,6 +84,7 @@ def test_compiling_must_pay(monkeypatch):
         False,
         "off (compiling would not pay in a run of about 1.7 minutes)",
     )
+    assert "less than a minute" in choose_compile("auto", CPU, seconds=5)[1]
     assert choose_compile("auto", CPU, seconds=5000)[0]
     assert choose_compile("auto", torch.device("mps"), seconds=5000)[0] is False
     assert choose_compile(True, CPU, seconds=0)[0] and not choose_compile(False, CPU, seconds=5000)[0]

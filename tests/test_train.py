@@ -95,7 +95,7 @@ def test_the_loss_falls_and_every_line_is_logged(config):
     assert abs(curve[0]["loss"] - math.log(257)) < 0.1 and curve[-1]["loss"] < 3.6
     assert set(curve[0]) == {"step", "kind", "loss", "lr", "grad_norm", "skipped", "tokens_per_s", "mfu", "ms"}
     assert [record["step"] for record in metrics(run.out_dir, "val")] == [0, 20, 40, 60]
-    assert [record["step"] for record in metrics(run.out_dir, "sample")] == [0, 30, 60]
+    assert [record["step"] for record in metrics(run.out_dir, "sample")] == [30, 60]
     assert [record["step"] for record in metrics(run.out_dir, "checkpoint")] == [30, 60]
     assert result == dict(step=60, val_loss=metrics(run.out_dir, "val")[-1]["loss"], stopped=None)
     facts = metrics(run.out_dir, "run")[0]
@@ -240,7 +240,7 @@ def test_a_finished_run_says_so_and_can_go_on(config, capsys):
     capsys.readouterr()
     assert train.train(run)["step"] == 12
     said = capsys.readouterr().out
-    assert "is finished: 12 of 12 steps, val loss" in said
+    assert "is finished: it has 12 steps, max_steps is 12; best" in said
     assert f"sample.py --model {run.out_dir}" in said and "--max_steps=24" in said and "--resume=never" in said
     assert files == {path: path.stat().st_mtime_ns for path in Path(run.out_dir).rglob("*")}
     train.train(config(checkpoint_every=6, eval_every=6, max_steps=24))
@@ -364,7 +364,7 @@ def fails(capsys, *argv: str) -> str:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(data_dir="nowhere"), "no folder nowhere; make them with: python data.py TEXT --out nowhere"),
+        (dict(data_dir="nowhere"), "make shards with: python data.py TEXT --out nowhere"),
         (dict(total_batch_size=96), "These fit: batch_size 1, 3; or total_batch_size 128"),
         (dict(total_batch_size=100), "These fit: total_batch_size 128"),
         (dict(n_head=5), "n_embd 32 is not divisible by n_head 5: n_head could be 2, 4, 8"),
@@ -446,7 +446,7 @@ def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
     line = fails(capsys, *flags(config(init_from=str(tmp_path / "other"))))
     assert "has a vocabulary of 100, but the shards in" in line
     long = config(init_from=str(tmp_path / "bytes"), block_size=64, batch_size=1)
-    assert "block_size 64 is more than" in fails(capsys, *flags(long))
+    assert "context; set --block_size=32" in fails(capsys, *flags(long))
 
 
 def test_an_out_dir_that_cannot_be_written(config, tmp_path, capsys):
