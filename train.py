@@ -472,7 +472,7 @@ class Log:
             import wandb
 
             id_file = out_dir / "wandb_id"  # by which a resumed run goes on in the same curve
-            if not id_file.exists():
+            if start_step == 0 or not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex[:8])
             names = dict(project=config.wandb_project, name=out_dir.name, id=id_file.read_text())
             self.wandb = wandb.init(**names, resume="allow", config=dataclasses.asdict(config))

@@ -494,8 +494,11 @@ def test_wandb_gets_the_numbers_and_goes_on_in_the_same_run(config, monkeypatch)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     train.train(config(wandb=True, max_steps=6, checkpoint_every=6, eval_every=6))
     train.train(config(wandb=True, max_steps=8, checkpoint_every=6, eval_every=6))
-    assert len(inits) == 2 and inits[0]["id"] == inits[1]["id"]
-    assert [step for step, numbers in logged if "train/loss" in numbers] == list(range(8))
+    train.train(config(wandb=True, max_steps=1, resume="never"))
+    train.train(config(wandb=True, max_steps=1))  # the one before left no checkpoint: this is no continuation
+    ids = [settings["id"] for settings in inits]
+    assert ids[0] == ids[1] and len(set(ids)) == 3
+    assert [step for step, numbers in logged if "train/loss" in numbers] == [*range(8), 0, 0]
     assert [step for step, numbers in logged if "val/loss" in numbers] == [0, 6, 8]
 
 
