@@ -2,6 +2,7 @@
 
     python data.py book.txt --out shards/book
     python data.py notes/ 'logs/*.md' --out shards/mine --glob '*.txt' --exclude drafts --tokenizer bytes
+    python data.py reviews.jsonl.gz table.parquet --out shards/rows --text_column body
 
 A shard, NAME_train_000001.bin, is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens) and
 then uint16 tokens: the format of llm.c and modded-nanogpt, so published shards work here and ours work there. Every
@@ -11,23 +12,41 @@ document begins with the end-of-text token. meta.json beside the shards says wha
 import argparse
 import functools
 import glob
+import gzip
 import hashlib
+import io
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
+import secrets
+import shutil
+import signal
 import sys
+import threading
+import time
 import unicodedata
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
+
+PIECE_BYTES = 1 << 20  # of text, at once to a worker
+ROWS_BYTES = 32 << 20  # the same for parquet: to reach a row in the middle, those before it in its group are read too
+START_METHOD = "spawn"  # for workers: the same on all systems; a forked one may inherit a lock that nobody will free
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,9 +87,18 @@ class GPT2Tokenizer:
         return folder / "vocab.bpe", folder / "encoder.json"
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Text, or its UTF-8 (what is not UTF-8 becomes U+FFFD) -> ids, uint16."""
-        text = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
-        return np.array(self.encoding.encode_ordinary(text), dtype=np.uint16)
+        """Text, or its UTF-8 (what is not UTF-8 becomes U+FFFD) -> ids, uint16.
+
+        Long texts go through in segments, and so does a run of a million characters without white space. tiktoken's
+        older versions panicked at those, the present one takes time and memory beyond proportion for longer ones.
+        """
+        raw = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
+        ids = [
+            # Nothing is disallowed: an <|endoftext|> that stands in a text is text, and not our token.
+            self.encoding.encode_to_numpy(segment.decode("utf-8", errors="replace"), disallowed_special=())
+            for segment in segments(io.BytesIO(raw), len(raw))
+        ]
+        return np.concatenate(ids or [[]]).astype(np.uint16)
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
@@ -146,38 +174,52 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
-    """Write uint16 tokens under a temporary name, fsync, rename: a shard that exists is whole. Returns its meta row."""
+    """Write uint16 tokens as a shard that is whole if it exists. Returns its row of meta.json."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    content = header.tobytes() + tokens.astype("<u2").tobytes()
-    write_whole(path, content)
-    return {"file": path.name, "tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
+    content = header, tokens.astype("<u2", copy=False)
+    write_whole(path, *content)
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    return {"file": path.name, "tokens": len(tokens), "sha256": digest.hexdigest()}
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
     """Write a file so that, whatever is killed when, `path` is either the old content or the new, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # its own, lest two processes share it
+    try:
+        with open(temporary, "wb") as file:
+            for part in content:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not name the file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 class ShardWriter:
-    """Cuts one split's stream of tokens into shards of equal size; the last one is what is left."""
+    """Cuts one split's stream of tokens into shards of equal size; the last one is what is left.
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shards: list[dict] = []  # meta rows of what is written
-        self.waiting: list[np.ndarray] = []  # tokens that do not fill a shard yet
-        self.n_waiting = 0
+    path_of: the number of a shard (from 0) -> its file. shards: the rows of those that an earlier run wrote.
+    position: where in the split's stream the first write() begins; what the earlier shards hold is passed over.
+    """
+
+    def __init__(self, path_of: Callable[[int], Path], shard_tokens: int, shards: Iterable[dict] = (), position=0):
+        self.path_of, self.shard_tokens = path_of, shard_tokens
+        self.shards, self.position = list(shards), position
+        self.written = sum(row["tokens"] for row in self.shards)
+        self.buffer, self.n_waiting = np.empty(shard_tokens, dtype=np.uint16), 0  # tokens that do not fill a shard yet
 
     def write(self, tokens: np.ndarray) -> None:
+        known, self.position = max(0, self.written - self.position), self.position + len(tokens)
+        tokens = tokens[known:]
         # A document may be longer than what is left of a shard, or than many shards.
         while len(tokens):
             part, tokens = np.split(tokens, [min(len(tokens), self.shard_tokens - self.n_waiting)])
-            self.waiting.append(part)
+            self.buffer[self.n_waiting : self.n_waiting + len(part)] = part
             self.n_waiting += len(part)
             if self.n_waiting == self.shard_tokens:
                 self.flush()
@@ -185,15 +227,15 @@ class ShardWriter:
     def flush(self) -> None:
         """Write what is waiting as a shard, full or not."""
         if self.n_waiting:
-            path = self.folder / f"{self.folder.name}_{self.split}_{len(self.shards) + 1:06d}.bin"
-            self.shards.append(write_shard(path, np.concatenate(self.waiting)))
-            self.waiting, self.n_waiting = [], 0
+            self.shards.append(write_shard(self.path_of(len(self.shards)), self.buffer[: self.n_waiting]))
+            self.written, self.n_waiting = self.written + self.n_waiting, 0
 
 
 @dataclass(frozen=True)
 class Shard:
     path: Path
     tokens: np.ndarray  # uint16, memory-mapped: only the pages that are read take memory
+    note: str = ""  # what a person should know of it
 
 
 def open_shard(path: Path) -> Shard:
@@ -224,10 +266,21 @@ def open_shard(path: Path) -> Shard:
     return Shard(path, np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
 
 
+def open_raw(path: Path) -> Shard:
+    """Memory-map nanoGPT's train.bin or val.bin: uint16 tokens and nothing else, so hardly anything can be checked."""
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise ValueError(f"{path}: {size:,} bytes cannot be uint16 tokens. Copy it or make it again")
+    note = f"{path}: no header, so taken as nanoGPT's raw uint16 tokens; nothing in it says of which tokenizer"
+    return Shard(path, np.memmap(path, dtype="<u2", mode="r"), note)
+
+
 def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     """All shards of a split, in the order of their names. ValueError if there are none, or one is not whole."""
     folder = Path(data_dir)
     paths = sorted(p for p in folder.glob("*") if re.search(rf"_{split}_\d+\.(bin|npy)$", p.name))
+    if not paths and (folder / f"{split}.bin").is_file():
+        return [open_raw(folder / f"{split}.bin")]
     if not paths:
         what = f"no {split} shards in {folder}" if folder.is_dir() else f"no folder {folder} in {Path.cwd()}"
         raise ValueError(f"data_dir: {what}; make shards with: python data.py TEXT --out {folder} (or make quickstart)")
@@ -259,7 +312,11 @@ def read_meta(data_dir: str | Path) -> dict:
 
 
 def write_meta(folder: Path, meta: dict) -> None:
-    write_whole(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+    write_json(folder / "meta.json", meta)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,6 +427,480 @@ def prefetch(make: Callable[..., np.ndarray], keys: Iterator[tuple], device) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Input: files -> pieces, of a size for one worker, in an order that is a function of the input alone
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text of one document or many: (UTF-8, whether it begins a document) of each part."""
+
+    size: int  # bytes of the input files that this piece stands for
+    texts: list[tuple[bytes, bool]]
+
+    def documents(self) -> Iterator[tuple[bytes, bool]]:
+        return iter(self.texts)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Some lines of a .jsonl file, one JSON object each."""
+
+    size: int
+    path: Path
+    first: int  # the number of the first line, from 1
+    lines: list[bytes]
+    column: str
+    tail: float
+
+    def documents(self) -> Iterator[tuple[bytes, bool]]:
+        for number, line in enumerate(self.lines, self.first):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig", errors="replace"))
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{self.path}, line {number}: a {type(row).__name__}, where an object is expected")
+            if self.column not in row:
+                raise ValueError(no_column(f"{self.path}, line {number}", self.column, row))
+            text = row[self.column]
+            if not isinstance(text, str | None):
+                raise ValueError(
+                    f"{self.path}, line {number}: {self.column!r} is a {type(text).__name__}, not text; "
+                    "choose another with --text_column"
+                )
+            yield from whole_or_halves((text or "").encode("utf-8", errors="replace"), self.tail)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one row group of a .parquet file; the worker reads them itself."""
+
+    size: int
+    path: Path
+    group: int
+    first: int  # rows of the group, from 0, up to but not including stop
+    stop: int
+    column: str
+    tail: float
+
+    def documents(self) -> Iterator[tuple[bytes, bool]]:
+        import pyarrow as pa
+
+        seen, n = 0, self.stop - self.first
+        try:
+            batches = open_parquet(self.path).iter_batches(
+                n, row_groups=[self.group], columns=[self.column], use_threads=False
+            )
+            for batch in batches:
+                rows = batch.column(0)[max(0, self.first - seen) : max(0, self.stop - seen)]
+                for text in rows.cast(pa.large_binary()).to_pylist():  # as bytes, for it may not be UTF-8
+                    yield from whole_or_halves(text or b"", self.tail)
+                seen += len(batch)
+                if seen >= self.stop:
+                    return
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(damaged(self.path, error)) from None
+
+
+Piece = Texts | Lines | Rows
+
+
+def pieces_of(files: list[Path], column: str, tail: float = 0.0) -> Iterator[Piece]:
+    """All documents of the files, in their order: one in each row of .jsonl and .parquet, and one in any other file.
+
+    With `tail`, each document becomes two: its head, and the tail that is this share of it.
+    """
+    for kind, same in itertools.groupby(files, key=kind_of):
+        if kind == "text":
+            yield from gather(part for path in same for part in read_text(path, tail))
+        else:
+            read = read_lines if kind == "lines" else read_rows
+            yield from itertools.chain.from_iterable(read(path, column, tail) for path in same)
+
+
+def kind_of(path: Path) -> str:
+    return "rows" if path.suffix == ".parquet" else "lines" if path.name.endswith((".jsonl", ".jsonl.gz")) else "text"
+
+
+def read_text(path: Path, tail: float) -> Iterator[tuple[bytes, bool]]:
+    """A file in segments, with a mark at the first of its document; or at those of its head and of its tail."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        middle = []
+        if tail and size < 2:
+            return  # it has no two parts
+        if tail:
+            file.seek(head_bytes(size, tail))
+            middle = [file.tell() + near_break(file.read(4096))]
+            file.seek(0)
+        for end in [*middle, size]:
+            begins = True
+            for segment in segments(file, end):
+                yield segment, begins
+                begins = False
+
+
+def gather(parts: Iterator[tuple[bytes, bool]]) -> Iterator[Texts]:
+    """Parts of text, put together into pieces."""
+    texts, size = [], 0
+    for text, begins in parts:
+        texts.append((text, begins))
+        size += len(text)
+        if size >= PIECE_BYTES:
+            yield Texts(size, texts)
+            texts, size = [], 0
+    if texts:
+        yield Texts(size, texts)
+
+
+def read_lines(path: Path, column: str, tail: float) -> Iterator[Lines]:
+    number = 1
+    with open(path, "rb") as raw:
+        file = gzip.open(raw) if path.suffix == ".gz" else raw
+        before = 0
+        try:
+            while lines := file.readlines(PIECE_BYTES):
+                yield Lines(raw.tell() - before, path, number, lines, column, tail)
+                before, number = raw.tell(), number + len(lines)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(damaged(path, error)) from None
+
+
+def read_rows(path: Path, column: str, tail: float) -> Iterator[Rows]:
+    """The rows by their numbers alone; ValueError if the file is not whole or has no such column of text."""
+    import pyarrow as pa
+
+    file = open_parquet(path)
+    schema = file.schema_arrow
+    if column not in schema.names:
+        raise ValueError(no_column(path, column, schema.names))
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise ValueError(f"{path}: the column {column!r} holds {kind}, not text; choose another with --text_column")
+    index = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)].index(column)
+    bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        n_pieces = -(-group.column(index).total_uncompressed_size // ROWS_BYTES)
+        step = max(1, -(-group.num_rows // max(1, n_pieces)))
+        for first in range(0, group.num_rows, step):
+            stop = min(first + step, group.num_rows)
+            yield Rows(round(bytes_per_row * (stop - first)), path, number, first, stop, column, tail)
+
+
+@functools.lru_cache(maxsize=1)
+def open_parquet(path: Path):
+    """pyarrow's ParquetFile, kept open from piece to piece, for to read its index takes a while."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise ValueError(damaged(path, error)) from None
+
+
+def damaged(path: Path, error: Exception) -> str:
+    return f"{path}: cut off or damaged ({' '.join(str(error).split())}). Copy or download it again"
+
+
+def no_column(where: Path | str, column: str, names: Iterable[str]) -> str:
+    return f"{where}: no column {column!r}; there are: {', '.join(names)} (choose with --text_column)"
+
+
+# Where GPT-2's pre-tokeniser cuts in any case: before a space or newline that follows anything but white space. No
+# pattern of it reaches from one to the other, so the ids are the same whether a text is cut there or not. (White space
+# beyond ASCII is spelled out in UTF-8.)
+BREAK = re.compile(
+    rb"(?<=\S)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
+    rb"(?=[ \n])"
+)
+
+
+def segments(file: BinaryIO, end: int) -> Iterator[bytes]:
+    """The rest of the file up to byte `end`, cut into segments of about PIECE_BYTES that tokenise as the whole does.
+
+    Where a segment has no break at all, it is cut between two characters, and a token of the run may become two.
+    """
+    rest = b""
+    while chunk := file.read(min(PIECE_BYTES, end - file.tell())):
+        block = rest + chunk
+        cut = len(block) if file.tell() == end else last_break(block)
+        yield block[:cut]
+        rest = block[cut:]
+
+
+def last_break(block: bytes) -> int:
+    for window in (4096, len(block)):  # nearly always there is one in the first
+        if found := list(BREAK.finditer(block, max(0, len(block) - window))):
+            return found[-1].start()
+    half_a_character = re.search(rb"[\xc0-\xff][\x80-\xbf]*\Z", block[-4:])
+    return len(block) - (len(half_a_character[0]) if half_a_character else 0)
+
+
+def whole_or_halves(document: bytes, tail: float) -> list[tuple[bytes, bool]]:
+    if not tail:
+        return [(document, True)]
+    cut = head_bytes(len(document), tail)
+    cut += near_break(document[cut : cut + 4096])
+    return [(document[:cut], True), (document[cut:], True)] if len(document) > 1 else []
+
+
+def head_bytes(size: int, tail: float) -> int:
+    return min(max(1, round((1 - tail) * size)), size - 1)  # neither half is empty
+
+
+def near_break(window: bytes) -> int:
+    """Where to cut a document in two: before the next white space, or else before the next character."""
+    place = re.search(rb"\s", window) or re.search(rb"[^\x80-\xbf]", window)
+    return place.start() if place else 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pieces -> tokens, on worker processes
+
+
+def tokenise(piece: Piece, tokenizer_name: str) -> tuple[np.ndarray, list[int]]:
+    """The tokens of a piece, uint16, and where in them its documents begin. A document without text is none."""
+    tokenizer = get_tokenizer(tokenizer_name)
+    start = np.array([tokenizer.end_of_text], dtype=np.uint16)
+    tokens, starts, n = [start[:0]], [], 0
+    for text, begins in piece.documents():
+        if text and begins:
+            starts.append(n)
+            tokens.append(start)
+            n += 1
+        tokens.append(tokenizer.encode(text))
+        n += len(tokens[-1])
+    return np.concatenate(tokens), starts
+
+
+Tokens = tuple[Piece, np.ndarray, list[int]]  # a piece and what tokenise() makes of it
+TokeniseAll = Callable[[Iterable[Piece]], Iterator[Tokens]]
+Route = Callable[[np.ndarray, list[int], int, int], Iterator[tuple[str, np.ndarray]]]  # see split_by_document
+
+
+@contextmanager
+def tokenising(tokenizer_name: str, workers: int) -> Iterator[TokeniseAll]:
+    """A function that tokenises pieces, each of them ahead of its turn, on any number of processes."""
+    job = functools.partial(tokenise, tokenizer_name=tokenizer_name)
+    if workers == 1:
+        yield lambda pieces: ((piece, *job(piece)) for piece in pieces)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(START_METHOD), initializer=start_worker)
+    try:
+        yield functools.partial(in_order, pool, job, 3 * workers)
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker process was killed (was memory short?). What is written is kept: run the same command again, "
+            f"with fewer --workers than {workers}"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(pool: ProcessPoolExecutor, job: Callable, ahead: int, pieces: Iterable[Piece]) -> Iterator[Tokens]:
+    """Results in the order of the pieces; at most `ahead` pieces are in memory, however fast they come."""
+    running = deque()
+    try:
+        for piece in pieces:
+            running.append((piece, pool.submit(job, piece)))
+            if len(running) == ahead:
+                piece, future = running.popleft()
+                yield piece, *future.result()
+        while running:
+            piece, future = running.popleft()
+            yield piece, *future.result()
+    finally:  # where nobody wants the rest
+        for _, future in running:
+            future.cancel()
+
+
+def start_worker() -> None:
+    """Ctrl-C is for the parent to handle, and a worker whose parent was killed ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def outlive_nobody():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=outlive_nobody, daemon=True).start()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens -> shards, so that an interrupted run goes on
+
+
+class Section:
+    """A stream of documents that gets shards of its own, and the record from which an interrupted run goes on.
+
+    The record is a JSON file, written after each shard: the shards so far, and the place where to go on, which is the
+    piece of the input with the first token that is in no shard yet, and how much came before it. Pieces, tokens and
+    shards are functions of the input, so the bytes are the same on any number of workers and after any interruptions.
+    """
+
+    def __init__(self, record: Path, path_of: dict[str, Callable[[int], Path]], shard_tokens: dict[str, int]):
+        """path_of: for each split, the number of a shard -> its file."""
+        self.path, self.record = record, self.read(record, path_of)
+        self.writers = {
+            split: ShardWriter(path_of[split], shard_tokens[split], self.record["shards"][split], position)
+            for split, position in self.record["next"]["tokens"].items()
+        }
+
+    @staticmethod
+    def read(path: Path, splits: Iterable[str]) -> dict:
+        """The record; that of a beginning if there is none, or if a shard that it lists is not there."""
+        if path.exists():
+            record = json.loads(path.read_text())
+            rows = itertools.chain(*record["shards"].values())
+            sizes = {path.parent.parent / row["file"]: HEADER_BYTES + 2 * row["tokens"] for row in rows}
+            if all(shard.is_file() and shard.stat().st_size == size for shard, size in sizes.items()):
+                return record
+        beginning = {"piece": 0, "documents": 0, "tokens": dict.fromkeys(splits, 0)}
+        return {"complete": False, "documents": 0, "shards": {split: [] for split in splits}, "next": beginning}
+
+    def write(self, pieces: Iterator[Piece], tokenise_all: TokeniseAll, route: Route, bar: "Bar", limit=sys.maxsize):
+        """Tokenise the pieces, from where the record stands, into shards; `limit` tokens at most.
+
+        route: which tokens go to which split.
+        """
+        places = deque([self.record["next"]])  # where one could go on: the beginning of each piece not yet in shards
+        skipped = sum(piece.size for piece in itertools.islice(pieces, places[0]["piece"]))
+        bar.skip(skipped, places[0]["documents"], sum(places[0]["tokens"].values()))
+        for piece, tokens, starts in tokenise_all(pieces):
+            here = places[-1]
+            position = sum(here["tokens"].values())
+            tokens = tokens[: limit - position]
+            starts = [first for first in starts if first < len(tokens)]
+            for split, part in route(tokens, starts, here["documents"], position):
+                self.writers[split].write(part)
+            places.append(
+                {
+                    "piece": here["piece"] + 1,
+                    "documents": here["documents"] + len(starts),
+                    "tokens": {split: writer.position for split, writer in self.writers.items()},
+                }
+            )
+            self.save(places)
+            bar.show(piece.size, len(starts), len(tokens))
+            if position + len(tokens) == limit:
+                break
+        for writer in self.writers.values():
+            writer.flush()
+        self.save(places, complete=True)
+
+    def save(self, places: deque[dict], complete: bool = False) -> None:
+        """Write the record, if there is a new shard; the places whose tokens are all in shards are dropped."""
+        while len(places) > 1 and all(places[1]["tokens"][s] <= writer.written for s, writer in self.writers.items()):
+            places.popleft()
+        shards = {split: list(writer.shards) for split, writer in self.writers.items()}
+        if complete or shards != self.record["shards"]:
+            documents = places[-1]["documents"]
+            self.record = dict(complete=complete, documents=documents, shards=shards, next=places[0])
+            write_json(self.path, self.record)
+
+
+def split_by_document(
+    tokens: np.ndarray, starts: list[int], documents: int, position: int, *, is_val: Callable[[int], bool]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Whole documents to either split, by their numbers; `documents` of them begin before these tokens."""
+    ends = [0, *starts, len(tokens)]
+    for number, (first, end) in enumerate(itertools.pairwise(ends), documents - 1):
+        if first < end:
+            yield "val" if is_val(number) else "train", tokens[first:end]
+
+
+def split_by_position(
+    tokens: np.ndarray, starts: list[int], documents: int, position: int, *, val_tokens: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The first `val_tokens` tokens of the stream to validation; `position` of them came before these."""
+    rest = max(0, val_tokens - position)
+    if rest:
+        yield "val", tokens[:rest]
+    yield "train", tokens[rest:]
+
+
+class Bar:
+    """On a terminal: bytes of input that are done, documents, tokens, tokens/s, and the time left."""
+
+    def __init__(self, total_bytes: int, what: str):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
+        self.documents, self.tokens, self.new_tokens, self.start = 0, 0, 0, time.monotonic()
+
+    def skip(self, size: int, documents: int, tokens: int) -> None:
+        """What an earlier run did."""
+        self.documents, self.tokens = self.documents + documents, self.tokens + tokens
+        self.bar.initial = getattr(self.bar, "initial", 0) + size  # so that it does not count in the speed
+        self.bar.update(size)
+
+    def show(self, size: int, documents: int, tokens: int) -> None:
+        self.documents, self.tokens = self.documents + documents, self.tokens + tokens
+        self.new_tokens += tokens
+        speed = self.new_tokens / (time.monotonic() - self.start)
+        self.bar.set_postfix_str(
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {speed:,.0f} tokens/s", refresh=False
+        )
+        self.bar.update(size)
+
+    def say(self, line: str) -> None:
+        """A line above the bar, or in a file."""
+        self.bar.write(line, file=sys.stderr)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+
+def prepare_folder(out: Path, source: dict) -> dict:
+    """Make `out` ready for shards of this source, new or begun; returns its meta.json.
+
+    ValueError if there is something else in it: a finished or interrupted work of another kind, or files of the user's.
+    """
+    meta = read_meta(out)
+    if not meta and out.is_dir() and any(not path.name.endswith(".tmp") for path in out.iterdir()):
+        raise ValueError(f"{out}: holds files that this command did not write; choose a new folder for --out")
+    before = meta.get("source", source)
+    changed = [f"{name} {before.get(name)} -> {source[name]}" for name in source if before.get(name) != source[name]]
+    if changed and (meta.get("complete") or any(out.glob("*.bin"))):
+        kind = "holds shards made" if meta.get("complete") else "is being made, or was begun,"
+        raise ValueError(
+            f"{out}: {kind} from something else ({', '.join(changed)}); choose another --out or delete that folder"
+        )
+    if not meta or changed:
+        out.mkdir(parents=True, exist_ok=True)
+        meta = dict(source=source, complete=False)
+        write_meta(out, meta)
+    if not meta["complete"]:
+        (out / "progress").mkdir(exist_ok=True)
+    return meta
+
+
+def finish_folder(out: Path, tokenizer: Tokenizer, source: dict, records: list[dict]) -> dict:
+    """Write the meta.json of a folder whose sections are all complete."""
+    shards = {split: [row for r in records for row in r["shards"].get(split, [])] for split in ("train", "val")}
+    meta = {
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": sum(record["documents"] for record in records),
+        "tokens": {split: sum(row["tokens"] for row in rows) for split, rows in shards.items()},
+        "shards": shards,
+        "source": source,
+        "complete": True,
+    }
+    write_meta(out, meta)
+    shutil.rmtree(out / "progress", ignore_errors=True)  # another machine that works on this folder may be as far
+    for left_by_a_killed_run in out.glob("*.tmp"):
+        left_by_a_killed_run.unlink(missing_ok=True)
+    return meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -401,64 +932,11 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
     return files
 
 
-def choose_split(n_documents: int, val_fraction: float, seed: int) -> list[float]:
-    """For each document, which part of it trains: 1.0 all, 0.0 none (validation), between: the head trains.
-
-    Of every 1 / val_fraction documents in a row, one drawn by the seed is for validation, so that all regions of the
-    input are in both splits. Where there are fewer documents than that, each gives its tail.
-    """
-    if val_fraction == 0:
-        return [1.0] * n_documents
-    stride = round(1 / val_fraction)
-    if n_documents < stride:
-        return [1 - val_fraction] * n_documents
-    rng, parts = random.Random(seed), [1.0] * n_documents
-    for start in range(0, n_documents - stride + 1, stride):
-        parts[start + rng.randrange(stride)] = 0.0
-    return parts
-
-
-def make_shards(files: list[Path], out: Path, tokenizer: Tokenizer, shard_tokens: int, val_fraction: float, seed: int):
-    """Tokenise the files, one document each, and write both splits; returns meta.json's content without the source."""
-    from tqdm import tqdm
-
-    writers = {split: ShardWriter(out, split, shard_tokens) for split in ("train", "val")}
-    parts = choose_split(len(files), val_fraction, seed)
-    documents = 0
-    start = np.array([tokenizer.end_of_text], dtype=np.uint16)
-    with tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, disable=None) as bar:
-        for path, part in zip(files, parts):
-            content = path.read_bytes()
-            bar.update(len(content))
-            tokens = tokenizer.encode(content)
-            if not len(tokens):
-                continue  # an empty file is no document
-            documents += 1
-            head, tail = np.split(tokens, [round(part * len(tokens))])
-            for split, tokens in (("train", head), ("val", tail)):
-                if len(tokens):
-                    writers[split].write(start)
-                    writers[split].write(tokens)
-    for writer in writers.values():
-        writer.flush()
-    shards = {split: writer.shards for split, writer in writers.items()}
-    if not shards["train"] or (val_fraction and not shards["val"]):
-        raise ValueError(
-            f"{files[0]}{' and others' * (len(files) > 1)}: too little text for a training and a validation split"
-        )
-    return {
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "documents": documents,
-        "tokens": {split: sum(row["tokens"] for row in rows) for split, rows in shards.items()},
-        "shards": shards,
-    }
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="data.py",
-        description="Turn local text into token shards: one document a file.",
+        description="Turn local text into token shards: a document is a row of a .jsonl, .jsonl.gz or .parquet file, "
+        "or any other file as a whole. Run again after an interruption, the same command goes on.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders, or globs in quotes")
@@ -472,76 +950,134 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="GLOB",
         help="pass over files and folders named so (repeatable)",
     )
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard")
+    parser.add_argument("--text_column", default="text", help="of .jsonl and .parquet files, the column with the text")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a training shard")
     parser.add_argument("--val_fraction", type=float, default=0.05, help="share of the documents kept for validation")
     parser.add_argument("--seed", type=int, default=1337, help="draws the validation documents")
+    parser.add_argument("--workers", type=int, help="processes that tokenise (default: as many as there are CPUs)")
     arguments = parser.parse_args(argv)
-    if arguments.shard_tokens < 1:
-        parser.error(f"--shard_tokens={arguments.shard_tokens}: it must be at least 1")
+    check_amounts(parser, arguments)
     if arguments.val_fraction != 0 and not 1e-6 <= arguments.val_fraction <= 0.5:
         parser.error(f"--val_fraction={arguments.val_fraction}: it must be 0, or from 0.000001 to 0.5")
     return arguments
 
 
+def check_amounts(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with one line where --shard_tokens or --workers is impossible."""
+    if not 1 <= arguments.shard_tokens < 2**31:
+        parser.error(f"--shard_tokens={arguments.shard_tokens}: it must be at least 1 and below 2**31")
+    if arguments.workers is not None and arguments.workers < 1:
+        parser.error(f"--workers={arguments.workers}: it must be at least 1")
+
+
+def too_few(files: list[Path], n: int) -> bool:
+    """Whether the files hold fewer than n documents."""
+    seen = 0
+    for path in files:
+        if kind_of(path) == "rows":
+            seen += open_parquet(path).metadata.num_rows
+        elif kind_of(path) == "lines":
+            lines = (line for piece in read_lines(path, "", 0.0) for line in piece.lines if line.strip())
+            seen += sum(1 for _ in itertools.islice(lines, n))
+        else:
+            seen += path.stat().st_size > 0
+        if seen >= n:
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=64)
+def drawn_for_validation(block: int, stride: int, seed: int) -> int:
+    """Which of the `stride` documents of a block is for validation."""
+    return random.Random(f"{seed}, {block}").randrange(stride)
+
+
+def split_for(files: list[Path], val_fraction: float, seed: int) -> tuple[Route, float]:
+    """How documents are split, and the share of each that is its tail.
+
+    Of every 1 / val_fraction documents in a row, one drawn by the seed is for validation, so that all regions of the
+    input are in both splits. Where there are fewer documents than that, each is cut in two and gives its tail.
+    """
+    if val_fraction == 0:
+        return functools.partial(split_by_document, is_val=lambda document: False), 0.0
+    stride = round(1 / val_fraction)
+    if too_few(files, stride):
+        return functools.partial(split_by_document, is_val=lambda half: half % 2 == 1), val_fraction
+
+    def is_val(document: int) -> bool:
+        return document % stride == drawn_for_validation(document // stride, stride, seed)
+
+    return functools.partial(split_by_document, is_val=is_val), 0.0
+
+
 def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
     """What decides the shards' bytes, for meta.json: the options, and a hash over the files' names and contents."""
-    digest, size, binary = hashlib.sha256(), 0, []
-    for path in files:
-        content = path.read_bytes()
-        if b"\0" in content:
-            binary.append(path)
-        digest.update(path.name.encode() + hashlib.sha256(content).digest())
-        size += len(content)
+    digest, binary = hashlib.sha256(), []
+    with ThreadPoolExecutor() as threads:
+        for path, (content_digest, has_nul) in zip(files, threads.map(read_through, files)):
+            digest.update(path.name.encode() + content_digest)
+            if has_nul and kind_of(path) == "text":
+                binary.append(path)
     if binary:
         endings = sorted(
             {f"--exclude '*{path.suffix}'" if path.suffix else f"--exclude {path.name}" for path in binary}
         )
         others = f" and {len(binary) - 1} others" if len(binary) > 1 else ""
         raise ValueError(f"{binary[0]}{others}: binary (NUL bytes), not text; leave out with {' '.join(endings[:5])}")
+    size = sum(path.stat().st_size for path in files)
     if size == 0:
         raise ValueError(f"{files[0]}{' and others' * (len(files) > 1)}: empty; there is no text to tokenise")
-    names = ("tokenizer", "shard_tokens", "val_fraction", "seed")
+    names = ["tokenizer", "shard_tokens", "val_fraction", "seed"]
+    names += ["text_column"] if any(kind_of(path) != "text" for path in files) else []
     options = {name: getattr(arguments, name) for name in names}
     return options | dict(files=len(files), bytes=size, sha256=digest.hexdigest())
 
 
-def prepare_folder(out: Path, source: dict) -> bool:
-    """Make `out` ready to be written, with a meta.json that calls it incomplete; False if it is finished already.
+def read_through(path: Path) -> tuple[bytes, bool]:
+    """The SHA-256 of a file, and whether there is a NUL byte in it."""
+    digest, has_nul = hashlib.sha256(), False
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            has_nul = has_nul or b"\0" in chunk
+    return digest.digest(), has_nul
 
-    Only what an interrupted run left is removed. Finished shards of something else are a ValueError.
-    """
-    before = read_meta(out)
-    if before.get("complete"):
-        made_of = before.get("source", {})
-        changed = [
-            f"{name} {made_of.get(name)} -> {source[name]}" for name in source if made_of.get(name) != source[name]
-        ]
-        if changed:
-            raise ValueError(
-                f"{out}: holds shards made from something else ({', '.join(changed)}); choose another --out or "
-                "delete that folder"
-            )
-        return False
-    out.mkdir(parents=True, exist_ok=True)
-    write_meta(out, dict(source=source, complete=False))
-    for path in out.iterdir():
-        if re.fullmatch(rf"{re.escape(out.name)}_(train|val)_\d+\.bin(\.tmp)?", path.name):
-            path.unlink()
-    return True
+
+def available_cpus() -> int:
+    """Those that this process may use: fewer than the machine has, where a scheduler gave it a share."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shard_local_text(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out).resolve()
-    if not read_meta(out) and out.is_dir() and any(path.name != "meta.json.tmp" for path in out.iterdir()):
-        raise ValueError(f"{out}: holds files that this command did not write; choose a new folder for --out")
     files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
     source = describe(arguments, files)
-    if not prepare_folder(out, source):
+    if prepare_folder(out, source)["complete"]:
         print(f"{arguments.out}: already made from these {len(files)} files")
         return
+
+    # A small shard for validation each time training fills a large one: either way an interrupted run loses little.
+    sizes = {"train": arguments.shard_tokens, "val": max(1, round(arguments.shard_tokens * arguments.val_fraction))}
+    section = Section(
+        out / "progress" / "all.json",
+        {split: lambda n, split=split: out / f"{out.name}_{split}_{n + 1:06d}.bin" for split in sizes},
+        sizes,
+    )
+    route, tail = split_for(files, arguments.val_fraction, arguments.seed)
+    # A process takes a second to start: one for every second's work.
+    workers = arguments.workers or min(available_cpus(), 1 + source["bytes"] // (8 << 20))
+    with tokenising(arguments.tokenizer, workers) as tokenise_all, Bar(source["bytes"], arguments.out) as bar:
+        section.write(pieces_of(files, arguments.text_column, tail), tokenise_all, route, bar)
+    record = section.record
+    if not record["shards"]["train"] or (arguments.val_fraction and not record["shards"]["val"]):
+        raise ValueError(
+            f"{files[0]}{' and others' * (len(files) > 1)}: too little text for a training and a validation split; "
+            f"delete {arguments.out}, and take more text or --val_fraction 0"
+        )
+    if tail:
+        record["documents"] //= 2
     tokenizer = get_tokenizer(arguments.tokenizer)
-    meta = make_shards(files, out, tokenizer, arguments.shard_tokens, arguments.val_fraction, arguments.seed)
-    write_meta(out, meta | dict(source=source, complete=True))
+    meta = finish_folder(out, tokenizer, source, [record])
     print(
         f"{arguments.out}: {meta['documents']:,} documents, {meta['tokens']['train']:,} training and "
         f"{meta['tokens']['val']:,} validation tokens ({tokenizer.name})"
@@ -555,7 +1091,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("data.py: interrupted; the same command makes the shards again", file=sys.stderr)
+        print("data.py: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
 
 

@@ -169,6 +169,9 @@ def train(config: TrainConfig) -> dict:
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
         f"{len(val_places) * config.block_size:,} validation tokens"
     )
+    for shard in windows.shards:
+        if shard.note:
+            say(f"NOTE: {shard.note}; read as {tokenizer.name}")
 
     # ---- 5. The model ------------------------------------------------------------------------------------------------
     raw_model = build_model(config, checkpoint, tokenizer).to(machine.device)

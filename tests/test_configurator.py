@@ -82,7 +82,8 @@ def test_flags_become_values(flag, name, value):
         ("nowhere.py", "nowhere.py: no such config file. A config file is Python, a setting is --key=value"),
     ],
 )
-def test_each_mistake_is_named(argument, message):
+def test_each_mistake_is_named(argument, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no file has a similar name
     with pytest.raises(ValueError) as error:
         configure(Toy, argument.split())
     assert str(error.value) == message

@@ -1,19 +1,28 @@
 """Tokenizers, shards, windows and batches, and the command that makes shards of local text."""
 
+import gzip
 import hashlib
+import io
 import itertools
 import json
+import random
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import clean_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Batches, Shard, ShardWriter, Windows, choose_split, get_tokenizer
+from data import Batches, Shard, ShardWriter, Windows, get_tokenizer
 
 
 def windows(*lengths: int, block_size: int = 8, vocab_size: int = 60_000) -> Windows:
@@ -79,6 +88,46 @@ def test_transformers_reads_our_tokenizer_files(tmp_path, name):
     assert theirs.eos_token_id == ours.end_of_text and len(theirs) == ours.vocab_size
 
 
+@given(
+    st.lists(
+        st.sampled_from(
+            ["word", "don't", "naïve", "漢字。", "☃", " ", "  ", "\n", "\t", "\u3000", "\xa0", "12", "\r\n"]
+        )
+    ),
+    st.integers(2, 30),
+)
+def test_segments_tokenise_as_the_whole(parts, size):
+    """Cut at the pre-tokeniser's own breaks, a text has the same ids; and where there is none, the same text."""
+    text = "".join(parts)
+    encoding, raw = get_tokenizer("gpt2").encoding, text.encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PIECE_BYTES", size)
+        pieces = list(data.segments(io.BytesIO(raw), len(raw)))
+        ids = get_tokenizer("gpt2").encode(text)
+    assert b"".join(pieces) == raw and encoding.decode(ids.tolist()) == text
+    ends = list(itertools.accumulate(map(len, pieces)))[:-1]
+    if all(end in {match.start() for match in data.BREAK.finditer(raw)} for end in ends):
+        assert ids.tolist() == encoding.encode_ordinary(text)
+
+
+def test_breaks_change_no_id():
+    """Every break that the pattern finds in a text, against the ids of the uncut text."""
+    text = "A  b\n\nc\t d\u3000 e\xa0\n f'll\u2009 g! ?\r\n 漢字 。\n12 \x85 x\u205f\ny\u1680 z \u2028 ."
+    encode, raw = get_tokenizer("gpt2").encoding.encode_ordinary, text.encode()
+    breaks = [match.start() for match in data.BREAK.finditer(raw)]
+    expected = [i for i in range(1, len(text)) if text[i] in " \n" and not text[i - 1].isspace()]
+    assert breaks == [len(text[:i].encode()) for i in expected] and len(breaks) == 7
+    for at in breaks:
+        assert encode(raw[:at].decode()) + encode(raw[at:].decode()) == encode(text)
+
+
+@pytest.mark.parametrize("run", ["a", " ", "\n", "漢", "😀", "=-", "x" * 999 + " "], ids=ascii)
+def test_long_runs_neither_panic_nor_stall(run):
+    """Three million characters: more than a segment in one run. The decoded text is the same."""
+    text = run * (3_000_000 // len(run))
+    assert get_tokenizer("gpt2").decode(get_tokenizer("gpt2").encode(text).tolist()) == text
+
+
 def test_an_unknown_tokenizer_is_named():
     with pytest.raises(ValueError, match=r"'bert'; there are gpt2 \(50257 ids\), bytes \(257 ids\)"):
         get_tokenizer("bert")
@@ -100,7 +149,8 @@ def test_a_shard_is_what_its_description_says(tmp_path):
 def test_the_writer_cuts_and_loses_nothing(tmp_path_factory, documents, shard_tokens):
     """Also documents longer than a shard, or than several."""
     folder = tmp_path_factory.mktemp("w")
-    writer, tokens = ShardWriter(folder, "train", shard_tokens), np.arange(sum(documents), dtype=np.uint16)
+    tokens = np.arange(sum(documents), dtype=np.uint16)
+    writer = ShardWriter(lambda n: folder / f"w_train_{n:06d}.bin", shard_tokens)
     for document in np.split(tokens, np.cumsum(documents)[:-1]) if documents else []:
         writer.write(document)
     writer.flush()
@@ -146,7 +196,8 @@ def test_no_file_of_the_user_is_deleted(tmp_path, capsys):
     for name in ("notes_2024.txt", "notes_train_000001.bin"):
         (notes / name).write_text("my notes\n" * 50)
     for out in (notes, tmp_path):
-        assert "choose a new folder" in fails(capsys, str(notes / "notes_2024.txt"), "--out", str(out))
+        line = fails(capsys, str(notes / "notes_2024.txt"), "--out", str(out))
+        assert "choose a new folder" in line or "no files match" in line  # what lies in --out is no input
     assert len(list(notes.iterdir())) == 2
 
 
@@ -292,19 +343,43 @@ def test_shards_decode_back_to_the_documents(tmp_path, tokenizer):
 
 
 def test_a_lone_document_gives_its_tail_to_validation(tmp_path):
-    out = make(tmp_path, {"book.txt": "abcdefghij" * 10}, "--tokenizer", "bytes", "--val_fraction", "0.1")
+    files = {"a.txt": "x", "book.txt": "abcdefghij" * 10, "empty.txt": ""}  # of one character there is no tail
+    out = make(tmp_path, files, "--tokenizer", "bytes", "--val_fraction", "0.1")
     train, val = (data.open_shards(out, split)[0].tokens for split in ("train", "val"))
     assert bytes(train[1:].tolist()) == b"abcdefghij" * 9 and bytes(val[1:].tolist()) == b"abcdefghij"
 
 
-@given(st.integers(1, 500), st.sampled_from([0, 0.01, 0.05, 0.1, 0.3, 0.5]), st.integers(0, 3))
-def test_the_split_takes_its_share(n, fraction, seed):
-    parts = choose_split(n, fraction, seed)
-    assert len(parts) == n and parts == choose_split(n, fraction, seed)
-    if fraction and n >= round(1 / fraction):
-        assert parts.count(0.0) == n // round(1 / fraction) >= 1
-    elif fraction:
-        assert parts == [1 - fraction] * n
+@given(st.integers(1, 500), st.sampled_from([0, 0.01, 0.05, 0.1, 0.3, 0.5]), st.integers(0, 3), st.integers(1, 9))
+def test_the_split_takes_its_share(n, fraction, seed, at_once):
+    """Of documents of one token each, however many of them come at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "too_few", lambda files, stride: n < stride)
+        route, tail = data.split_for([], fraction, seed)
+    if tail:
+        assert tail == fraction and n < round(1 / fraction)
+        return
+    val = []
+    for first in range(0, n, at_once):
+        documents = np.arange(first, min(n, first + at_once), dtype=np.uint16)
+        for split, tokens in route(documents, list(range(len(documents))), first, first):
+            val += tokens.tolist() if split == "val" else []
+    if fraction == 0:
+        assert val == []
+    else:
+        stride = round(1 / fraction)
+        whole = [document for document in val if document < n // stride * stride]
+        assert [document // stride for document in whole] == list(range(n // stride))  # one of each block
+
+
+def test_a_document_may_lie_in_several_pieces():
+    route, _ = data.split_for([], 0, 0)
+    assert [(split, part.tolist()) for split, part in route(np.arange(4), [2], 5, 0)] == [
+        ("train", [0, 1]),
+        ("train", [2, 3]),
+    ]
+    odd = data.functools.partial(data.split_by_document, is_val=lambda document: document == 4)
+    parts = odd(np.arange(4), [2], 5, 0)  # the rest of document 4, and the beginning of document 5
+    assert [(split, part.tolist()) for split, part in parts] == [("val", [0, 1]), ("train", [2, 3])]
 
 
 def test_which_files_are_taken(tmp_path):
@@ -329,31 +404,176 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path, ca
     assert "(tokenizer bytes -> gpt2); choose another --out or delete that folder" in line
 
 
-def test_an_interrupted_command_run_again_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    """Law 8: killed while the third shard was being written. What is there then is not taken for a whole."""
-    files, options = {"a.txt": "some text\n" * 500}, ("--tokenizer", "bytes", "--shard_tokens", "1000")
+def test_interrupted_at_every_write_and_run_again_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """Law 8: stopped in the middle of the first file that is written, then of the second, and so on; all in a row."""
+    rng = random.Random(1)
+    files = {f"{i:02d}.txt": "".join(rng.choices("abc d\n", k=rng.randrange(10, 900))) for i in range(60)}
+    options = ("--tokenizer", "bytes", "--shard_tokens", "1500", "--val_fraction", "0.25")
+    monkeypatch.setattr(data, "PIECE_BYTES", 700)
     out = make(tmp_path, files, *options)
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
-    for path in out.iterdir():
-        path.unlink()
-    calls, write = [], data.write_whole
+    assert len(whole) > 25
+    shutil.rmtree(out)
+    write, written = data.write_whole, []
 
-    def killed(path, content):
-        calls.append(path)
-        if len(calls) == 4:  # meta.json, two shards, and this one
-            path.with_name(path.name + ".tmp").write_bytes(content[:100])
+    def stopped(path, *content):
+        if len(written) + 1 == attempt:
+            path.with_name(path.name + ".0a.tmp").write_bytes(b"half of it")
             raise KeyboardInterrupt
-        write(path, content)
+        written.append(path.name)
+        write(path, *content)
 
-    monkeypatch.setattr(data, "write_whole", killed)
+    monkeypatch.setattr(data, "write_whole", stopped)
+    for attempt in range(1, 99):  # noqa: B007 (stopped() reads it)
+        written.clear()
+        before = {path.name for path in out.glob("*.bin")}
+        try:
+            make(tmp_path, files, *options)
+            break
+        except SystemExit as exit_:
+            assert exit_.code == 130
+        assert before <= {path.name for path in out.glob("*.bin")}
+        for path in out.glob("*.bin"):
+            assert path.read_bytes() == whole[path.name]
+        with pytest.raises(ValueError, match=r"no train shards|interrupted|no folder"):
+            data.open_shards(out, "train")
+    assert attempt > 5
+    assert whole == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    """A run that goes on tokenises no more than what is in no shard yet: at most one shard, and a piece."""
+    monkeypatch.setattr(data, "PIECE_BYTES", 500)
+    files, options = {"a.txt": "some text\n" * 2000}, ("--tokenizer", "bytes", "--shard_tokens", "2000")
+    tokenise, seen = data.tokenise, []
+
+    def counted(piece, tokenizer_name):
+        seen.append(sum(len(text) for text, _ in piece.documents()))
+        if sum(seen) > 15_000:
+            raise KeyboardInterrupt
+        return tokenise(piece, tokenizer_name)
+
+    monkeypatch.setattr(data, "tokenise", counted)
     with pytest.raises(SystemExit, match="130"):
         make(tmp_path, files, *options)
-    assert len(list(out.glob("*.bin"))) == 2
-    with pytest.raises(ValueError, match="interrupted"):
-        data.open_shards(out, "train")
-    monkeypatch.setattr(data, "write_whole", write)
+    seen.clear()
     make(tmp_path, files, *options)
-    assert whole == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert 20_000 - 15_000 < sum(seen) <= 20_000 - 15_000 + 2000 + 2 * 500
+
+
+ROWS = [f"Row {i}: naïve ☃\n" * (i % 7) for i in range(200)]  # every seventh is empty
+
+
+def tables(folder: Path, column: str = "text") -> list[str]:
+    """The same rows as .jsonl, .jsonl.gz and .parquet, with rows of other kinds between them."""
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps({"n": i, column: text or None}) + "\n" * (1 + i % 2) for i, text in enumerate(ROWS))
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pq.write_table(pa.table({"n": range(200), column: [text or None for text in ROWS]}), folder / "c.parquet", 30)
+    (folder / "d.txt").write_text("a text file\n")
+    return [str(folder / name) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt")]
+
+
+def documents_of(out: Path, split: str, tokenizer: str) -> list[str]:
+    tokens = np.concatenate([shard.tokens for shard in data.open_shards(out, split)])
+    starts = np.flatnonzero(tokens == get_tokenizer(tokenizer).end_of_text)
+    return [get_tokenizer(tokenizer).decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_rows_are_documents(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_BYTES", 1000)  # several pieces in a row group
+    paths = tables(tmp_path / "tables", "body")
+    options = ["--text_column", "body", "--tokenizer", tokenizer, "--val_fraction", "0"]
+    data.main([*paths, "--out", str(tmp_path / "out"), *options])
+    texts = [text for text in ROWS if text]
+    assert documents_of(tmp_path / "out", "train", tokenizer) == [*texts, *texts, *texts, "a text file\n"]
+    assert data.read_meta(tmp_path / "out")["source"]["text_column"] == "body"
+
+
+def test_a_few_rows_give_their_tails(tmp_path):
+    rows = ["ab cd ef gh " * 50, "", "x", None, "漢字" * 90]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "t.parquet")
+    out = tmp_path / "out"
+    data.main([str(tmp_path / "t.parquet"), "--out", str(out), "--tokenizer", "bytes", "--val_fraction", "0.1"])
+    train, val = (documents_of(out, split, "bytes") for split in ("train", "val"))
+    assert [head + tail for head, tail in zip(train, val, strict=True)] == ["ab cd ef gh " * 50, "漢字" * 90]
+    assert val == [" cd ef gh " + "ab cd ef gh " * 4, "漢字" * 9]  # a tenth, from white space on if there is some
+    assert data.read_meta(out)["documents"] == 2
+
+
+@pytest.mark.parametrize("val_fraction", ["0.1", "0.005"])  # by whole documents; and fewer than 200, each by its tail
+def test_any_number_of_workers_makes_the_same_bytes(tmp_path, val_fraction):
+    paths = tables(tmp_path / "tables")
+    (tmp_path / "tables" / "e.md").write_text("a longer document\n" * 20_000)
+    options = ["--shard_tokens", "3000", "--val_fraction", val_fraction]
+    made = []
+    for workers in ("1", "2", "4"):
+        out = tmp_path / workers / "out"
+        out.parent.mkdir()
+        script = "import data, sys; data.PIECE_BYTES, data.ROWS_BYTES = 4000, 1000; data.main(sys.argv[1:])"
+        command = [sys.executable, "-c", script, *paths, str(tmp_path / "tables" / "e.md"), "--out", str(out), *options]
+        run = subprocess.run(
+            [*command, "--workers", workers], env=clean_environment(), capture_output=True, text=True, timeout=120
+        )
+        assert run.returncode == 0, run.stderr
+        made.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert made[0] == made[1] == made[2] and len(made[0]) > 20
+
+
+def test_rows_that_are_wrong_are_named(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    cases = {
+        "a.jsonl": ('{"text": "x"}\n\n{"text": \n', "a.jsonl, line 3: not JSON"),
+        "b.jsonl": ('{"text": "x"}\n[1]\n', "b.jsonl, line 2: a list, where an object is expected"),
+        "c.jsonl": ('{"body": "x", "n": 1}\n', "c.jsonl, line 1: no column 'text'; there are: body, n"),
+        "d.jsonl": ('{"text": 5}\n', "d.jsonl, line 1: 'text' is a int, not text"),
+        "e.jsonl.gz": (gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "e.jsonl.gz: cut off or damaged"),
+        "f.jsonl.gz": (b"junk", "f.jsonl.gz: cut off or damaged"),
+        "g.parquet": (b"PAR1 junk", "g.parquet: cut off or damaged"),
+        "h.parquet": (b"", "h.parquet: empty"),
+    }
+    for name, (content, message) in cases.items():
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert message in fails(capsys, str(path), *out)
+        assert not list((tmp_path / "out").glob("*.bin"))
+    table = pa.table({"n": range(2000), "body": [f"{i * i} squares" for i in range(2000)]})
+    pq.write_table(table, tmp_path / "i.parquet", compression="zstd")
+    assert "i.parquet: no column 'text'; there are: n, body" in fails(capsys, str(tmp_path / "i.parquet"), *out)
+    assert "holds int64, not text" in fails(capsys, str(tmp_path / "i.parquet"), *out, "--text_column", "n")
+    whole = (tmp_path / "i.parquet").read_bytes()
+    middle = len(whole) // 2
+    (tmp_path / "i.parquet").write_bytes(whole[: middle - 80] + bytes(80) + whole[middle:])  # its index is intact
+    assert "i.parquet: cut off or damaged" in fails(capsys, str(tmp_path / "i.parquet"), *out, "--text_column", "body")
+
+
+def test_another_command_does_not_undo_a_begun_one(tmp_path, capsys, monkeypatch):
+    """What an interrupted run wrote is kept from a command with other options, and from other text."""
+    text = tmp_path / "a.txt"
+    text.write_text("some text\n" * 900)
+    options = [str(text), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Section, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit, match="130"):
+            data.main([*options, "--shard_tokens", "1000"])
+    capsys.readouterr()
+    line = fails(capsys, *options, "--shard_tokens", "2000")
+    assert "was begun, from something else (shard_tokens 1000 -> 2000)" in line and "delete that folder" in line
+    data.main([*options, "--shard_tokens", "1000"])
+    assert data.read_meta(tmp_path / "out")["complete"]
+
+
+def test_raw_tokens_of_nanogpt_are_read(tmp_path):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
+    (shard,) = data.open_shards(tmp_path, "train")
+    assert shard.tokens.tolist() == list(range(100)) and "no header, so taken as nanoGPT's raw uint16" in shard.note
+    with pytest.raises(ValueError, match="no val shards"):
+        data.open_shards(tmp_path, "val")
+    (tmp_path / "val.bin").write_bytes(b"odd")
+    with pytest.raises(ValueError, match=r"val.bin: 3 bytes cannot be uint16 tokens"):
+        data.open_shards(tmp_path, "val")
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
