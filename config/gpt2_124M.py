@@ -1,9 +1,7 @@
 """Reproduce GPT-2 (124M) on FineWeb-Edu. These are train.py's defaults, spelled out.
 
+    python fineweb.py --pretokenized        (or without it, to tokenise here)
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124M.py
-
-Shards: any folder of GPT-2 tokens in llm.c's format or build-nanogpt's .npy. Ready-made ones are on the Hugging Face
-hub as the dataset karpathy/fineweb-edu-100B-gpt2-token-shards (100 files of 0.2 GB are 10B tokens).
 
 The arithmetic:
     64 sequences x 1024 tokens x 8 GPUs x 1 micro-step = 524,288 tokens a step (the GPT-3 paper's 0.5M)

@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_medium.py
 
-Shards: as for config/gpt2_124M.py, but training files 000001 to 000300 (30B tokens), so that nothing is seen twice.
+Shards: python fineweb.py --pretokenized --max_tokens 30_000_000_000 --out shards/fineweb_edu_30B, so that nothing is
+seen twice.
 
 The arithmetic:
     32 sequences x 1024 tokens x 8 GPUs x 2 micro-steps = 524,288 tokens a step

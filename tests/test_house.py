@@ -16,10 +16,13 @@ HOUSE = {
     "runtime": set(),
     "data": set(),
     "model": set(),
+    "fineweb": {"data"},
     "sample": {"runtime", "data", "model"},
     "train": {"configurator", "runtime", "data", "model"},
+    "bench": {"data"},
 }
 HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
+HEAVY |= {"pyarrow"}
 
 
 def tree(name: str) -> ast.Module:
