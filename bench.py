@@ -1,7 +1,10 @@
 """Measured speed. Each figure comes from the functions that the scripts themselves call, and from interleaved rounds.
 
-python bench.py tokenize                               the source of Python's own library
-python bench.py tokenize text.parquet --workers 8      files that data.py or fineweb.py take
+    python bench.py tokenize                               the source of Python's own library
+    python bench.py tokenize text.parquet --workers 8      files that data.py or fineweb.py take
+    python bench.py hellaswag --data tasks.jsonl           the score's batches against one task at a time
+
+The table goes to the standard output, how far things are to the standard error.
 """
 
 import argparse
@@ -14,7 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+
 import data
+import hellaswag
+import runtime
+from model import GPT, GPTConfig, resolve
+from runtime import Runtime
 
 
 def say(line: str) -> None:
@@ -107,6 +118,61 @@ def show_tokenize(result: dict) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# hellaswag: the score as the script computes it, against the way it is usually written
+
+
+@torch.no_grad()
+def one_at_a_time(model: GPT, tasks: list[hellaswag.Rendered], machine: Runtime) -> list[np.ndarray]:
+    """Four rows, each with the context, padded at the right; logits and losses of every token; one task at a time."""
+    found = []
+    for task in tasks:
+        rows = [torch.from_numpy(np.concatenate([task.context, ending]).astype(np.int64)) for ending in task.endings]
+        idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(machine.device)  # (4, T)
+        column = torch.arange(1, idx.size(1), device=machine.device)
+        ends = torch.tensor([len(row) for row in rows], device=machine.device)
+        of_ending = (column >= len(task.context)) & (column < ends[:, None])  # (4, T - 1)
+        with machine.autocast():
+            logits = model(idx)[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, 1:].flatten(), reduction="none")
+        found.append((losses.view(4, -1) * of_ending).sum(dim=1).cpu().numpy())
+    return found
+
+
+def bench_hellaswag(arguments: argparse.Namespace) -> dict:
+    machine = runtime.start(arguments.device, arguments.dtype)
+    model = GPT.from_pretrained(resolve(arguments.model)) if arguments.model else GPT(GPTConfig())
+    model = model.to(machine.device).eval()
+    tokenizer = data.get_tokenizer(model.config.vocab_size)
+    tasks = hellaswag.examples(arguments.data, arguments.limit)
+    rendered = [hellaswag.render(task, tokenizer, model.config.block_size) for task in tasks]
+    some = rendered[:: max(1, len(rendered) // arguments.naive)]
+    batches = hellaswag.batches_of(rendered, arguments.batch_tokens)
+    useful = sum(map(len, rendered)) / sum(len(b) * max(len(rendered[i]) for i in b) for b in batches)
+    say("; ".join(machine.notes))
+    say(f"{len(tasks):,} tasks; {100 * useful:.1f} % of the tokens in {len(batches)} batches are not padding")
+    one_at_a_time(model, some[:2], machine)
+    hellaswag.ending_losses(model, some[:2], machine)
+    rounds = []
+    for _ in range(arguments.rounds):
+        start = time.perf_counter()
+        one_at_a_time(model, some, machine)
+        naive = len(some) / (time.perf_counter() - start)
+        start = time.perf_counter()
+        hellaswag.evaluate(model, tokenizer, machine, tasks, arguments.batch_tokens)
+        ours = len(tasks) / (time.perf_counter() - start)
+        rounds.append({"one at a time": naive, "in batches": ours, "ratio": ours / naive})
+        say("  ".join(f"{name} {value:.2f}" for name, value in rounds[-1].items()))
+    medians = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+    return {"tasks": len(tasks), "useful": useful, "notes": machine.notes} | medians
+
+
+def show_hellaswag(result: dict) -> None:
+    print(f"one task at a time   {result['one at a time']:8.1f} tasks/s")
+    print(f"in batches           {result['in batches']:8.1f} tasks/s, {100 * result['useful']:.1f} % useful tokens")
+    print(f"ratio                {result['ratio']:8.2f}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -116,20 +182,46 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     tokenize = benches.add_parser(
         "tokenize",
         help="text to shards, against tiktoken alone",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     tokenize.add_argument("files", nargs="*", help="as data.py takes them (none: the source of Python's own library)")
-    tokenize.add_argument("--text_column", default="text", help="of .jsonl and .parquet files")
+    tokenize.add_argument("--text_column", default="text", help="of .jsonl and .parquet files (default: %(default)s)")
     tokenize.add_argument("--workers", type=int, help="processes (default: as many as there are CPUs)")
-    for bench in (tokenize,):
-        bench.add_argument("--rounds", type=int, default=3, help="how often everything is measured, in turn")
+    score = benches.add_parser(
+        "hellaswag",
+        help="the score's batches against one task at a time",
+    )
+    score.add_argument("--model", help="as hellaswag.py takes it (none: an untrained GPT-2 124M, which is as fast)")
+    score.add_argument("--data", metavar="FILE", help="tasks (none: the official ones, fetched once)")
+    score.add_argument(
+        "--limit", type=int, default=500, help="the first so many tasks; 0 is all (default: %(default)s)"
+    )
+    score.add_argument(
+        "--naive", type=int, default=40, help="how many of them one at a time, evenly spread (default: %(default)s)"
+    )
+    score.add_argument(
+        "--batch_tokens",
+        type=int,
+        default=hellaswag.BATCH_TOKENS,
+        help="tokens in one forward pass (default: %(default)s)",
+    )
+    score.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    score.add_argument(
+        "--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)"
+    )
+    for bench in (tokenize, score):
+        bench.add_argument(
+            "--rounds", type=int, default=3, help="how often everything is measured, in turn (default: %(default)s)"
+        )
         bench.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    measure, show = {"tokenize": (bench_tokenize, show_tokenize)}[arguments.bench]
+    measure, show = {
+        "tokenize": (bench_tokenize, show_tokenize),
+        "hellaswag": (bench_hellaswag, show_hellaswag),
+    }[arguments.bench]
     try:
         result = measure(arguments)
     except (ValueError, OSError) as error:

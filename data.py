@@ -937,24 +937,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="data.py",
         description="Turn local text into token shards: a document is a row of a .jsonl, .jsonl.gz or .parquet file, "
         "or any other file as a whole. Run again after an interruption, the same command goes on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders, or globs in quotes")
-    parser.add_argument("--out", required=True, help="folder for the shards, for example shards/mine")
-    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="gpt2's BPE, or plain bytes")
-    parser.add_argument("--glob", default="*", help="which files of a folder to take, at any depth")
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="pass over files and folders named so (repeatable)",
-    )
-    parser.add_argument("--text_column", default="text", help="of .jsonl and .parquet files, the column with the text")
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a training shard")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="share of the documents kept for validation")
-    parser.add_argument("--seed", type=int, default=1337, help="draws the validation documents")
-    parser.add_argument("--workers", type=int, help="processes that tokenise (default: as many as there are CPUs)")
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="files, folders, or globs in quotes")
+    add("--out", required=True, help="folder for the shards, for example shards/mine")
+    add("--tokenizer", choices=TOKENIZERS, default="gpt2", help="gpt2's BPE, or plain bytes (default: %(default)s)")
+    add("--glob", default="*", help="which files of a folder to take, at any depth (default: all)")
+    leave_out = "pass over files and folders named so (repeatable)"
+    add("--exclude", action="append", default=[], metavar="GLOB", help=leave_out)
+    add("--text_column", default="text", help="the column with the text, of .jsonl and .parquet (default: %(default)s)")
+    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a training shard (default: %(default)s)")
+    add("--val_fraction", type=float, default=0.05, help="share of the documents for validation (default: %(default)s)")
+    add("--seed", type=int, default=1337, help="draws the validation documents (default: %(default)s)")
+    add("--workers", type=int, help="processes that tokenise (default: one for each CPU, fewer for little text)")
     arguments = parser.parse_args(argv)
     check_amounts(parser, arguments)
     if arguments.val_fraction != 0 and not 1e-6 <= arguments.val_fraction <= 0.5:

@@ -224,13 +224,20 @@ class GPT(nn.Module):
             else:
                 parameter.fill_(1.0)  # LayerNorm's scale
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Token ids (B, T) -> the final LayerNorm's output (B, T, C). With a cache, idx continues what it holds."""
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None, layout=None) -> torch.Tensor:
+        """Token ids (B, T) -> the final LayerNorm's output (B, T, C). With a cache, idx continues what it holds.
+
+        A row need not be one text: layout = (position (B, T), mask (B, 1, T, T) bool) says where each token stands and
+        which tokens it may see.
+        """
         T = idx.size(1)
         past = cache.length if cache else 0
-        assert past + T <= self.config.block_size, f"{past + T} tokens, but {self.config.block_size} positions"
-        position = cache.positions(T, idx.device) if cache else torch.arange(T, device=idx.device)
-        mask = cache.mask(T, idx.device) if cache else None
+        if layout:
+            position, mask = layout
+        else:
+            assert past + T <= self.config.block_size, f"{past + T} tokens, but {self.config.block_size} positions"
+            position = cache.positions(T, idx.device) if cache else torch.arange(T, device=idx.device)
+            mask = cache.mask(T, idx.device) if cache else None
 
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
         x = self.transformer.drop(x)

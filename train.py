@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
+import hellaswag
 import runtime
 from model import GPT, GPTConfig, checkpoints
 from runtime import Runtime
@@ -79,6 +80,9 @@ class TrainConfig:
     log_every: int = 1  # a line, or the progress bar on a terminal
     eval_every: int = 250  # validation loss
     eval_tokens: int = 10_485_760  # validation tokens, always the same ones
+    hellaswag_every: int = 250  # HellaSwag's score, see hellaswag.py; 0 for a vocabulary or a text it says nothing of
+    hellaswag_limit: int = 0  # only its first so many tasks; 0 is all 10,042
+    hellaswag_data: str = ""  # a copy of hellaswag_val.jsonl; without, it is fetched once, to shards/hellaswag
     sample_every: int = 1_000  # a sample of text
     sample_prompt: str = "Hello, I'm a language model,"  # what it continues
     sample_tokens: int = 64  # how long it is
@@ -97,6 +101,7 @@ class TrainConfig:
     def mistakes(self) -> list[str]:
         """What is wrong with these values, one sentence each. `accumulation` finds what depends on the machine."""
         at_least = dict(batch_size=1, total_batch_size=1, keep_checkpoints=0, eval_tokens=1, sample_tokens=1)
+        at_least |= dict(hellaswag_limit=0)
         at_least |= dict.fromkeys(("warmup_steps", "cooldown_steps", "max_steps", "seed"), 0)
         at_least |= {field.name: 0 for field in dataclasses.fields(self) if field.name.endswith("_every")}
         at_least |= dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip"), 0)
@@ -172,6 +177,7 @@ def train(config: TrainConfig) -> dict:
     for shard in windows.shards:
         if shard.note:
             say(f"NOTE: {shard.note}; read as {tokenizer.name}")
+    tasks = load_tasks(config, machine, say)  # of HellaSwag
 
     # ---- 5. The model ------------------------------------------------------------------------------------------------
     raw_model = build_model(config, checkpoint, tokenizer).to(machine.device)
@@ -225,7 +231,12 @@ def train(config: TrainConfig) -> dict:
                 log("val", step, loss=val_loss)
                 console.line(f"step {step:,} | val loss {val_loss:.4f}")
 
-            untrained = step == 0 and config.init_from == "scratch"  # its text is a screen of noise
+            untrained = step == 0 and config.init_from == "scratch"  # it guesses, and its text is a screen of noise
+            if fresh and tasks and due(config.hellaswag_every, step) and not untrained:
+                score = hellaswag.evaluate(raw_model, tokenizer, machine, tasks)
+                log("hellaswag", step, **score)
+                console.line(f"step {step:,} | hellaswag {score['acc_norm']:.4f} of {score['n']:,}")
+
             if fresh and due(config.sample_every, step) and machine.is_main and not untrained:
                 text = sample_text(raw_model, tokenizer, config, machine)
                 log("sample", step, text=text)
@@ -412,6 +423,22 @@ def evaluate(model: GPT, windows: data.Windows, places: np.ndarray, batch_size: 
             total += model(batch[:, :-1], batch[:, 1:]) * len(batch)
     model.train()
     return machine.sum(total).item() / len(places)
+
+
+def load_tasks(config: TrainConfig, machine: Runtime, say) -> list[hellaswag.Example]:
+    """HellaSwag's tasks; none, with one line that says why, if they cannot be fetched: the run goes on without."""
+    if not config.hellaswag_every:
+        return []
+    trouble = ""
+    if machine.is_main and not config.hellaswag_data:
+        try:
+            hellaswag.fetch()
+        except (ValueError, OSError) as error:
+            trouble = f"hellaswag: off. {error}, or set hellaswag_data"
+    if machine.sum(torch.tensor(float(bool(trouble)), device=machine.device)):
+        say(trouble)
+        return []
+    return hellaswag.examples(config.hellaswag_data, config.hellaswag_limit)
 
 
 def sample_text(model: GPT, tokenizer: data.Tokenizer, config: TrainConfig, machine: Runtime) -> str:

@@ -23,6 +23,7 @@ warmup_steps = 10
 max_steps = 60
 
 eval_every = 10
+hellaswag_every = 0
 eval_tokens = 32_768
 checkpoint_every = 10
 sample_every = 20

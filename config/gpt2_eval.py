@@ -16,5 +16,6 @@ init_from = "gpt2"
 max_steps = 0  # the loop looks once at the model as it is, and ends
 batch_size = 8
 total_batch_size = 8 * batch_size * block_size  # unused, but it must divide by the number of processes
+hellaswag_every = 1
 sample_every = 1
 checkpoint_every = 0

@@ -28,6 +28,7 @@ beta2 = 0.99  # small batches are noisy: remember longer
 
 log_every = 50
 eval_every = 2_000
+hellaswag_every = 0
 eval_tokens = 1_000_000  # all there are
 checkpoint_every = 2_000
 sample_every = 2_000

@@ -30,6 +30,7 @@ beta2 = 0.99  # small batches are noisy: remember longer
 
 log_every = 50
 eval_every = 500
+hellaswag_every = 0
 eval_tokens = 1_000_000  # all there are
 checkpoint_every = 500
 sample_every = 1_000

@@ -59,6 +59,7 @@ def config(shards, tmp_path):
             warmup_steps=2,
             max_steps=12,
             eval_every=0,
+            hellaswag_every=0,
             sample_every=0,
             checkpoint_every=0,
             eval_tokens=512,

@@ -18,8 +18,9 @@ HOUSE = {
     "model": set(),
     "fineweb": {"data"},
     "sample": {"runtime", "data", "model"},
-    "train": {"configurator", "runtime", "data", "model"},
-    "bench": {"data"},
+    "hellaswag": {"runtime", "data", "model"},
+    "train": {"configurator", "runtime", "data", "model", "hellaswag"},
+    "bench": {"runtime", "data", "model", "hellaswag"},
 }
 HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
 HEAVY |= {"pyarrow"}

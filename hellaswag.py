@@ -1,0 +1,381 @@
+"""HellaSwag (Zellers et al. 2019): which of four endings goes on from a context? A chance guess is right once in four.
+
+    python hellaswag.py --model gpt2                              OpenAI's 124M, on all 10,042 tasks
+    python hellaswag.py --model out/gpt2_124M --limit 1000        an own run's newest checkpoint, the first 1,000
+    torchrun --standalone --nproc_per_node=8 hellaswag.py --model gpt2-xl
+
+A task is a line of JSON:
+
+    {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+     "ctx": "A man is sitting on a roof. he", "split": "val", "split_type": "indomain", "label": 3,
+     "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+                 "is holding a rubik's cube.", "starts pulling up roofing on a roof."],
+     "source_id": "activitynet~v_-JhWjGDPHMY"}
+
+    ind, source_id   where it comes from: a video's caption (ActivityNet) or an article (WikiHow)
+    activity_label   what the video or article is about; not shown to the model
+    ctx              the context: ctx_a, and ctx_b where the last sentence is begun
+    endings, label   four of them, three written by a machine; the number of the right one, from 0
+    split_type       whether the training split has the same activity (indomain) or not (zeroshot)
+
+Completion style: the model never sees the endings side by side. Each is put behind the context, and the sum of its
+tokens' losses says how surprising it is. acc takes the ending with the lowest sum, acc_norm that with the lowest mean a
+token. Published for OpenAI's weights in this style (Karpathy, build-nanogpt), n = 10,042:
+
+    gpt2     acc 0.2859   acc_norm 0.2955            gpt2-xl  acc 0.3842   acc_norm 0.4893
+"""
+
+import argparse
+import functools
+import http.client
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import runtime
+from model import GPT, resolve
+from runtime import Runtime
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
+SHA256 = {"val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"}
+FOLDER = Path("shards/hellaswag")  # where the tasks are kept
+WAITS = (2, 10, 30)  # seconds before a download is tried again
+
+PUBLISHED = {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)}  # acc, acc_norm
+BATCH_TOKENS = 8192  # tokens in one forward pass
+LOGIT_ROWS = 256  # how many predictions are over the whole vocabulary at once: 50 MB in float32
+
+
+@dataclass(frozen=True)
+class Example:
+    context: str
+    endings: tuple[str, ...]
+    label: int  # the number of the right ending
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example in tokens: the context once, and the endings that go on from it."""
+
+    context: np.ndarray
+    endings: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        """Tokens that go into the model: nothing follows an ending's last one, so it is only predicted."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tasks
+
+
+def examples(path: str | Path | None = None, limit: int = 0, split: str = "val") -> list[Example]:
+    """The tasks of a file, or of the official one, which is fetched once; the first `limit` of them, 0 is all.
+
+    ValueError if a line is not a task.
+    """
+    path = Path(path or fetch(split))
+    found = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if limit and len(found) == limit:
+                break
+            if line.strip():
+                found.append(read_example(line, f"{path}, line {number}"))
+    if not found:
+        raise ValueError(f"{path}: no tasks in it; it should have one JSON object a line")
+    return found
+
+
+def read_example(line: str, where: str) -> Example:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); copy or download the file again") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a {type(record).__name__}, where an object is expected")
+    for name in ("ctx", "endings", "label"):
+        if name not in record:
+            raise ValueError(f"{where}: no field {name!r}; there are: {', '.join(record)}")
+    context, endings = record["ctx"], record["endings"]
+    if not isinstance(context, str) or not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
+        raise ValueError(f"{where}: ctx must be a text and endings a list of texts")
+    label = str(record["label"])  # some copies have it as a text
+    if not label.isdecimal() or int(label) >= len(endings):
+        raise ValueError(f"{where}: label {label!r} is not the number of one of {len(endings)} endings")
+    return Example(context, tuple(endings), int(label))
+
+
+def fetch(split: str = "val") -> Path:
+    """The official file, downloaded if it is not here yet; a download that breaks off is continued. Else ValueError."""
+    path, url = FOLDER / f"hellaswag_{split}.jsonl", URL.format(split=split)
+    if path.is_file():
+        return path
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    for wait in (*WAITS, None):
+        try:
+            download(url, part)
+            if split in SHA256 and (digest := data.read_through(part)[0].hex()) != SHA256[split]:
+                part.unlink()
+                raise ConnectionError(f"what arrived has the SHA-256 {digest[:12]}..., not {SHA256[split][:12]}...")
+            os.replace(part, path)
+            return path
+        except (ConnectionError, TimeoutError, urllib.error.URLError, http.client.HTTPException) as error:
+            passes = not isinstance(error, urllib.error.HTTPError) or error.code in (408, 429) or error.code >= 500
+            if wait is None or not passes:
+                raise ValueError(
+                    f"HellaSwag could not be fetched from {url} ({error}); where there is no network, copy the file to "
+                    f"{path}"
+                ) from None
+            time.sleep(wait)
+
+
+def download(url: str, part: Path) -> None:
+    """Append what is missing to `part`. ConnectionError if it ends early."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            continued = answer.status == 206
+            with open(part, "ab" if continued else "wb") as file:
+                shutil.copyfileobj(answer, file)
+            expected = int(answer.headers.get("Content-Length", 0)) + (have if continued else 0)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is missing
+            return
+        raise
+    if part.stat().st_size < expected:
+        raise ConnectionError(f"the connection ended after {part.stat().st_size:,} of {expected:,} bytes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks -> batches. The four endings of a task lie behind its context in one row, and do not see each other, so that the
+# context is computed once:
+#
+#     context context context | ending 0 | ending 1 ending 1 | ending 2 | ending 3
+#     0       1       2         3          3        4          3          3            positions
+
+
+@functools.lru_cache(maxsize=100_000)  # the tasks are the same at each evaluation of a run
+def render(example: Example, tokenizer: data.Tokenizer, block_size: int) -> Rendered:
+    """An example in tokens, cut to what a model with block_size positions can read.
+
+    The context loses its beginning, as much as the longest ending needs. An ending longer than the window is judged by
+    its beginning.
+    """
+    context = tokenizer.encode(example.context)
+    context = context if len(context) else np.array([tokenizer.end_of_text], dtype=np.uint16)
+    endings = tuple(tokenizer.encode(" " + ending)[:block_size] for ending in example.endings)
+    room = block_size - max(len(ending) for ending in endings) + 1
+    return Rendered(context[-room:], endings)
+
+
+def batches_of(rendered: list[Rendered], batch_tokens: int) -> list[list[int]]:
+    """Numbers of the tasks that go through the model together: of like length, batch_tokens with padding at most."""
+    batches, longest = [], 0
+    for i in sorted(range(len(rendered)), key=lambda i: (-len(rendered[i]), i)):
+        full = batches and (len(batches[-1]) + 1) * longest > batch_tokens
+        if not batches or full or len(rendered[i]) < 0.85 * longest:
+            batches.append([])
+            longest = len(rendered[i])
+        batches[-1].append(i)
+    return batches
+
+
+def lay_out(rendered: list[Rendered]) -> tuple[np.ndarray, ...]:
+    """A batch as arrays: ids, positions and parts (B, T); and one row for each token of an ending, (N) each.
+
+    part is 0 in the context and behind the end, else 1 + the number of the ending. The rows: where in the flattened
+    (B T) the token is predicted, the token, and 4 b + the number of the ending it belongs to (4: for four endings).
+    """
+    B, T = len(rendered), max(map(len, rendered))
+    idx, position, part = np.zeros((3, B, T), dtype=np.int64)
+    predicted_at, targets, owners = [], [], []
+    for b, task in enumerate(rendered):
+        n = len(task.context)
+        idx[b, :n], position[b, :n] = task.context, np.arange(n)
+        column = n
+        for number, ending in enumerate(task.endings):
+            end = column + len(ending) - 1
+            idx[b, column:end], part[b, column:end] = ending[:-1], number + 1
+            position[b, column:end] = n + np.arange(len(ending) - 1)
+            # The context's last token predicts the first of each ending.
+            predicted_at += [b * T + n - 1, *range(b * T + column, b * T + end)]
+            targets.append(ending)
+            owners += [b * len(task.endings) + number] * len(ending)
+            column = end
+        part[b, column:] = -1
+    return idx, position, part, np.array(predicted_at), np.concatenate(targets).astype(np.int64), np.array(owners)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The score
+
+
+@torch.no_grad()
+def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.ndarray:
+    """The summed loss, in nats, of each ending of each task: (B, 4)."""
+    idx, position, part, predicted_at, targets, owners = lay_out(rendered)
+    idx, position, part, predicted_at, targets = (
+        torch.from_numpy(array).to(machine.device) for array in (idx, position, part, predicted_at, targets)
+    )
+    T = idx.size(1)
+    before = torch.ones(T, T, dtype=torch.bool, device=machine.device).tril()
+    same = part[:, :, None] == part[:, None, :]
+    mask = before & (same | (part[:, None, :] == 0))  # (B, T, T): what came before in its own part, or in the context
+    with machine.autocast():
+        hidden = model.hidden(idx, layout=(position, mask[:, None])).flatten(0, 1)[predicted_at]  # (N, C)
+        losses = [
+            F.cross_entropy(model.padded_logits(some).float(), target, reduction="none")
+            for some, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
+        ]
+    losses = torch.cat(losses).cpu().double().numpy()  # (N)
+    sums = np.bincount(owners, weights=losses).reshape(len(rendered), -1)
+    # Equal endings are a tie, and must not be told apart by a rounding that depends on where they lie in the row.
+    for row, task in zip(sums, rendered):
+        same = {}
+        row[:] = [row[same.setdefault(ending.tobytes(), i)] for i, ending in enumerate(task.endings)]
+    return sums
+
+
+def score(sums: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Summed losses (B, 4) and numbers of tokens (B, 4) of the endings -> predictions by sum and by mean, (B) each.
+
+    Of equals the first is taken.
+    """
+    return sums.argmin(axis=1), (sums / lengths).argmin(axis=1)
+
+
+def evaluate(
+    model: GPT,
+    tokenizer: data.Tokenizer,
+    machine: Runtime,
+    tasks: list[Example],
+    batch_tokens: int = BATCH_TOKENS,
+    show_progress: bool = False,
+) -> dict:
+    """{"n", "acc", "acc_norm", ...} over the tasks. Each rank scores a share of them; all get the result.
+
+    Nothing is drawn from a random generator, and the model is left as it was.
+    """
+    rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
+    batches = batches_of(rendered, batch_tokens)[machine.rank :: machine.world_size]
+    counts = torch.zeros(3, device=machine.device)  # tasks, right by sum, right by mean
+    was_training = model.training
+    model.eval()
+    for batch in progress(batches, len(tasks), show_progress):
+        some = [rendered[i] for i in batch]
+        sums = ending_losses(model, some, machine)
+        by_sum, by_mean = score(sums, np.array([[len(ending) for ending in task.endings] for task in some]))
+        labels = np.array([tasks[i].label for i in batch])
+        counts += torch.tensor([len(batch), (by_sum == labels).sum(), (by_mean == labels).sum()], device=machine.device)
+    model.train(was_training)
+    n, right, right_norm = (int(count) for count in machine.sum(counts).tolist())
+    acc, acc_norm = right / n, right_norm / n
+    return {
+        "n": n,
+        "acc": acc,
+        "acc_norm": acc_norm,
+        "acc_stderr": math.sqrt(acc * (1 - acc) / n),
+        "acc_norm_stderr": math.sqrt(acc_norm * (1 - acc_norm) / n),
+    }
+
+
+def progress(batches: list[list[int]], total: int, shown: bool) -> Iterator[list[int]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="task", disable=None if shown else True, dynamic_ncols=True) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hellaswag.py",
+        description="Score a GPT-2 on HellaSwag, completion style.",
+    )
+    add = parser.add_argument
+    add("--model", default="gpt2", help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: %(default)s)")
+    add("--data", metavar="FILE", help="tasks, one JSON object a line (none: the official ones, fetched once)")
+    add("--split", choices=["val", "train"], default="val", help="which of the official files (default: %(default)s)")
+    add("--limit", type=int, default=0, metavar="N", help="only the first N tasks; 0 is all (default: %(default)s)")
+    add(
+        "--batch_tokens",
+        type=int,
+        default=BATCH_TOKENS,
+        metavar="N",
+        help="tokens in one forward pass, as memory allows (default: %(default)s)",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    add("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)")
+    add("--json", action="store_true", help="print one JSON object instead of sentences")
+    arguments = parser.parse_args(argv)
+    if arguments.limit < 0 or arguments.batch_tokens < 1:
+        parser.error("--limit must be at least 0, --batch_tokens at least 1")
+    return arguments
+
+
+def hellaswag(arguments: argparse.Namespace) -> None:
+    machine = runtime.start(arguments.device, arguments.dtype)
+    if machine.is_main:
+        examples(arguments.data, arguments.limit, arguments.split)  # one process fetches, and the others wait
+    machine.barrier()
+    tasks = examples(arguments.data, arguments.limit, arguments.split)
+    source = resolve(arguments.model)
+    model = GPT.from_pretrained(source).to(machine.device)
+    tokenizer = data.get_tokenizer(model.config.vocab_size)
+    if machine.is_main:
+        print(f"model: {source}, {model.num_params():,} parameters; {', '.join(machine.notes)}", file=sys.stderr)
+    start = time.perf_counter()
+    result = evaluate(model, tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main)
+    seconds = time.perf_counter() - start
+    if machine.is_main:
+        result = {"model": str(source), "style": "completion"} | result | {"seconds": seconds}
+        print(json.dumps(result) if arguments.json else in_words(result))
+    machine.close()
+
+
+def in_words(result: dict) -> str:
+    published = PUBLISHED.get(result["model"].rpartition("/")[2], (None, None))
+    lines = [f"HellaSwag, completion style, {result['n']:,} tasks:"]
+    for name, figure, what in zip(("acc", "acc_norm"), published, ("lowest sum", "lowest mean a token")):
+        beside = f"   published, on all 10,042: {figure:.4f}" if figure else ""
+        lines.append(f"  {name:9}{result[name]:.4f} +- {result[name + '_stderr']:.4f}  ({what}){beside}")
+    return "\n".join([*lines, f"  {result['n'] / result['seconds']:.1f} tasks/s"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        hellaswag(arguments)
+    except (ValueError, OSError) as error:
+        print(f"hellaswag.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"hellaswag.py: out of memory; set --batch_tokens={arguments.batch_tokens // 2}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""The HellaSwag score against one that is as plain as can be; in a run; and with files as they come."""
+
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOY_MODEL, clean_environment, flags, losses, metrics
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import hellaswag
+import train
+from hellaswag import Example, Rendered
+from model import GPT, GPTConfig
+from runtime import Runtime
+
+ROOT = Path(__file__).parent.parent
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
+TASKS = [
+    Example("A man is sitting on a roof. he", ("is using wrap.", "rips level tiles off.", "holds a cube.", "x"), 3),
+    Example(
+        "She bends down", ("and", "and", "and lifts the weight over her head, slowly.", "and lets go."), 0
+    ),  # a tie
+    Example("[header] Wie man Äpfel schält [title] 漢字 ☃\n", ("naïve", "é", "日本語のテキスト", "…"), 1),
+    Example("", ("no context", "at all", "is here", "to go on from"), 2),
+    Example("word " * 300, ("a " * 40, "b " * 7, "c", "the end."), 0),  # longer than the window
+    Example("A short one", ("x" * 500, "word " * 200, "y", "z"), 3),  # an ending that is
+    *(
+        Example(f"The number {i} is", tuple(f"{(i * k) % 13} and" + " more" * k for k in range(4)), i % 4)
+        for i in range(30)
+    ),
+]
+
+
+def toy(tokenizer: str, block_size: int = 128) -> GPT:
+    torch.manual_seed(0)
+    vocab_size = data.get_tokenizer(tokenizer).vocab_size
+    model = GPT(GPTConfig(**TOY_MODEL | dict(block_size=block_size), vocab_size=vocab_size))
+    for parameter in model.parameters():
+        parameter.data *= 4  # so that predictions differ
+    return model
+
+
+@torch.no_grad()
+def plain_losses(model: GPT, task: Example, tokenizer: data.Tokenizer) -> list[float]:
+    """One ending at a time, the context with it each time, logits for everything."""
+    window = model.config.block_size
+    endings = [tokenizer.encode(" " + ending).tolist()[:window] for ending in task.endings]
+    longest = max(map(len, endings))
+    context = tokenizer.encode(task.context).tolist() or [tokenizer.end_of_text]
+    context = context[-(window + 1 - longest) :]
+    sums = []
+    for ending in endings:
+        row = torch.tensor([context + ending])
+        logp = F.log_softmax(model(row[:, :-1]), dim=-1)
+        sums.append(-sum(logp[0, len(context) - 1 + i, token].item() for i, token in enumerate(ending)))
+    return sums
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens):
+    model, tokens = toy(tokenizer).eval(), data.get_tokenizer(tokenizer)
+    rendered = [hellaswag.render(task, tokens, model.config.block_size) for task in TASKS]
+    expected = np.array([plain_losses(model, task, tokens) for task in TASKS])
+    batches = hellaswag.batches_of(rendered, batch_tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(TASKS)))
+    lengths = np.array([[len(ending) for ending in one.endings] for one in rendered])
+    right = right_norm = 0
+    for batch in batches:
+        sums = hellaswag.ending_losses(model, [rendered[i] for i in batch], CPU)
+        np.testing.assert_allclose(sums, expected[batch], rtol=1e-5, atol=1e-4)
+    labels = np.array([task.label for task in TASKS])
+    right, right_norm = (expected.argmin(1) == labels).sum(), ((expected / lengths).argmin(1) == labels).sum()
+    result = hellaswag.evaluate(model, tokens, CPU, TASKS, batch_tokens)
+    assert (result["n"], result["acc"], result["acc_norm"]) == (len(TASKS), right / len(TASKS), right_norm / len(TASKS))
+    p = result["acc_norm"]
+    assert result["acc_norm_stderr"] == pytest.approx((p * (1 - p) / len(TASKS)) ** 0.5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 9), min_size=4, max_size=4)), max_size=20), st.data()
+)
+def test_batches_take_each_task_once_and_keep_the_budget(sizes, draw):
+    rendered = [Rendered(np.zeros(n), tuple(np.zeros(k) for k in ends)) for n, ends in sizes]
+    budget = draw.draw(st.integers(1, 400))
+    batches = hellaswag.batches_of(rendered, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(rendered[i]) for i in batch) <= budget
+
+
+def test_ties_go_to_the_first():
+    by_sum, by_mean = hellaswag.score(np.array([[2.0, 1, 1, 3], [4, 4, 4, 4]]), np.array([[1, 1, 1, 3], [1, 2, 4, 4]]))
+    assert by_sum.tolist() == [1, 0] and by_mean.tolist() == [1, 2]
+
+
+def test_the_right_ending_wins_where_a_model_knows_it():
+    """A model trained on four sentences prefers their endings, by both counts."""
+    tokens = data.get_tokenizer("bytes")
+    pairs = [("one two", "three"), ("red green", "blue!"), ("do re", "mi fa"), ("a b c", "d e f")]
+    tasks = [Example(a, tuple(b for _, b in pairs), label) for label, (a, _) in enumerate(pairs)]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, **TOY_MODEL))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rows = [torch.from_numpy(tokens.encode(f"{a} {b}").astype(np.int64))[None] for a, b in pairs]
+    for _ in range(40):
+        sum(model(row[:, :-1], row[:, 1:]) for row in rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = hellaswag.evaluate(model, tokens, CPU, tasks)
+    assert result["acc"] == result["acc_norm"] == 1 and model.training
+
+
+def test_bf16_and_both_attentions_agree():
+    tokens = data.get_tokenizer("gpt2")
+    model = toy("gpt2").eval()
+    rendered = [hellaswag.render(task, tokens, 128) for task in TASKS]
+    exact = hellaswag.ending_losses(model, rendered, CPU)
+    rounded = hellaswag.ending_losses(model, rendered, Runtime(torch.device("cpu"), torch.bfloat16))
+    np.testing.assert_allclose(rounded, exact, rtol=0.03)
+    assert not np.array_equal(rounded, exact)
+    for block in model.transformer.h:
+        block.attn.flash = False
+    np.testing.assert_allclose(hellaswag.ending_losses(model, rendered, CPU), exact, rtol=1e-5)
+
+
+def test_the_window_is_never_exceeded():
+    """The longest positions are used, and none beyond."""
+    tokens = data.get_tokenizer("bytes")
+    for task in TASKS:
+        rendered = hellaswag.render(task, tokens, 64)
+        position = hellaswag.lay_out([rendered])[1]
+        assert position.max() <= 63 and len(rendered.context) >= 1
+    assert hellaswag.lay_out([hellaswag.render(TASKS[4], tokens, 64)])[1].max() == 63
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def write_tasks(path: Path, tasks=TASKS, label=int) -> Path:
+    records = [dict(ind=i, ctx=t.context, label=label(t.label), endings=list(t.endings)) for i, t in enumerate(tasks)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_tasks_come_back_from_a_file(tmp_path):
+    path = write_tasks(tmp_path / "tasks.jsonl", label=str)  # some copies have labels as texts
+    assert hellaswag.examples(path) == TASKS
+    assert hellaswag.examples(path, limit=3) == TASKS[:3]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: a list, where an object is expected"),
+        ('{"ctx": "a", "label": 0}', "line 2: no field 'endings'; there are: ctx, label"),
+        (
+            '{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}',
+            "line 2: label '4' is not the number of one of 4",
+        ),
+        ('{"ctx": "a", "label": "", "endings": ["a", "b", "c", "d"]}', "line 2: label '' is not the number"),
+        ('{"ctx": 1, "label": 0, "endings": ["a", "b", "c", "d"]}', "line 2: ctx must be a text"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, capsys, line, message):
+    path = write_tasks(tmp_path / "tasks.jsonl", TASKS[:1])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(SystemExit) as exit_:
+        hellaswag.main(["--data", str(path), "--model", "out/none", "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith(f"hellaswag.py: {path}, {message}") and error.count("\n") == 1
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty.jsonl: no tasks in it"):
+        hellaswag.examples(tmp_path / "empty.jsonl")
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves one file; `trouble` is what goes wrong at each of the next requests."""
+
+    content: bytes
+    trouble: list
+    ranges: list
+
+    def do_GET(self):
+        self.ranges.append(self.headers.get("Range"))
+        wrong = self.trouble.pop(0) if self.trouble else ""
+        if isinstance(wrong, int):
+            self.send_error(wrong)
+            return
+        first = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
+        body = self.content[first:]
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if wrong == "drop" else body[::-1] if wrong == "corrupt" else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    content = write_tasks(tmp_path / "source.jsonl").read_bytes()
+    handler = type("ThisServer", (Server,), dict(content=content, trouble=[], ranges=[]))
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{http.server_address[1]}/hellaswag_{{split}}.jsonl")
+    monkeypatch.setattr(hellaswag, "SHA256", {"val": data.read_through(tmp_path / "source.jsonl")[0].hex()})
+    monkeypatch.setattr(hellaswag, "FOLDER", tmp_path / "kept")
+    monkeypatch.setattr(hellaswag, "WAITS", (0, 0, 0))
+    yield handler
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.mark.parametrize(
+    "trouble", [[], ["drop"], ["drop", 503, "drop"], ["corrupt", 429], ["drop", "corrupt"]], ids=str
+)
+def test_the_file_is_fetched_once(server, trouble):
+    server.trouble += trouble
+    assert hellaswag.examples() == TASKS
+    asked = len(server.ranges)
+    assert hellaswag.examples(limit=5) == TASKS[:5] and len(server.ranges) == asked == len(trouble) + 1
+    if trouble == ["drop"]:
+        assert server.ranges == [None, f"bytes={len(server.content) // 2}-"]  # what was there is not fetched again
+
+
+@pytest.mark.parametrize("wrong, message", [(404, "404"), ("corrupt", "SHA-256"), ("drop", "the connection ended")])
+def test_what_cannot_be_fetched_is_one_line(server, wrong, message):
+    server.trouble += [wrong] * 9
+    with pytest.raises(ValueError, match=f"HellaSwag could not be fetched from http.*{message}.*copy the file to"):
+        hellaswag.examples()
+    assert not list(hellaswag.FOLDER.glob("*.jsonl"))
+
+
+# ---- The command, and a run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    toy("bytes").save_pretrained(tmp_path / "toy")
+    return str(tmp_path / "toy")
+
+
+def test_the_command(folder, tmp_path, capsys):
+    path = write_tasks(tmp_path / "tasks.jsonl")
+    arguments = ["--model", folder, "--data", str(path), "--device", "cpu", "--dtype", "fp32"]
+    hellaswag.main([*arguments, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    expected = hellaswag.evaluate(toy("bytes"), data.get_tokenizer("bytes"), CPU, TASKS)
+    assert result["style"] == "completion" and expected.items() <= result.items()
+    hellaswag.main([*arguments, "--limit", "8"])
+    out = capsys.readouterr().out
+    assert "HellaSwag, completion style, 8 tasks" in out and "tasks/s" in out and "+-" in out
+
+
+def test_published_figures_stand_beside():
+    result = dict(n=10_042, acc=0.2859, acc_norm=0.2955, acc_stderr=0.0045, acc_norm_stderr=0.0046, seconds=1.0)
+    assert "acc_norm 0.2955 +- 0.0046  (lowest mean a token)   published, on all 10,042: 0.2955" in hellaswag.in_words(
+        result | {"model": "gpt2"}
+    )
+    assert "published" not in hellaswag.in_words(result | {"model": "out/mine"})
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_ranks_share_the_tasks_and_agree(folder, tmp_path, n):
+    """36 tasks in batches that do not divide; the counts are those of one process."""
+    path = write_tasks(tmp_path / "tasks.jsonl")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "hellaswag.py"]
+    command += ["--model", folder, "--data", str(path), "--dtype", "fp32", "--batch_tokens", "700", "--json"]
+    run = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("{")]
+    expected = hellaswag.evaluate(toy("bytes"), data.get_tokenizer("bytes"), CPU, TASKS)
+    assert expected.items() <= json.loads(line).items()
+
+
+def test_a_run_scores_itself_and_is_not_disturbed(config, tmp_path):
+    """Law 4, with dropout on. The score in the metrics is that of the checkpoint."""
+    path = write_tasks(tmp_path / "tasks.jsonl")
+    settings = dict(dropout=0.2, max_steps=6, checkpoint_every=6)
+    scoring = dict(hellaswag_every=3, hellaswag_data=str(path), hellaswag_limit=30)
+    plain = losses(config(out_dir=str(tmp_path / "plain"), **settings))
+    assert losses(config(out_dir=str(tmp_path / "scored"), **settings, **scoring)) == plain
+    records = metrics(tmp_path / "scored", "hellaswag")
+    assert [record["step"] for record in records] == [3, 6] and records[0]["n"] == 30
+    model = GPT.from_pretrained(tmp_path / "scored" / "step_0000006")
+    expected = hellaswag.evaluate(model, data.get_tokenizer("bytes"), CPU, TASKS[:30])
+    assert expected.items() <= records[-1].items()
+
+
+def test_a_run_goes_on_where_the_tasks_cannot_be_fetched(config, server, tmp_path, capsys):
+    server.trouble += [404] * 9
+    train.train(config(hellaswag_every=2, max_steps=4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hellaswag: ")]
+    assert len(lines) == 1 and "off" in lines[0] and "404" in lines[0] and "set hellaswag_data" in lines[0]
+    assert len(metrics(tmp_path / "run")) == 4 and metrics(tmp_path / "run", "hellaswag") == []
+    with pytest.raises(SystemExit) as exit_:  # but a file that was named and is not there is a mistake
+        train.main(flags(config(hellaswag_every=2, hellaswag_data="nowhere.jsonl", resume="never")))
+    assert exit_.value.code == 2 and "nowhere.jsonl" in capsys.readouterr().err
