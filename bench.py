@@ -1,7 +1,7 @@
 """Measured speed. Each figure comes from the functions that the scripts themselves call, and from interleaved rounds.
 
     python bench.py tokenize                               the source of Python's own library
-    python bench.py tokenize text.parquet --workers 8      files that data.py or fineweb.py take
+    python bench.py tokenize text.parquet --workers 8      files of text, .jsonl or .parquet
     python bench.py hellaswag --data tasks.jsonl           the score's batches against one task at a time
 
 The table goes to the standard output, how far things are to the standard error.
@@ -183,7 +183,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "tokenize",
         help="text to shards, against tiktoken alone",
     )
-    tokenize.add_argument("files", nargs="*", help="as data.py takes them (none: the source of Python's own library)")
+    tokenize.add_argument("files", nargs="*", help="text, .jsonl, .parquet (none: the source of Python's own library)")
     tokenize.add_argument("--text_column", default="text", help="of .jsonl and .parquet files (default: %(default)s)")
     tokenize.add_argument("--workers", type=int, help="processes (default: as many as there are CPUs)")
     score = benches.add_parser(
@@ -213,7 +213,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             "--rounds", type=int, default=3, help="how often everything is measured, in turn (default: %(default)s)"
         )
         bench.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,6 +22,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -31,9 +32,9 @@ import unicodedata
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -185,8 +186,11 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     return {"file": path.name, "tokens": len(tokens), "sha256": digest.hexdigest()}
 
 
-def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
-    """Write a file so that, whatever is killed when, `path` is either the old content or the new, never half of it."""
+def write_whole(path: Path, *content: bytes | np.ndarray, replace: bool = True) -> None:
+    """Write a file so that, whatever is killed when, `path` is either the old content or the new, never half of it.
+
+    Without `replace`, a file that is there, or that another process has just made, stays.
+    """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # its own, lest two processes share it
     try:
         with open(temporary, "wb") as file:
@@ -194,7 +198,12 @@ def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            with suppress(FileExistsError):
+                os.link(temporary, path)
+            temporary.unlink()
     except OSError as error:  # a full disk does not name the file
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -306,17 +315,14 @@ def read_meta(data_dir: str | Path) -> dict:
         meta = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); make the shards again") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("tokenizer", ""), str):
+    kinds = {"tokenizer": str, "source": dict, "shards": dict, "complete": bool}
+    if not isinstance(meta, dict) or any(not isinstance(meta.get(name, kind()), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path}: not what data.py writes; make the shards again")
     return meta
 
 
-def write_meta(folder: Path, meta: dict) -> None:
-    write_json(folder / "meta.json", meta)
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+def write_json(path: Path, content: dict, replace: bool = True) -> None:
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode(), replace=replace)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -458,7 +464,7 @@ class Lines:
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig", errors="replace"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{self.path}, line {number}: a {type(row).__name__}, where an object is expected")
@@ -491,7 +497,7 @@ class Rows:
         seen, n = 0, self.stop - self.first
         try:
             batches = open_parquet(self.path).iter_batches(
-                n, row_groups=[self.group], columns=[self.column], use_threads=False
+                min(n, 1000), row_groups=[self.group], columns=[self.column], use_threads=False
             )
             for batch in batches:
                 rows = batch.column(0)[max(0, self.first - seen) : max(0, self.stop - seen)]
@@ -529,12 +535,11 @@ def read_text(path: Path, tail: float) -> Iterator[tuple[bytes, bool]]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         middle = []
-        if tail and size < 2:
-            return  # it has no two parts
         if tail:
-            file.seek(head_bytes(size, tail))
-            middle = [file.tell() + near_break(file.read(4096))]
+            middle = [cut_in_two(file, size, tail)]
             file.seek(0)
+            if middle == [0]:
+                return
         for end in [*middle, size]:
             begins = True
             for segment in segments(file, end):
@@ -574,7 +579,7 @@ def read_rows(path: Path, column: str, tail: float) -> Iterator[Rows]:
 
     file = open_parquet(path)
     schema = file.schema_arrow
-    if column not in schema.names:
+    if schema.names.count(column) != 1:
         raise ValueError(no_column(path, column, schema.names))
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
@@ -643,19 +648,23 @@ def last_break(block: bytes) -> int:
 def whole_or_halves(document: bytes, tail: float) -> list[tuple[bytes, bool]]:
     if not tail:
         return [(document, True)]
-    cut = head_bytes(len(document), tail)
-    cut += near_break(document[cut : cut + 4096])
-    return [(document[:cut], True), (document[cut:], True)] if len(document) > 1 else []
+    cut = cut_in_two(io.BytesIO(document), len(document), tail)
+    return [(document[:cut], True), (document[cut:], True)] if cut else []
 
 
-def head_bytes(size: int, tail: float) -> int:
-    return min(max(1, round((1 - tail) * size)), size - 1)  # neither half is empty
-
-
-def near_break(window: bytes) -> int:
-    """Where to cut a document in two: before the next white space, or else before the next character."""
-    place = re.search(rb"\s", window) or re.search(rb"[^\x80-\xbf]", window)
-    return place.start() if place else 0
+def cut_in_two(file: BinaryIO, size: int, tail: float) -> int:
+    """Where the tail of a document begins: at white space, or else at a character. 0 if it has but one character."""
+    if size < 2:
+        return 0
+    cut = min(max(1, round((1 - tail) * size)), size - 1)
+    first = max(0, cut - 3)
+    file.seek(first)
+    window = file.read(4096)
+    if space := re.search(rb"\s", window[cut - first :]):
+        return cut + space.start()
+    # The beginnings of characters before the cut and after it.
+    starts = [first + i for i, byte in enumerate(window[: cut - first + 4]) if byte & 0xC0 != 0x80 and first + i > 0]
+    return max((at for at in starts if at <= cut), default=min(starts, default=0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -706,7 +715,7 @@ def in_order(pool: ProcessPoolExecutor, job: Callable, ahead: int, pieces: Itera
     running = deque()
     try:
         for piece in pieces:
-            running.append((piece, pool.submit(job, piece)))
+            running.append((piece, submit(pool, job, piece)))
             if len(running) == ahead:
                 piece, future = running.popleft()
                 yield piece, *future.result()
@@ -718,9 +727,17 @@ def in_order(pool: ProcessPoolExecutor, job: Callable, ahead: int, pieces: Itera
             future.cancel()
 
 
+def submit(pool: ProcessPoolExecutor, job: Callable, piece: Piece) -> Future:
+    """pool.submit, which also starts the workers; they inherit that Ctrl-C is not for them but for the parent."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(job, piece)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def start_worker() -> None:
-    """Ctrl-C is for the parent to handle, and a worker whose parent was killed ends too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker whose parent was killed ends too."""
 
     def outlive_nobody():
         multiprocessing.parent_process().join()
@@ -751,13 +768,17 @@ class Section:
 
     @staticmethod
     def read(path: Path, splits: Iterable[str]) -> dict:
-        """The record; that of a beginning if there is none, or if a shard that it lists is not there."""
-        if path.exists():
+        """The record; that of a beginning if there is none that can be used, or if a shard that it lists is missing."""
+        try:
             record = json.loads(path.read_text())
-            rows = itertools.chain(*record["shards"].values())
+            rows = list(itertools.chain(*record["shards"].values()))
             sizes = {path.parent.parent / row["file"]: HEADER_BYTES + 2 * row["tokens"] for row in rows}
-            if all(shard.is_file() and shard.stat().st_size == size for shard, size in sizes.items()):
+            whole = all(shard.is_file() and shard.stat().st_size == size for shard, size in sizes.items())
+            # Pieces of other sizes have other numbers.
+            if whole and (record["complete"] or record["piece_bytes"] == [PIECE_BYTES, ROWS_BYTES]):
                 return record
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass
         beginning = {"piece": 0, "documents": 0, "tokens": dict.fromkeys(splits, 0)}
         return {"complete": False, "documents": 0, "shards": {split: [] for split in splits}, "next": beginning}
 
@@ -799,6 +820,7 @@ class Section:
         if complete or shards != self.record["shards"]:
             documents = places[-1]["documents"]
             self.record = dict(complete=complete, documents=documents, shards=shards, next=places[0])
+            self.record["piece_bytes"] = [PIECE_BYTES, ROWS_BYTES]
             write_json(self.path, self.record)
 
 
@@ -857,27 +879,65 @@ class Bar:
         self.bar.close()
 
 
-def prepare_folder(out: Path, source: dict) -> dict:
-    """Make `out` ready for shards of this source, new or begun; returns its meta.json.
+@contextmanager
+def prepared(out: Path, source: dict, alone: bool = True) -> Iterator[dict]:
+    """A folder for shards of this source, finished, begun or new; yields its meta.json.
 
-    ValueError if there is something else in it: a finished or interrupted work of another kind, or files of the user's.
+    Meanwhile the folder is locked: alone, or with others that make parts of the same. ValueError if there is something
+    else in it: shards of another source, files of the user's, or a process at work.
     """
     meta = read_meta(out)
-    if not meta and out.is_dir() and any(not path.name.endswith(".tmp") for path in out.iterdir()):
+    if not meta and holds_other_files(out) and not (meta := read_meta(out)):  # another part may just have begun
         raise ValueError(f"{out}: holds files that this command did not write; choose a new folder for --out")
-    before = meta.get("source", source)
+    if meta.get("complete"):
+        refuse_other_source(out, meta.get("source", {}), source, "holds shards made")
+        shutil.rmtree(out / "progress", ignore_errors=True)  # of a run that was killed at its very end
+        yield meta
+        return
+    (out / "progress").mkdir(parents=True, exist_ok=True)
+    with open(out / "progress" / "lock", "w") as lock:
+        lock_file(lock, alone, f"{out}: another process is making these shards; let it finish, or stop it")
+        yield begin(out, source, alone)
+
+
+def lock_file(file, alone: bool, message: str) -> None:
+    """Hold a lock until the file is closed, as it is too when the process is killed. ValueError if it is taken."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(message) from None
+    except (ImportError, OSError):
+        pass  # a system or a disk without locks: then it is the user's care
+
+
+def holds_other_files(out: Path) -> bool:
+    ours = ("meta.json", "progress", "downloads")
+    return out.is_dir() and any(path.name not in ours and path.suffix != ".tmp" for path in out.iterdir())
+
+
+def refuse_other_source(out: Path, before: dict, source: dict, what: str) -> None:
     changed = [f"{name} {before.get(name)} -> {source[name]}" for name in source if before.get(name) != source[name]]
-    if changed and (meta.get("complete") or any(out.glob("*.bin"))):
-        kind = "holds shards made" if meta.get("complete") else "is being made, or was begun,"
+    if changed:
         raise ValueError(
-            f"{out}: {kind} from something else ({', '.join(changed)}); choose another --out or delete that folder"
+            f"{out}: {what} from something else ({', '.join(changed)}); choose another --out or delete that folder"
         )
-    if not meta or changed:
-        out.mkdir(parents=True, exist_ok=True)
-        meta = dict(source=source, complete=False)
-        write_meta(out, meta)
-    if not meta["complete"]:
-        (out / "progress").mkdir(exist_ok=True)
+
+
+def begin(out: Path, source: dict, alone: bool) -> dict:
+    """The meta.json of a folder that is locked: what is there, or a new one. Nobody's shards are lost."""
+    if alone:
+        for left_by_a_killed_run in out.glob("*.tmp"):
+            left_by_a_killed_run.unlink()
+        if not any(out.glob("*.bin")):  # whatever was begun there, nothing is lost
+            for record in (out / "progress").glob("*.json"):
+                record.unlink()
+            (out / "meta.json").unlink(missing_ok=True)
+    if not (out / "meta.json").exists():
+        write_json(out / "meta.json", dict(source=source, complete=False), replace=False)
+    meta = read_meta(out)
+    refuse_other_source(out, meta.get("source", {}), source, "is being made, or was begun,")
     return meta
 
 
@@ -893,10 +953,8 @@ def finish_folder(out: Path, tokenizer: Tokenizer, source: dict, records: list[d
         "source": source,
         "complete": True,
     }
-    write_meta(out, meta)
+    write_json(out / "meta.json", meta)
     shutil.rmtree(out / "progress", ignore_errors=True)  # another machine that works on this folder may be as far
-    for left_by_a_killed_run in out.glob("*.tmp"):
-        left_by_a_killed_run.unlink(missing_ok=True)
     return meta
 
 
@@ -912,8 +970,8 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
     """
     files = []
     for path in paths:
-        found = [Path(p) for p in sorted(glob.glob(path, recursive=True))] or [Path(path)]
-        for one in found:
+        found = [] if os.path.lexists(path) else [Path(p) for p in sorted(glob.glob(path, recursive=True))]
+        for one in found or [Path(path)]:
             if one.is_dir():
                 inside = [f.relative_to(one) for f in sorted(one.rglob(pattern)) if f.is_file()]
                 hidden = [*exclude, ".*"]
@@ -947,7 +1005,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--exclude", action="append", default=[], metavar="GLOB", help=leave_out)
     add("--text_column", default="text", help="the column with the text, of .jsonl and .parquet (default: %(default)s)")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens in a training shard (default: %(default)s)")
-    add("--val_fraction", type=float, default=0.05, help="share of the documents for validation (default: %(default)s)")
+    add(
+        "--val_fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="one document in 1/F is for validation (default: %(default)s)",
+    )
     add("--seed", type=int, default=1337, help="draws the validation documents (default: %(default)s)")
     add("--workers", type=int, help="processes that tokenise (default: one for each CPU, fewer for little text)")
     arguments = parser.parse_args(argv)
@@ -1010,15 +1074,16 @@ def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
     digest, binary = hashlib.sha256(), []
     with ThreadPoolExecutor() as threads:
         for path, (content_digest, has_nul) in zip(files, threads.map(read_through, files)):
-            digest.update(path.name.encode() + content_digest)
+            digest.update(os.fsencode(path.name) + content_digest)
             if has_nul and kind_of(path) == "text":
                 binary.append(path)
     if binary:
-        endings = sorted(
-            {f"--exclude '*{path.suffix}'" if path.suffix else f"--exclude {path.name}" for path in binary}
-        )
+        names = sorted({shlex.quote("*" + path.suffix if path.suffix else path.name) for path in binary})
         others = f" and {len(binary) - 1} others" if len(binary) > 1 else ""
-        raise ValueError(f"{binary[0]}{others}: binary (NUL bytes), not text; leave out with {' '.join(endings[:5])}")
+        raise ValueError(
+            f"{binary[0]}{others}: binary (NUL bytes), not text; leave out what you named, and what lies in folders "
+            f"with {' '.join('--exclude ' + name for name in names[:5])}"
+        )
     size = sum(path.stat().st_size for path in files)
     if size == 0:
         raise ValueError(f"{files[0]}{' and others' * (len(files) > 1)}: empty; there is no text to tokenise")
@@ -1047,12 +1112,18 @@ def shard_local_text(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out).resolve()
     files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
     source = describe(arguments, files)
-    if prepare_folder(out, source)["complete"]:
-        print(f"{arguments.out}: already made from these {len(files)} files")
-        return
+    with prepared(out, source) as meta:
+        if meta["complete"]:
+            print(f"{arguments.out}: already made from these {len(files)} files")
+        else:
+            fill(out, arguments, files, source)
 
+
+def fill(out: Path, arguments: argparse.Namespace, files: list[Path], source: dict) -> None:
     # A small shard for validation each time training fills a large one: either way an interrupted run loses little.
-    sizes = {"train": arguments.shard_tokens, "val": max(1, round(arguments.shard_tokens * arguments.val_fraction))}
+    least = min(arguments.shard_tokens, 1 << 20)
+    val_tokens = max(least, round(arguments.shard_tokens * arguments.val_fraction))
+    sizes = {"train": arguments.shard_tokens, "val": val_tokens}
     section = Section(
         out / "progress" / "all.json",
         {split: lambda n, split=split: out / f"{out.name}_{split}_{n + 1:06d}.bin" for split in sizes},
@@ -1082,8 +1153,8 @@ def shard_local_text(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         shard_local_text(parse_arguments(argv))
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, NotImplementedError) as error:  # the last for a --glob that is absolute
+        print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("data.py: interrupted; the same command goes on", file=sys.stderr)

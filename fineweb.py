@@ -59,7 +59,7 @@ def patiently(what: str, attempt: Callable[[], object]) -> object:
     for wait in (*WAITS, None):
         try:
             return attempt()
-        except (OSError, HTTPError) as error:
+        except (OSError, HTTPError, RuntimeError) as error:  # hf_xet, in Rust, knows RuntimeError only
             reason = " ".join(str(error).split()) or type(error).__name__
             if getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
                 raise
@@ -118,14 +118,17 @@ def choose_text(info, name: str | None) -> list[str]:
     """Paths of the training split of a dataset's subset: as its card says, or else what lies in the folder `name`."""
     paths = [s.rfilename for s in info.siblings if s.rfilename.endswith(SUFFIXES)]
     configs = (info.card_data.to_dict() if info.card_data else {}).get("configs") or []
-    patterns = {config.get("config_name", "default"): training_patterns(config["data_files"]) for config in configs}
+    patterns = {config.get("config_name", "default"): training_patterns(config) for config in configs}
     if name is None:
         name = next(iter(patterns)) if len(patterns) == 1 else "default"
     if name in patterns:
         chosen = [path for path in paths if any(same_path(path, pattern) for pattern in patterns[name])]
     else:
         chosen = [path for path in paths if path.startswith(f"{name}/") or (name == "default" and not patterns)]
-        chosen = [path for path in chosen if "train" in path.removeprefix(name)] or chosen
+        named = [path for path in chosen if re.search(r"(?<![a-z])train(?![a-z])", path.removeprefix(name))]
+        chosen = named or [
+            path for path in chosen if not re.search(r"(?<![a-z])(test|valid(ation)?|dev)(?![a-z])", path)
+        ]
     if not chosen:
         names = list(patterns) or sorted({path.rpartition("/")[0] for path in paths})
         known = f"choose --name: {', '.join(names[:12])}{' ...' * (len(names) > 12)}" if paths else "it has none at all"
@@ -133,8 +136,11 @@ def choose_text(info, name: str | None) -> list[str]:
     return chosen
 
 
-def training_patterns(data_files) -> list[str]:
-    """The globs of the training split, from any of the forms that a dataset's card may have them in."""
+def training_patterns(config: dict) -> list[str]:
+    """The globs of a subset's training split, from any of the forms that a dataset's card may have them in."""
+    data_files = config.get("data_files")
+    if data_files is None:
+        return [f"{config.get('data_dir', '.')}/**".removeprefix("./")]
     if isinstance(data_files, str):
         return [data_files]
     if isinstance(data_files, dict):
@@ -143,14 +149,16 @@ def training_patterns(data_files) -> list[str]:
     for entry in data_files:
         if isinstance(entry, str):
             patterns.append(entry)
-        elif entry["split"] == "train":
+        elif entry.get("split", "train") == "train":
             patterns += [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
     return patterns
 
 
 def same_path(path: str, pattern: str) -> bool:
-    """Glob as the hub has it: only ** matches a slash."""
-    return fnmatch(path, pattern) and ("**" in pattern or path.count("/") == pattern.count("/"))
+    """Glob as the hub has it: only ** matches a slash, or nothing."""
+    if "**" in pattern:
+        return fnmatch(path, pattern) or fnmatch(path, pattern.replace("**/", ""))
+    return fnmatch(path, pattern) and path.count("/") == pattern.count("/")
 
 
 def choose_shards(info) -> list[str]:
@@ -160,19 +168,24 @@ def choose_shards(info) -> list[str]:
         raise ValueError(
             f"{info.id}: no token shards there (..._train_000001.bin); without --pretokenized, text is read"
         )
+    names = [path.rpartition("/")[2] for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"{info.id}: has shards of the same name in several folders; fetch one folder with hf download"
+        )
     return paths
 
 
-def fetch(file: HubFile, dataset: str, commit: str, folder: Path | None) -> Path:
+def fetch(file: HubFile, dataset: str, commit: str, folder: Path | None, own: bool = False) -> Path:
     """The file on this disk, verified: from the hub's cache if it is there, else downloaded.
 
-    folder: where to download to; None for the hub's cache.
+    folder: where to download to; None for the hub's cache. own: only in `folder`, to be moved from there.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     what = dict(repo_id=dataset, filename=file.path, repo_type="dataset", revision=commit)
     cached = try_to_load_from_cache(**what)
-    if isinstance(cached, str) and is_whole(Path(cached), file):
+    if not own and isinstance(cached, str) and is_whole(Path(cached), file):
         return Path(cached)
     for stale in folder.rglob("*.incomplete") if folder else ():  # of a run that was killed: the client begins anew
         stale.unlink()
@@ -309,13 +322,15 @@ class Job:
     def downloads(self, i: int) -> Path | None:
         return None if self.arguments.keep_downloads else self.out / "downloads" / f"{i:06d}"
 
-    def fetched(self, numbers: list[int], ahead: bool) -> Iterator[Path]:
-        return fetch_ahead(
-            numbers, lambda i: fetch(self.files[i], self.arguments.dataset, self.commit, self.downloads(i)), ahead
-        )
+    def fetched(self, numbers: list[int], ahead: bool, own: bool = False) -> Iterator[Path]:
+        def fetch_one(i: int) -> Path:
+            return fetch(self.files[i], self.arguments.dataset, self.commit, self.downloads(i), own)
+
+        return fetch_ahead(numbers, fetch_one, ahead)
 
     def discard(self, i: int) -> None:
         """Remove what was downloaded; what lies in the hub's cache stays."""
+        data.open_parquet.cache_clear()  # an open file would keep its place on the disk
         shutil.rmtree(self.out / "downloads" / f"{i:06d}", ignore_errors=True)
 
 
@@ -334,7 +349,7 @@ def tokenise_files(job: Job) -> None:
             if record["complete"]:
                 bar.skip(file.size, record["documents"], n_tokens(record))
             elif left:
-                bar.say(f"file {i + 1} of {len(job.files)}: {file.path}, {file.size / 1e9:.2f} GB")
+                bar.say(f"{file.path}, {file.size / 1e9:.2f} GB ({i + 1} of {len(job.files)} files)")
                 section = section_of(job, i)
                 pieces = data.pieces_of([next(paths)], arguments.text_column)
                 route = functools.partial(data.split_by_position, val_tokens=arguments.shard_tokens if i == 0 else 0)
@@ -363,12 +378,16 @@ def take_shards(job: Job) -> None:
     missing = [i for i in job.mine if not job.record(i)["complete"]]
     with data.Bar(sum(job.files[i].size for i in job.mine), job.arguments.out) as bar:
         bar.skip(sum(job.files[i].size for i in job.mine if i not in missing), 0, 0)
-        for i, path in zip(missing, job.fetched(missing, ahead=True)):
+        for i, path in zip(missing, job.fetched(missing, ahead=True, own=True)):
             tokens = data.open_shard(path).tokens  # header and size
             if (largest := tokens.max(initial=0)) >= data.GPT2Tokenizer.vocab_size:
                 raise ValueError(f"{job.files[i].path}: holds the id {largest}, where GPT-2's end at 50256")
             documents = int(np.count_nonzero(tokens == data.GPT2Tokenizer.end_of_text))
-            row = {"file": path.name, "tokens": len(tokens), "sha256": data.read_through(path)[0].hex()}
+            row = {
+                "file": path.name,
+                "tokens": len(tokens),
+                "sha256": job.files[i].sha256 or data.read_through(path)[0].hex(),
+            }
             os.replace(path, job.out / path.name)
             split = "val" if "_val_" in path.name else "train"
             data.write_json(job.record_path(i), dict(complete=True, documents=documents, shards={split: [row]}))
@@ -379,18 +398,26 @@ def needed_shards(files: list[HubFile], max_tokens: int) -> list[HubFile]:
     """Validation first, then as many for training as it takes."""
     files = sorted(files, key=lambda file: ("_val_" not in file.path, file.path))
     tokens_before = itertools.accumulate(((file.size - data.HEADER_BYTES) // 2 for file in files), initial=0)
-    return [file for file, before in zip(files, tokens_before) if before < max_tokens]
+    needed = [file for file, before in zip(files, tokens_before) if before < max_tokens]
+    if not any("_train_" in file.path for file in needed):
+        raise ValueError(f"--max_tokens={max_tokens}: the first shard, for validation, has as many; ask for more")
+    return needed
 
 
 def shard_hub_dataset(arguments: argparse.Namespace) -> None:
     """Do what is missing of this machine's part, and finish the folder if all parts are there."""
     out = Path(arguments.out).resolve()
-    names = ["dataset", "revision", "max_tokens"]
+    names = ["dataset", "revision", "max_tokens", "pretokenized"]
     names += [] if arguments.pretokenized else ["name", "text_column", "shard_tokens"]
-    meta = data.prepare_folder(out, {name: getattr(arguments, name) for name in names})
-    if meta["complete"]:
-        print(f"{arguments.out}: already made from {arguments.dataset}")
-        return
+    options = {name: getattr(arguments, name) for name in names}
+    with data.prepared(out, options, alone=arguments.part[1] == 1) as meta:
+        if meta["complete"]:
+            print(f"{arguments.out}: already made from {arguments.dataset}")
+        else:
+            fill(out, arguments, meta)
+
+
+def fill(out: Path, arguments: argparse.Namespace, meta: dict) -> None:
     source = meta["source"]
     if "files" not in source:  # the list of an earlier run stays: the dataset may have changed since
         if arguments.pretokenized:
@@ -400,7 +427,7 @@ def shard_hub_dataset(arguments: argparse.Namespace) -> None:
             choose = functools.partial(choose_text, name=arguments.name)
             commit, files = list_files(arguments.dataset, arguments.revision, choose)
         source |= dict(commit=commit, files=[dataclasses.asdict(file) for file in files])
-        data.write_meta(out, meta)
+        data.write_json(out / "meta.json", meta)
     job = Job(arguments, out, source["commit"], [HubFile(**row) for row in source["files"]])
     take_shards(job) if arguments.pretokenized else tokenise_files(job)
     finish(job, source)

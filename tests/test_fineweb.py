@@ -139,6 +139,7 @@ def hub(monkeypatch, tmp_path):
     ]
     settings = dict(files=files, configs=configs, trouble={}, delay=0.0, asked=[])
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("ThisHub", (Hub,), settings))
+    server.handle_error = lambda *_: None  # a client that was killed hangs up
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -245,11 +246,8 @@ def test_shards_are_those_of_a_plain_loop(hub, tmp_path, reference):
     assert again.returncode == 0 and "already made" in again.stdout and not at(hub).asked
 
 
-@pytest.mark.parametrize("before", ["", "data.START_METHOD = 'forkserver'"])
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers, before", [(2, ""), (4, ""), (2, "data.START_METHOD = 'forkserver'")])
 def test_any_number_of_workers_makes_the_same_bytes(hub, tmp_path, reference, workers, before):
-    if before and workers == 4:
-        return
     run = fetch(hub, tmp_path / "out", "--workers", str(workers), before=f"data.ROWS_BYTES = 20_000\n{before}")
     assert run.returncode == 0, run.stderr
     assert_made(tmp_path / "out", reference)
@@ -331,30 +329,42 @@ def streams(hub, out: Path) -> dict:
 def test_killed_at_ten_moments(hub, tmp_path, reference):
     """Law 8: kill -9 while it downloads, tokenises, writes. The workers end too. Then the same command, left alone."""
     out, rng = tmp_path / "out", random.Random(0)
-    at(hub).delay = 0.02  # a download takes a tenth of a second
-    slow = "time = data.time; n = data.tokenise; sleep = lambda *a, **k: (time.sleep(0.01), n(*a, **k))[1]"
-    slow += "; data.tokenise = sleep; data.ROWS_BYTES = 2000"
+    at(hub).delay = 0.02  # a download takes a tenth of a second, and a piece of 2 kB some time too
+    slow = """
+import time
+data.ROWS_BYTES, plain = 2000, data.tokenise
+data.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"""
     progress = []
-    for attempt in range(10):
-        workers = "2" if attempt % 5 == 4 else "1"
-        before = slow if workers == "1" else "data.ROWS_BYTES = 2000"
-        process = subprocess.Popen(command(out, "--workers", workers, before=before), **streams(hub, out))
-        time.sleep(rng.uniform(0.5, 1.6))
+    for attempt, moment in enumerate(["downloading", 1, 2, 3, "downloading", 1, 2, 1, 3, 2]):
+        workers = ["--workers", "2"] if attempt in (2, 5) else []
+        before = "data.ROWS_BYTES = 2000" if workers else slow
+        process = subprocess.Popen(command(out, *workers, before=before), **streams(hub, out))
+        wait_for(moment, out, process)
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait()
         progress.append(len(bytes_of(out)))
-        assert all(name in reference for name in bytes_of(out))
-        for name in bytes_of(out):
-            assert np.array_equal(read_shard(out / name), reference[name])
+        assert all(np.array_equal(read_shard(out / name), reference[name]) for name in bytes_of(out))
+    assert progress[0] == 0 and progress == sorted(progress) and len(set(progress)) > 5, progress  # nothing is lost
     deadline = time.monotonic() + 20
     while workers_of(out) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not workers_of(out)
-    run = fetch(hub, out)
+    run = fetch(hub, out, before="data.ROWS_BYTES = 2000")
     assert run.returncode == 0, run.stderr
     assert_made(out, reference)
-    print(progress)
-    assert progress == sorted(progress)  # nothing that was done is lost
+
+
+def wait_for(moment: str | int, out: Path, process: subprocess.Popen) -> None:
+    """Until half a download is there that was not before, or so many more shards; or the process has ended."""
+    halves, shards = set(out.rglob("*.incomplete")), len(list(out.glob("*.bin")))
+    while process.poll() is None:
+        more = len(list(out.glob("*.bin"))) - shards
+        if moment == "downloading" and (set(out.rglob("*.incomplete")) - halves or more > 3):
+            return
+        if moment != "downloading" and more >= moment:
+            return
+        time.sleep(0.002)
 
 
 def workers_of(out: Path) -> list[str]:
@@ -434,6 +444,18 @@ def test_a_worker_that_dies_is_one_line(hub, tmp_path, reference):
     assert_made(out, reference)
 
 
+def test_a_program_that_cuts_other_pieces_goes_on_right(hub, tmp_path, reference):
+    """A record speaks of pieces of the input; where they are of another size now, its file is begun again."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(out, before="data.ROWS_BYTES = 2000"), **streams(hub, out))
+    while len(bytes_of(out)) < 3 and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert fetch(hub, out, before="data.ROWS_BYTES = 50_000").returncode == 0
+    assert_made(out, reference)
+
+
 def test_a_missing_shard_is_made_again(hub, tmp_path, reference):
     """Where somebody removed a shard of an interrupted run, its file's shards are made anew."""
     out = tmp_path / "out"
@@ -473,6 +495,24 @@ def test_impossible_options_are_one_line(capsys, options, message):
     with pytest.raises(SystemExit) as exit_:
         fineweb.main(options.split())
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_errors_of_the_rust_client_are_tried_again(monkeypatch, capsys):
+    """hf_xet, which fetches what the hub keeps in its newer storage, raises RuntimeError for all that goes wrong."""
+    monkeypatch.setattr(fineweb, "WAITS", (0, 0))
+    answers = [RuntimeError("CAS Client Error: connection refused"), "done"]
+
+    def attempt():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert fineweb.patiently("a file", attempt) == "done"
+    assert "a file: CAS Client Error: connection refused Trying again in 0 s" in capsys.readouterr().err
+    answers += [RuntimeError("no")] * 3
+    with pytest.raises(ValueError, match="a file: no What is done is kept"):
+        fineweb.patiently("a file", attempt)
 
 
 # ---- Which files -----------------------------------------------------------------------------------------------------
@@ -518,7 +558,18 @@ def test_all_forms_of_a_card_are_understood(data_files):
     assert fineweb.choose_text(info, "x") == fineweb.choose_text(info, None) == ["a/1.parquet"]
 
 
+def test_other_cards():
+    names = ["1.parquet", "a/1.parquet", "a/deep/2.parquet", "b/3.parquet"]
+    assert fineweb.choose_text(Info(names, [{"config_name": "x", "data_dir": "a"}]), "x") == names[1:3]
+    assert fineweb.choose_text(Info(names, [{"config_name": "x", "data_files": "**/*.parquet"}]), "x") == names
+    assert fineweb.choose_text(Info(names, [{"config_name": "x", "data_files": [{"path": "b/*"}]}]), "x") == names[3:]
+
+
 def test_files_without_a_card():
+    assert fineweb.choose_text(Info(["x/constraints.parquet", "x/0.parquet", "x/test.parquet"]), "x") == [
+        "x/constraints.parquet",
+        "x/0.parquet",
+    ]
     info = Info(["plain_text/train-0.parquet", "plain_text/test-0.parquet", "other/0.jsonl.gz", "other/0.bin"])
     assert fineweb.choose_text(info, "plain_text") == ["plain_text/train-0.parquet"]
     assert fineweb.choose_text(info, "other") == ["other/0.jsonl.gz"]
@@ -596,8 +647,24 @@ def test_published_shards_that_are_none(hub, ready, tmp_path, content, message):
     at(hub).files["edu_train_000002.bin"] = content
     assert message in fails(hub, tmp_path / "out", "--pretokenized")
     assert not (tmp_path / "out" / "edu_train_000002.bin").exists()
-    at(hub).files["edu_train_000002.bin"] = ready_made(ready["edu_train_000002.bin"])
+
+
+def test_ready_made_shards_that_are_in_the_cache_stay_there(hub, ready, tmp_path):
+    before = "from huggingface_hub import hf_hub_download as get\n"
+    before += f"get('{DATASET}', 'edu_train_000001.bin', repo_type='dataset', revision='{COMMIT}')"
+    for out in (tmp_path / "a", tmp_path / "b"):
+        run = fetch(hub, out, "--pretokenized", "--max_tokens", "2000", before=before)
+        assert run.returncode == 0, run.stderr
+        assert not (out / "edu_train_000001.bin").is_symlink()
+        assert np.array_equal(read_shard(out / "edu_train_000001.bin"), ready["edu_train_000001.bin"])
 
 
 def test_pretokenized_wants_shards(hub, tmp_path):
     assert "no token shards there" in fails(hub, tmp_path / "out", "--pretokenized")
+    at(hub).files = {f"{folder}/edu_train_000001.bin": ready_made(np.arange(9)) for folder in ("10B", "100B")}
+    assert "shards of the same name in several folders" in fails(hub, tmp_path / "out", "--pretokenized")
+
+
+def test_pretokenized_wants_more_than_validation(hub, ready, tmp_path):
+    line = fails(hub, tmp_path / "out", "--pretokenized", "--max_tokens", "500")
+    assert "--max_tokens=500: the first shard, for validation, has as many" in line
