@@ -108,6 +108,14 @@ class KVCache:
         return mask[:, None]
 
 
+@dataclass(frozen=True)
+class Step:
+    """One new token for each row of a batch."""
+
+    tokens: list[int | None]  # None where a row has ended
+    logits: torch.Tensor  # (B, V) float32, from which they were chosen: before penalty, temperature and the rest
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what came before."""
 
@@ -288,13 +296,13 @@ class GPT(nn.Module):
     # Generation
 
     @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, seeds=None, stop_token=None):
-        """Continue each prompt (a list of token ids); yield one list of new ids a step, None for rows that have ended.
+    def stream(self, prompts, max_new_tokens, seeds=None, stop_token=None, repetition_penalty=1.0, **sampling):
+        """Continue each prompt (a list of token ids); yield a Step for each new token.
 
-        temperature     divides the logits; 0 takes the likeliest token always
-        top_k           only the k likeliest are drawn from; 0 means all
-        seeds           one for each prompt: a row's text depends on its own, not on the rows beside it
-        stop_token      a row ends with this id (end of text, usually)
+        seeds                one for each prompt: a row's text depends on its own, not on the rows beside it
+        stop_token           a row ends with this id (end of text, usually)
+        repetition_penalty   see `penalize`; 1 is none
+        sampling             temperature, top_k, top_p, min_p: see `sample`
 
         The context of a token is the block_size tokens before it. A prompt that is empty or longer is a ValueError.
         """
@@ -306,6 +314,9 @@ class GPT(nn.Module):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same for every device
 
         rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
+        seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=device)
+        for row, of_row in zip(rows, seen):
+            of_row[row] = True
         cache, was_training = None, self.training
         self.eval()
         try:
@@ -323,10 +334,12 @@ class GPT(nn.Module):
                 # 2. Choose, 3. remember, 4. hand over.
                 draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(device)  # (B)
                 logits = logits[:, : self.config.vocab_size].float()
-                chosen = sample(logits, draws, temperature, top_k).tolist()
+                chosen = sample(penalize(logits, seen, repetition_penalty), draws, **sampling)  # (B)
+                seen.scatter_(1, chosen[:, None], True)
+                chosen = chosen.tolist()
                 for row, token in zip(rows, chosen):
                     row.append(token)
-                yield [None if done else token for done, token in zip(ended, chosen)]
+                yield Step([None if done else token for done, token in zip(ended, chosen)], logits)
                 ended = [done or token == stop_token for done, token in zip(ended, chosen)]
                 if all(ended):
                     return
@@ -335,8 +348,8 @@ class GPT(nn.Module):
 
     def generate(self, prompts, max_new_tokens, **options) -> list[list[int]]:
         """The continuations that `stream` yields, whole: one list of new token ids for each prompt."""
-        steps = list(self.stream(prompts, max_new_tokens, **options))
-        return [[step[b] for step in steps if step[b] is not None] for b in range(len(prompts))]
+        steps = [step.tokens for step in self.stream(prompts, max_new_tokens, **options)]
+        return [[tokens[b] for tokens in steps if tokens[b] is not None] for b in range(len(prompts))]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Hugging Face folders
@@ -417,18 +430,50 @@ def align_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return idx, torch.tensor([longest - len(row) for row in rows])
 
 
-def sample(logits: torch.Tensor, draw: torch.Tensor, temperature: float = 1.0, top_k: int = 0) -> torch.Tensor:
-    """One token for each row: logits (B, V) and one uniform number in [0, 1) for each row (B,) -> ids (B,).
+def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Make tokens that stand in the text already less likely (CTRL, Keskar et al. 2019, section 4.1).
 
-    The draw is turned into a token by inverting the cumulative distribution, so a row's token depends on nothing but
-    its own logits and its own number.
+    logits (B, V), seen (B, V) bool -> (B, V): divided by the penalty where positive, else multiplied by it.
     """
-    if temperature < 1e-6:  # so close to 0 that only the likeliest is left
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
+    if penalty == 1:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def restrict(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
+    """Logits (B, V) with -inf for all tokens but those that each of the three keeps, one after the other.
+
+    top_k   the k likeliest; 0 keeps all
+    top_p   the fewest that together have this probability (the nucleus of Holtzman et al. 2019); 1 keeps all
+    min_p   those with at least this share of the likeliest one's probability (Nguyen et al. 2024); 0 keeps all
+    """
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        p = F.softmax(sorted_logits, dim=-1)
+        out = p.cumsum(dim=-1) - p >= top_p  # those that likelier ones make up top_p without
+        out[:, 0] = False  # the likeliest stays, whatever top_p
+        logits = logits.masked_fill(out.gather(1, order.argsort(dim=-1)), float("-inf"))
+    if min_p > 0:
+        least = logits.max(dim=-1, keepdim=True).values + math.log(min_p)
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return logits
+
+
+def sample(
+    logits: torch.Tensor, draw: torch.Tensor, temperature: float = 1.0, top_k=0, top_p=1.0, min_p=0.0
+) -> torch.Tensor:
+    """One token for each row: logits (B, V) and one uniform number in [0, 1) for each row (B,) -> ids (B,).
+
+    temperature divides the logits, and 0 takes the likeliest always; for the others see `restrict`. The draw is turned
+    into a token by inverting the cumulative distribution, so a row's token depends on nothing but its own logits and
+    its own number.
+    """
+    if temperature < 1e-6:  # so close to 0 that only the likeliest is left
+        return logits.argmax(dim=-1)
+    logits = restrict(logits / temperature, top_k, top_p, min_p)
     cdf = F.softmax(logits, dim=-1).cumsum(dim=-1)  # (B, V), rising only at tokens with some probability
     total = cdf[:, -1:]
     # The first token whose cumulative probability exceeds the draw; kept below the total, or rounding could find none.

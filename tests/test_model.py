@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from model import GPT, SIZES, GPTConfig, KVCache, checkpoints, is_conv1d, resolve, sample
+from model import GPT, SIZES, GPTConfig, KVCache, checkpoints, is_conv1d, penalize, resolve, restrict, sample
 
 TOY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -188,20 +195,35 @@ def test_dropout_acts_in_training_only():
 
 
 @torch.no_grad()
-def generate_plainly(model: GPT, prompt: list[int], n: int, seed: int, stop_token=None, **options) -> list[int]:
+def generate_plainly(
+    model: GPT, prompt: list[int], n: int, seed: int, stop_token=None, repetition_penalty=1.0, **options
+) -> list[int]:
     """One row, no cache: the whole context through the network for each token."""
     generator = torch.Generator().manual_seed(seed)
     row = list(prompt)
     for _ in range(n):
         draw = torch.rand((), generator=generator)
         logits = model(torch.tensor([row[-model.config.block_size :]]))[:, -1]
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, row] = True
+        logits = penalize(logits, seen, repetition_penalty)
         row.append(sample(logits, draw[None], **options).item())
         if row[-1] == stop_token:
             break
     return row[len(prompt) :]
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=1.0), dict(temperature=0.8, top_k=5)])
+SAMPLERS = [
+    dict(temperature=0),
+    dict(temperature=1.0),
+    dict(temperature=0.8, top_k=5),
+    dict(temperature=3.0, top_p=0.9),
+    dict(temperature=3.0, min_p=0.1, repetition_penalty=1.3),
+    dict(temperature=0, repetition_penalty=1.5),
+]
+
+
+@pytest.mark.parametrize("options", SAMPLERS, ids=str)
 @pytest.mark.parametrize("flash", [True, False])
 def test_cached_equals_uncached(options, flash):
     """Prompts of several lengths in one batch, one as long as the context, and 40 tokens: far past the window of 16."""
@@ -224,8 +246,36 @@ def test_rows_end_at_the_stop_token_each_on_its_own(toy):
 def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone(toy):
     toy.train()
     steps = list(toy.stream([[1, 2], [3]], 5, seeds=[0, 1]))
-    assert [list(row) for row in zip(*steps)] == toy.generate([[1, 2], [3]], 5, seeds=[0, 1])
+    rows = [list(row) for row in zip(*(step.tokens for step in steps))]
+    assert rows == toy.generate([[1, 2], [3]], 5, seeds=[0, 1])
     assert toy.training
+    # The logits that come with a token are the model's own.
+    expected = toy.eval()(torch.tensor([[1, 2, *rows[0]]]))[0, 1:-1]
+    assert torch.allclose(torch.stack([step.logits[0] for step in steps]), expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_greedy_text_equals_transformers(tmp_path, toy, penalty):
+    toy.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompt = ids(1, 4)
+    expected = theirs.generate(
+        prompt, max_new_tokens=12, do_sample=False, repetition_penalty=penalty, pad_token_id=0, eos_token_id=None
+    )
+    assert toy.generate(prompt.tolist(), 12, temperature=0, repetition_penalty=penalty) == expected[:, 4:].tolist()
+
+
+@torch.no_grad()
+def test_greedy_text_equals_transformers_at_gpt2s_size(tmp_path):
+    """64 tokens of a random GPT-2 124M."""
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig())
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompt = ids(1, 8, vocab_size=50257)
+    expected = theirs.generate(prompt, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert ours.generate(prompt.tolist(), 64, temperature=0) == expected[:, 8:].tolist()
 
 
 @pytest.mark.parametrize("length", [0, 17])
@@ -255,6 +305,29 @@ def test_draws_are_distributed_as_the_softmax_says():
             kept = torch.where(kept >= kept.topk(k).values[-1], kept, -torch.inf)
         counts = sample(logits, draws, **options).bincount(minlength=20)
         assert (counts - 5000 * kept.softmax(0)).abs().max() <= 1.01
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0, 1, 3, 50, 500]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.1, 1e-6]),
+    st.sampled_from([0.0, 0.01, 0.2, 1.0]),
+    st.sampled_from([1.0, 1.3, 0.8]),
+    st.sampled_from([0.3, 1.0, 4.0]),
+)
+def test_the_tokens_left_are_those_of_transformers(seed, top_k, top_p, min_p, penalty, temperature):
+    """Penalty, temperature, top-k, top-p and min-p in this order, against the same of transformers."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, seen = torch.randn(2, 300, generator=generator) * 3, ids(2, 7, vocab_size=300, seed=seed)
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits)
+    theirs = TemperatureLogitsWarper(temperature)(seen, theirs)
+    theirs = TopKLogitsWarper(top_k)(seen, theirs) if top_k else theirs
+    theirs = TopPLogitsWarper(top_p)(seen, theirs)
+    theirs = MinPLogitsWarper(min_p)(seen, theirs)
+    mask = torch.zeros(2, 300, dtype=torch.bool).scatter(1, seen, True)
+    ours = restrict(penalize(logits, mask, penalty) / temperature, top_k, top_p, min_p)
+    assert torch.allclose(ours.softmax(-1), theirs.softmax(-1), atol=1e-6)
 
 
 @settings(max_examples=200)
