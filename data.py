@@ -101,8 +101,12 @@ class GPT2Tokenizer:
         ]
         return np.concatenate(ids or [[]]).astype(np.uint16)
 
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return self.encoding.decode_bytes(ids)
+
     def decode(self, ids: list[int]) -> str:
-        return self.encoding.decode(ids)
+        """What is not UTF-8, such as half a character, becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def hf_files(self) -> tuple[str, str]:
         """The texts of vocab.json and merges.txt, as transformers wants them."""
@@ -119,8 +123,11 @@ class BytesTokenizer:
         raw = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
 
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return bytes(i for i in ids if i < 256)
+
     def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def hf_files(self) -> tuple[str, str]:
         """A byte-level BPE without merges. Its alphabet is GPT-2's: a printable character stands for each byte."""

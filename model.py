@@ -12,6 +12,8 @@ Letters in shape comments:
 import difflib
 import json
 import math
+import pickle
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,15 @@ SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
+
+
+# Where Hugging Face folders have their weights, the best first: whole, in parts, and the same as pickles.
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @dataclass(frozen=True)
@@ -358,14 +369,45 @@ class GPT(nn.Module):
     def from_pretrained(cls, name: str | Path, **settings) -> "GPT":
         """A model from a folder or, where no such folder exists, from the Hugging Face hub ("gpt2", "user/model").
 
-        Any GPT2LMHeadModel in safetensors will do. `settings` are GPTConfig fields that do not change the function:
-        dropout, flash, pad_vocab. Raises ValueError when the files cannot be had or do not fit.
+        Any GPT2LMHeadModel will do, and nanoGPT's ckpt.pt. `settings` are GPTConfig fields that do not change the
+        function: dropout, flash, pad_vocab. Raises ValueError when the files cannot be had or do not fit.
         """
         name = resolve(name)
-        config_file, weights_file = (locate(name, file) for file in ("config.json", "model.safetensors"))
-        config = read_config(config_file, **settings)
-        model = cls(config)
-        model.load_hf_state(read_weights(weights_file), source=weights_file)
+        if Path(name).is_file():
+            return cls.from_nanogpt(Path(name), **settings)
+        config_file, weights_file = locate(name, "config.json"), locate(name, *WEIGHTS_FILES)
+        model = cls(read_config(config_file, **settings))
+        if weights_file.suffix == ".json":  # large models come in parts, with a list of which tensor is where
+            parts = sorted(set(json.loads(weights_file.read_text())["weight_map"].values()))
+            state = {name_: tensor for part in parts for name_, tensor in read_weights(locate(name, part)).items()}
+        else:
+            state = read_weights(weights_file)
+        model.load_hf_state(state, source=weights_file)
+        return model
+
+    @classmethod
+    def from_nanogpt(cls, file: Path, **settings) -> "GPT":
+        """A model from nanoGPT's ckpt.pt. (nanoGPT computes the exact GELU where GPT-2, and so this, has tanh's.)"""
+        checkpoint = read_weights(file)
+        try:
+            shape, state = dict(checkpoint["model_args"]), dict(checkpoint["model"])
+            shape = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")} | {
+                "bias": shape.get("bias", True)
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file}: not a checkpoint of nanoGPT ({type(error).__name__}: {error}); a file of weights alone wants "
+                "its folder, with config.json"
+            ) from None
+        if shape["vocab_size"] == 50304:  # GPT-2's, rounded up
+            shape["vocab_size"] = 50257
+        model = cls(GPTConfig(**shape, **settings))
+        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+        if (embedding := state.get("transformer.wte.weight")) is not None:
+            state["transformer.wte.weight"] = embedding[: shape["vocab_size"]]
+        state.pop("lm_head.weight", None)  # the same tensor
+        state = {name: t.t() if is_conv1d(name) else t for name, t in state.items()}
+        model.load_hf_state(state, source=file)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -541,14 +583,32 @@ def read_config(file: Path, **settings) -> GPTConfig:
     return config
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
+def read_weights(file: Path) -> dict:
+    """The tensors of a .safetensors file, or the content of a pickled one, of which nothing is executed."""
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or only half copied ({error}); copy or download it again") from None
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        needs = re.search(r"GLOBAL (\S+)", str(error))
+        if not needs:
+            raise ValueError(f"{file}: not a file of weights, or damaged") from None
+        hint = ""
+        if needs[1] == "__main__.GPTConfig":  # build-nanogpt's
+            hint = (
+                ". If you trust it, this makes plain.pt of it, which can be read: python -c 'import torch; GPTConfig = "
+                f'type("GPTConfig", (), {{}}); c = torch.load("{file}", weights_only=False); '
+                'torch.save(dict(model=c["model"], model_args=vars(c["config"])), "plain.pt")\''
+            )
+        raise ValueError(
+            f"{file}: needs the pickled object {needs[1]}; unpickling could run code, so it is refused{hint}"
+        ) from None
+    except Exception as error:  # torch raises half a dozen types for a file that is damaged
+        raise ValueError(
+            f"{file}: damaged or only half copied ({type(error).__name__}: {error}); copy or download it again"
+        ) from None
 
 
 def checkpoints(run: str | Path) -> list[Path]:
@@ -562,22 +622,28 @@ def resolve(name: str | Path) -> str | Path:
     return checkpoints(name)[-1] if checkpoints(name) else name
 
 
-def locate(name: str | Path, file: str) -> Path:
-    """Path of one file of a model: in its folder, or in the Hugging Face hub's cache, fetched if need be."""
+def locate(name: str | Path, *files: str) -> Path:
+    """The first of these files that a model has: in its folder, or in the hub's cache, to which it is fetched."""
     if Path(name).is_dir():
-        if not (Path(name) / file).is_file():
-            raise ValueError(f"{name}: no {file} in this folder; a checkpoint has config.json and model.safetensors")
-        return Path(name) / file
+        for file in files:
+            if (Path(name) / file).is_file():
+                return Path(name) / file
+        raise ValueError(f"{name}: no {files[0]} in this folder; a checkpoint has config.json and model.safetensors")
     if Path(name).parent != Path() and Path(name).parent.is_dir():
         there = ", ".join(sorted(p.name for p in Path(name).parent.iterdir() if p.is_dir())) or "no folders"
         raise ValueError(f"{name}: no such folder; in {Path(name).parent} there are {there}")
 
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     repo = f"openai-community/{name}" if name in SIZES else str(name)
     try:
-        return Path(hf_hub_download(repo, file))
+        for file in files:
+            try:
+                return Path(hf_hub_download(repo, file))
+            except EntryNotFoundError as error:
+                if file == files[-1] or isinstance(error, LocalEntryNotFoundError):  # the latter: no connection
+                    raise
     except (OSError, HFValidationError) as error:
         close = difflib.get_close_matches(str(name), SIZES, n=1)
         hint = f"; did you mean {close[0]}?" if close and name not in SIZES else ""

@@ -2,42 +2,110 @@
 
     python sample.py -p "def "                               the newest checkpoint under out/
     python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
-    python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8
+    python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8 --stop "\\n\\n"
+    python sample.py --file prompts.jsonl --json             a prompt a line, and a JSON object for each sample
+    git log | python sample.py -p -                          the standard input as the prompt
+    python sample.py -i                                      write together, line by line; /help says how
 
 With no checkpoint anywhere, an untrained GPT-2 speaks, so that the program can be tried; its text is noise.
 """
 
 import argparse
+import codecs
+import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import data
 import runtime
 from model import GPT, GPTConfig, checkpoints, resolve
+from runtime import Runtime
 
 HELLO = "Hello, I'm a language model,"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+HELP = """  a line          goes behind the text so far, and the model goes on from there
+  /temperature X  0 takes the likeliest token always      /max N    new tokens in an answer
+  /top_k K        the K likeliest only; 0 is all          /seed S   where the draws begin
+  /top_p P        the nucleus of probability P            /reset    forget the text so far
+  /min_p P        at least P times the likeliest's        /help     this
+  Ctrl-C ends an answer, Ctrl-D the program."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sample.py", description="Continue prompts with a GPT-2.")
     add = parser.add_argument
-    add(
-        "-p", "--prompt", action="append", help=f'text to continue, repeatable; "" begins a document (default: {HELLO})'
-    )
+    about_prompt = f'text to continue, repeatable; "" begins a document, - is the standard input (default: {HELLO})'
+    add("-p", "--prompt", action="append", default=[], help=about_prompt)
+    add("--file", help='more prompts: a line each, or of a .jsonl file the "prompt" of each object')
+    add("-i", "--interactive", action="store_true", help="write together with the model")
     add("-m", "--max_tokens", type=int, default=100, help="new tokens for each sample (default: %(default)s)")
     add("-n", "--samples", type=int, default=1, help="samples of each prompt (default: %(default)s)")
     add("--model", help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: the newest under out/)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token always (default: %(default)s)")
     add("--top_k", type=int, default=50, help="draw from the k likeliest tokens only; 0 is all (default: %(default)s)")
+    add("--top_p", type=float, default=1.0, help="from the fewest with this probability together (default: all)")
+    add("--min_p", type=float, default=0.0, help="from those with this share of the likeliest's (default: all)")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: tokens in the text count less (default: none)")
     add("--seed", type=int, default=1337, help="sample number i draws from seed + i (default: %(default)s)")
+    add(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text, repeatable; \\n is a newline"
+    )
+    streaming = "show text as it comes (default: on a terminal, if there is one sample)"
+    add("--stream", action=argparse.BooleanOptionalAction, help=streaming)
+    add("--json", action="store_true", help="a JSON object a line: prompt, completion, tokens, logprob, tokens_per_s")
+    add("--logprobs", action="store_true", help="also each token's logarithm of its probability")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    for name, least in (("max_tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not least <= getattr(arguments, name) < 2**62:
-            parser.error(f"--{name} {getattr(arguments, name)}: it must be at least {least}")
-    arguments.prompt = arguments.prompt or [HELLO]
+    if wrong := mistake(arguments):
+        parser.error(wrong)
+    arguments.stop = [stop.replace("\\n", "\n") for stop in arguments.stop if stop]
     return arguments
+
+
+def mistake(arguments: argparse.Namespace) -> str:
+    """What is out of range, in words; nothing if all is well."""
+    least = dict(max_tokens=1, samples=1, temperature=0, top_k=0, top_p=0, min_p=0, seed=0, repetition_penalty=0.01)
+    most = dict(top_p=1, min_p=1, repetition_penalty=100)
+    for name, low in least.items():
+        value, high = getattr(arguments, name), most.get(name, 2**62)
+        if not low <= value <= high:
+            return f"--{name} {value}: it must be at least {low}" + f" and at most {high}" * (name in most)
+    return ""
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
+    if arguments.file:
+        lines = Path(arguments.file).read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                is_json = arguments.file.endswith(".jsonl")
+                prompts.append(prompt_of(line, f"{arguments.file}, line {number}") if is_json else line)
+        if not any(line.strip() for line in lines):
+            raise ValueError(f"{arguments.file}: no prompts in it; write one a line")
+    return prompts or [HELLO]
+
+
+def prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)
+        prompt = prompt["prompt"] if isinstance(prompt, dict) else prompt
+    except (ValueError, KeyError) as error:
+        raise ValueError(f'{where}: not a JSON object with a "prompt" ({type(error).__name__}: {error})') from None
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: the prompt is a {type(prompt).__name__}, not a text")
+    return prompt
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
 
 
 def newest_checkpoint(out: Path = Path("out")) -> Path | None:
@@ -61,29 +129,176 @@ def load_model(name: str | None) -> tuple[GPT, str]:
     return model, f"{source}, {model.num_params():,} parameters"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Completions
+
+
+class Completion:
+    """A text that grows by tokens and can be shown meanwhile: no half characters, and nothing of a stop text."""
+
+    def __init__(self, tokenizer: data.Tokenizer, stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text, self.held, self.done = "", "", False  # held: it may become a stop text
+
+    def add(self, token: int, logprob: float) -> str:
+        """Returns what can be shown now and could not before."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if token == self.tokenizer.end_of_text:
+            return self.finish()
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        found = [at for at in map(self.held.find, self.stops) if at >= 0]
+        if found:
+            self.held, self.done = self.held[: min(found)], True
+            return self.show(len(self.held))
+        kept = max((n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])), default=0)
+        return self.show(len(self.held) - kept)
+
+    def finish(self) -> str:
+        """No token follows: what was held back is text."""
+        if not self.done:
+            self.held += self.decoder.decode(b"", final=True)
+        self.done = True
+        return self.show(len(self.held))
+
+    def show(self, n: int) -> str:
+        shown, self.held = self.held[:n], self.held[n:]
+        self.text += shown
+        return shown
+
+
+def complete(
+    model: GPT, machine: Runtime, prompts: list[list[int]], seeds: list[int], completions: list[Completion], arguments
+) -> Iterator[list[str]]:
+    """Continue all prompts as one batch, into the completions; yield what can be shown of each after each token."""
+    end_of_text = completions[0].tokenizer.end_of_text
+    options = {name: getattr(arguments, name) for name in SAMPLING}
+    with machine.autocast():
+        steps = model.stream(prompts, arguments.max_tokens, seeds, end_of_text, **options)
+        for step in steps:
+            logprobs = step.logits.log_softmax(dim=-1) if arguments.logprobs or arguments.json else None
+            new = []
+            for b, (completion, token) in enumerate(zip(completions, step.tokens)):
+                logprob = logprobs[b, token].item() if logprobs is not None and token is not None else 0.0
+                new.append("" if completion.done or token is None else completion.add(token, logprob))
+            yield new
+            if all(completion.done for completion in completions):
+                return
+    yield [completion.finish() for completion in completions]
+
+
+def show(text: str) -> None:
+    print(data.printable(text), end="", flush=True)
+
+
+def bold(text: str) -> str:
+    """So on a terminal; elsewhere as it is."""
+    return f"\033[1m{data.printable(text)}\033[0m" if sys.stdout.isatty() else data.printable(text)
+
+
 def sample(arguments: argparse.Namespace) -> None:
+    prompts = read_prompts(arguments)
     machine = runtime.start(arguments.device, arguments.dtype)
     model, description = load_model(arguments.model)
     tokenizer = data.get_tokenizer(model.config.vocab_size)
+    model = model.to(machine.device)
     print(f"model: {description}; {', '.join(machine.notes)}", file=sys.stderr)
+    if arguments.interactive:
+        write_together(model, tokenizer, machine, arguments)
+        return
 
     # All samples of all prompts are one batch; sample i of each draws from the same numbers, whatever the batch.
-    texts = [prompt for prompt in arguments.prompt for _ in range(arguments.samples)]
-    prompts = [tokenizer.encode(text).tolist() or [tokenizer.end_of_text] for text in texts]
-    seeds = [arguments.seed + i for i in range(arguments.samples)] * len(arguments.prompt)
-    with machine.autocast():
-        completions = model.to(machine.device).generate(
-            prompts,
-            arguments.max_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            seeds=seeds,
-            stop_token=tokenizer.end_of_text,
-        )
-    for number, (text, ids) in enumerate(zip(texts, completions)):
-        if number:
+    texts = [prompt for prompt in prompts for _ in range(arguments.samples)]
+    ids = [tokenizer.encode(text).tolist() or [tokenizer.end_of_text] for text in texts]
+    seeds = [arguments.seed + i for i in range(arguments.samples)] * len(prompts)
+    streaming = arguments.stream if arguments.stream is not None else sys.stdout.isatty() and len(texts) == 1
+    streaming = streaming and len(texts) == 1 and not arguments.json
+    if streaming:
+        print(bold(texts[0]), end="", flush=True)
+    start = time.perf_counter()
+    completions = [Completion(tokenizer, arguments.stop) for _ in texts]
+    for new in complete(model, machine, ids, seeds, completions, arguments):
+        if streaming:
+            show(new[0])
+    seconds = time.perf_counter() - start
+    for number, (text, completion) in enumerate(zip(texts, completions)):
+        if number and not arguments.json:
             print("-" * 40)
-        print(data.printable(text + tokenizer.decode([i for i in ids if i != tokenizer.end_of_text])))
+        report(text, completion, seconds, streaming, arguments)
+
+
+def report(prompt: str, completion: Completion, seconds: float, shown: bool, arguments: argparse.Namespace) -> None:
+    """One sample, for people or for programs."""
+    tokens = [completion.tokenizer.decode([i]) for i in completion.ids]
+    if arguments.json:
+        record = dict(prompt=prompt, completion=completion.text, tokens=len(tokens), logprob=sum(completion.logprobs))
+        record["tokens_per_s"] = len(tokens) / seconds
+        if arguments.logprobs:
+            record["logprobs"] = list(zip(tokens, completion.logprobs))
+        print(json.dumps(record), flush=True)
+        return
+    print("" if shown else bold(prompt) + data.printable(completion.text))
+    for token, logprob in zip(tokens, completion.logprobs) if arguments.logprobs else ():
+        print(f"{logprob:8.3f}  {token!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing together
+
+
+def write_together(model: GPT, tokenizer, machine: Runtime, arguments: argparse.Namespace) -> None:
+    """Lines of the person's and answers of the model's, one text."""
+    try:
+        import readline  # noqa: F401 (arrow keys and a history in input())
+    except ImportError:
+        pass
+    print("/help says what there is; Ctrl-D ends", file=sys.stderr)
+    ids, seed = [], arguments.seed
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.startswith("/"):
+            ids, seed = command(line, arguments, ids, seed)
+            continue
+        ids += tokenizer.encode(line).tolist() or ([] if ids else [tokenizer.end_of_text])
+        answer = Completion(tokenizer, arguments.stop)
+        try:
+            for new in complete(model, machine, [ids[-model.config.block_size :]], [seed], [answer], arguments):
+                show(new[0])
+        except KeyboardInterrupt:
+            pass
+        print()
+        ids += [i for i in answer.ids if i != tokenizer.end_of_text] + tokenizer.encode("\n").tolist()
+        seed += 1
+
+
+def command(line: str, arguments: argparse.Namespace, ids: list[int], seed: int) -> tuple[list[int], int]:
+    """Do what a line beginning with / says; returns the text so far, in tokens, and the next seed."""
+    name, _, value = line[1:].strip().partition(" ")
+    name = "max_tokens" if name == "max" else name
+    if name == "reset":
+        return [], seed
+    if name in (*SAMPLING, "max_tokens", "seed"):
+        before = getattr(arguments, name)
+        try:
+            setattr(arguments, name, type(before)(value))
+            wrong = mistake(arguments)
+        except ValueError:
+            wrong = f"/{name} {value}: {name} takes a number"
+        if wrong:
+            setattr(arguments, name, before)
+            print(wrong, file=sys.stderr)
+        elif name == "seed":
+            return ids, arguments.seed
+        return ids, seed
+    print(HELP, file=sys.stderr)
+    return ids, seed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print()
         sys.exit(130)
 
 

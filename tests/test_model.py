@@ -2,6 +2,9 @@
 
 import json
 import math
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -412,6 +415,105 @@ def test_half_copied_folders(tmp_path, toy):
     weights.unlink()
     with pytest.raises(ValueError, match=r"no model.safetensors in this folder"):
         GPT.from_pretrained(tmp_path)
+
+
+# ---- Other people's files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["safetensors", "parts", "bin"])
+def test_folders_of_all_forms_are_read(tmp_path, form, dtype):
+    """distilgpt2's shape in small: six layers, other contexts and vocabularies; in one file, in parts, as a pickle."""
+    torch.manual_seed(1)
+    theirs = (
+        GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=24, n_embd=32, n_layer=6, n_head=4)).to(dtype).eval()
+    )
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB" if form == "parts" else "5GB")
+    if form == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        triangles = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(6)}  # of old files
+        torch.save(theirs.state_dict() | triangles, tmp_path / "pytorch_model.bin")
+    if form == "parts":
+        assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    ours = GPT.from_pretrained(tmp_path).eval()
+    x = ids(2, 24, vocab_size=300)
+    assert torch.allclose(ours(x), theirs.float()(x).logits, atol=1e-5)
+
+
+def nanogpt(model: GPT, path, prefix="", vocab_size=None, **more):
+    """The model as nanoGPT's train.py saves it: PyTorch's orientation, the tied head twice, padded rows included."""
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if vocab_size:
+        rows = torch.zeros(vocab_size, model.config.n_embd)
+        rows[: model.config.vocab_size] = state["transformer.wte.weight"][: model.config.vocab_size]
+        state["transformer.wte.weight"] = rows
+    else:
+        state["transformer.wte.weight"] = state["transformer.wte.weight"][: model.config.vocab_size]
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+    shape |= dict(vocab_size=vocab_size or model.config.vocab_size, dropout=0.0)
+    state = {prefix + name: value for name, value in state.items()}
+    torch.save(dict(model=state, model_args=shape, iter_num=5, best_val_loss=torch.tensor(1.0)) | more, path)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpts_checkpoints_are_read(tmp_path, bias):
+    ours = make_toy(bias=bias)
+    nanogpt(ours, tmp_path / "ckpt.pt", prefix="_orig_mod.")
+    again = GPT.from_pretrained(tmp_path / "ckpt.pt", dropout=0.0).eval()
+    assert torch.equal(again(ids(2, 16)), ours(ids(2, 16))) and again.config.bias == bias
+    padded = make_toy(vocab_size=50257)
+    nanogpt(padded, tmp_path / "padded.pt", vocab_size=50304)
+    again = GPT.from_pretrained(tmp_path / "padded.pt").eval()
+    assert again.config.vocab_size == 50257 and torch.equal(again(ids(1, 8)), padded(ids(1, 8)))
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "pytorch_model.bin"])
+def test_pickles_that_run_code_are_refused_and_not_run(tmp_path, toy, name):
+    toy.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(dict(model={}, model_args=Malicious(tmp_path / "executed")), tmp_path / name)
+    where = tmp_path / name if name == "ckpt.pt" else tmp_path
+    with pytest.raises(ValueError, match=rf"{name}: needs the pickled object \w*.?open; unpickling could run code"):
+        GPT.from_pretrained(where)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_build_nanogpts_checkpoint_is_refused_with_what_converts_it(tmp_path, toy):
+    """The command in the message is run, and what it makes is read."""
+    nanogpt(toy, tmp_path / "plain.pt")
+    save = (
+        "import torch; GPTConfig = type('GPTConfig', (), {}); c = torch.load('plain.pt'); config = GPTConfig(); "
+        "config.__dict__ = c['model_args']; torch.save(dict(model=c['model'], config=config, step=9), 'model_00009.pt')"
+    )
+    subprocess.run([sys.executable, "-c", save], cwd=tmp_path, check=True)
+    (tmp_path / "plain.pt").unlink()
+    with pytest.raises(ValueError, match=r"needs the pickled object __main__.GPTConfig") as error:
+        GPT.from_pretrained(tmp_path / "model_00009.pt")
+    command = shlex.split(str(error.value).partition("can be read: ")[2])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    assert torch.equal(GPT.from_pretrained(tmp_path / "plain.pt").eval()(ids(1, 9)), toy(ids(1, 9)))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x02junk", b"text"])
+def test_files_that_are_no_checkpoints(tmp_path, toy, content):
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"ckpt.pt: (damaged|not a file of weights)"):
+        GPT.from_pretrained(tmp_path / "ckpt.pt")
+    torch.save(toy.hf_state(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt: not a checkpoint of nanoGPT .*wants its folder"):
+        GPT.from_pretrained(tmp_path / "weights.pt")
+    toy.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model.safetensors: not a checkpoint of nanoGPT"):
+        GPT.from_pretrained(tmp_path / "model.safetensors")
 
 
 def test_untied_heads_are_refused(toy):

@@ -1,6 +1,8 @@
 """sample.py as people use it: from a checkpoint, from a hub, from nothing, and wrongly."""
 
 import hashlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TOY_MODEL, clean_environment
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import data
 import sample
 import train
 from model import GPT, GPTConfig
@@ -181,3 +186,124 @@ def test_models_that_are_not_on_the_hub_and_hubs_that_are_not_there(hub, tmp_pat
         lines = [line for line in run.stderr.splitlines() if line.startswith("sample.py: ")]
         assert len(lines) == 1 and f"{name!r} is neither a folder here nor a model that could be fetched" in lines[0]
         assert "Traceback" not in run.stderr
+
+
+# ---- Streaming, stops, JSON, files -----------------------------------------------------------------------------------
+
+
+def completion(tokens: list[bytes], stops: list[str]) -> tuple[sample.Completion, list[str]]:
+    """A completion fed with tokens of these bytes, and what it showed after each."""
+
+    class Spelling(data.BytesTokenizer):
+        def decode_bytes(self, ids):
+            return b"".join(tokens[i] for i in ids)
+
+    grown = sample.Completion(Spelling(), stops)
+    shown = []
+    for i in range(len(tokens)):
+        if not grown.done:
+            shown.append(grown.add(i, 0.0))
+    return grown, [*shown, grown.finish()]
+
+
+@given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.data())
+def test_what_is_shown_is_the_text_up_to_the_first_stop(text, stops, draw):
+    """However the text's bytes are cut into tokens: never half a character, never a part of a stop."""
+    raw = text.encode("utf-8", errors="replace")
+    text = raw.decode()
+    stops = [stop for stop in stops if stop.encode("utf-8", errors="replace").decode() == stop]
+    cuts = sorted(draw.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
+    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)])]
+    grown, shown = completion(pieces, stops)
+    ends = [text.find(stop) for stop in stops if stop in text]
+    # With several stops the one that is whole first ends the text; of one, the earliest.
+    if len(stops) <= 1:
+        assert grown.text == (text[: min(ends)] if ends else text)
+    assert "".join(shown) == grown.text and text.startswith(grown.text)
+    assert not any(stop in grown.text for stop in stops)
+
+
+def test_half_a_character_at_the_end_is_shown_as_such():
+    grown, shown = completion([b"a\xe6\xbc", b"\xa2b", b"\xe6"], [])
+    assert shown == ["a", "漢b", "", "\ufffd"] and grown.text == "a漢b\ufffd"
+
+
+def test_streamed_is_whole(toy, capsys):
+    arguments = ("--model", toy, "-p", "The fox", "-m", "60", "--top_k", "0")
+    whole, _ = run(capsys, *arguments)
+    streamed, _ = run(capsys, *arguments, "--stream")
+    assert streamed == whole
+
+
+def test_a_stop_text_ends_the_sample(toy, capsys):
+    whole, _ = run(capsys, "--model", toy, "-p", "ab", "-m", "80")
+    text = whole[2:-1]
+    stop = next(text[i : i + 2] for i in range(5, 60) if "\ufffd" not in text[i : i + 2])
+    stopped, _ = run(capsys, "--model", toy, "-p", "ab", "-m", "80", "--stop", stop, "--stop", "\\n never \\n")
+    assert stopped == "ab" + text[: text.index(stop)] + "\n"
+
+
+def test_json_is_for_programs(toy, capsys):
+    arguments = ("--model", toy, "-p", "ab", "-p", "The fox", "-n", "2", "-m", "7", "--temperature", "0")
+    plain, _ = run(capsys, *arguments)
+    out, _ = run(capsys, *arguments, "--json", "--logprobs")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["prompt"] for record in records] == ["ab", "ab", "The fox", "The fox"]
+    assert [record["prompt"] + data.printable(record["completion"]) for record in records] == plain[:-1].split(
+        "\n" + "-" * 40 + "\n"
+    )
+    # Against a plain sum over the model's own log-probabilities.
+    model, tokens = GPT.from_pretrained(toy), data.get_tokenizer("bytes")
+    prompt = tokens.encode("The fox").tolist()
+    row = torch.tensor([prompt + model.generate([prompt], 7, temperature=0)[0]])
+    logp = model(row[:, :-1]).log_softmax(-1)[0].gather(1, row[0, 1:, None])[len(prompt) - 1 :, 0]
+    assert records[2]["logprob"] == pytest.approx(logp.sum().item(), abs=1e-4)
+    assert [value for _, value in records[2]["logprobs"]] == pytest.approx(logp.tolist(), abs=1e-4)
+    assert records[2]["tokens"] == 7 and records[2]["tokens_per_s"] > 0
+
+
+def test_prompts_come_from_files_and_the_standard_input(toy, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("first\n\nsecond\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "third\\nline"}\n"fourth"\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
+    common = ("--model", toy, "-m", "2", "--json")
+    out, _ = run(capsys, *common, "--file", str(tmp_path / "prompts.txt"), "-p", "-")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["from a pipe\n", "first", "second"]
+    out, _ = run(capsys, *common, "--file", str(tmp_path / "prompts.jsonl"))
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["third\nline", "fourth"]
+    for name, content, message in (
+        ("a.jsonl", '{"text": "x"}\n', 'a.jsonl, line 1: not a JSON object with a "prompt"'),
+        ("b.jsonl", "[1]\n", "b.jsonl, line 1: the prompt is a list, not a text"),
+        ("c.txt", "\n", "c.txt: no prompts in it"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert message in fails(capsys, "--model", toy, "--file", str(tmp_path / name))
+    assert "nowhere.txt" in fails(capsys, "--model", toy, "--file", "nowhere.txt")
+
+
+@pytest.mark.parametrize("option", ["--top_p 1.5", "--min_p -1", "--repetition_penalty 0", "--temperature nan"])
+def test_sampling_out_of_range_is_one_line(toy, capsys, option):
+    assert "it must be at least" in fails(capsys, "--model", toy, *option.split())
+
+
+def test_writing_together(toy, capsys, monkeypatch):
+    """A text that grows by lines of both; commands change what comes after them, and mistakes change nothing."""
+    lines = iter(["/temperature 0", "/max 5", "ab", "/top_p 7", "/seed x", "/nonsense", "cd", "/reset", "ab"])
+
+    def typed(_prompt):
+        return next(lines, None) or (_ for _ in ()).throw(EOFError)
+
+    monkeypatch.setattr("builtins.input", typed)
+    out, err = run(capsys, "--model", toy, "-i")
+    answers = out.split("\n")
+    tokens, model = data.get_tokenizer("bytes"), GPT.from_pretrained(toy)
+
+    def continued(text: bytes) -> bytes:
+        return bytes(model.generate([list(text)], 5, temperature=0, stop_token=256)[0])
+
+    first = continued(b"ab")
+    second = continued(b"ab" + first + b"\ncd")
+    expected = [data.printable(tokens.decode(list(answer))) for answer in (first, second, first)]
+    assert "\n".join(answers) == "\n".join(expected) + "\n\n"
+    assert "--top_p 7.0: it must be at least 0 and at most 1" in err and "/seed x: seed takes a number" in err
+    assert "/temperature X" in err
