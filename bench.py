@@ -3,6 +3,7 @@
     python bench.py tokenize                               the source of Python's own library
     python bench.py tokenize text.parquet --workers 8      files of text, .jsonl or .parquet
     python bench.py hellaswag --data tasks.jsonl           the score's batches against one task at a time
+    python bench.py sample --batch 32                      generation against transformers'
 
 The table goes to the standard output, how far things are to the standard error.
 """
@@ -173,6 +174,53 @@ def show_hellaswag(result: dict) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# sample: generation, against transformers' with its cache
+
+
+def bench_sample(arguments: argparse.Namespace) -> dict:
+    from transformers import AutoModelForCausalLM
+
+    machine = runtime.start(arguments.device, arguments.dtype)
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig()).to(machine.device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype).to(machine.device).eval()
+    say("; ".join(machine.notes))
+    idx = torch.randint(50257, (arguments.batch, arguments.prompt_tokens), device=machine.device)
+    n, prompts = arguments.max_tokens, idx.tolist()
+
+    def seconds(generate, n: int) -> float:
+        start = time.perf_counter()
+        generate(n)
+        machine.synchronize()
+        return time.perf_counter() - start
+
+    def generate_ours(n: int) -> None:
+        with machine.autocast():
+            ours.generate(prompts, n, temperature=0)
+
+    def generate_theirs(n: int) -> None:
+        theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+    both = {"ours": generate_ours, "transformers": generate_theirs}
+    rounds = []
+    for generate in both.values():
+        seconds(generate, 2)
+    for _ in range(arguments.rounds):
+        row = {f"{name}, tokens/s": arguments.batch * n / seconds(generate, n) for name, generate in both.items()}
+        row |= {f"{name}, first token, ms": 1000 * seconds(generate, 1) for name, generate in both.items()}
+        rounds.append(row | {"ratio": row["ours, tokens/s"] / row["transformers, tokens/s"]})
+        say("  ".join(f"{name} {value:.2f}" for name, value in rounds[-1].items()))
+    return {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+
+
+def show_sample(result: dict) -> None:
+    for name, value in result.items():
+        print(f"{name:32} {value:10.2f}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -208,7 +256,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     score.add_argument(
         "--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)"
     )
-    for bench in (tokenize, score):
+    sample = benches.add_parser("sample", help="greedy generation with GPT-2 124M, against transformers'")
+    sample.add_argument("--batch", type=int, default=1, help="prompts at once (default: %(default)s)")
+    sample.add_argument("--prompt_tokens", type=int, default=16, help="length of each (default: %(default)s)")
+    sample.add_argument("--max_tokens", type=int, default=256, help="new tokens (default: %(default)s)")
+    sample.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    dtypes = ["auto", *runtime.DTYPES]
+    sample.add_argument("--dtype", default="auto", choices=dtypes, help="of both models (default: %(default)s)")
+    for bench in (tokenize, score, sample):
         bench.add_argument(
             "--rounds", type=int, default=3, help="how often everything is measured, in turn (default: %(default)s)"
         )
@@ -224,6 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     measure, show = {
         "tokenize": (bench_tokenize, show_tokenize),
         "hellaswag": (bench_hellaswag, show_hellaswag),
+        "sample": (bench_sample, show_sample),
     }[arguments.bench]
     try:
         result = measure(arguments)
