@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -178,23 +179,11 @@ def show_hellaswag(result: dict) -> None:
 
 
 def bench_sample(arguments: argparse.Namespace) -> dict:
-    from transformers import AutoModelForCausalLM
-
     machine = runtime.start(arguments.device, arguments.dtype)
-    torch.manual_seed(0)
-    ours = GPT(GPTConfig()).to(machine.device).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype).to(machine.device).eval()
     say("; ".join(machine.notes))
+    ours, theirs = the_same_model(machine)
     idx = torch.randint(50257, (arguments.batch, arguments.prompt_tokens), device=machine.device)
-    n, prompts = arguments.max_tokens, idx.tolist()
-
-    def seconds(generate, n: int) -> float:
-        start = time.perf_counter()
-        generate(n)
-        machine.synchronize()
-        return time.perf_counter() - start
+    prompts = idx.tolist()
 
     def generate_ours(n: int) -> None:
         with machine.autocast():
@@ -204,15 +193,36 @@ def bench_sample(arguments: argparse.Namespace) -> dict:
         theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
 
     both = {"ours": generate_ours, "transformers": generate_theirs}
-    rounds = []
+    rounds, n = [], arguments.max_tokens
     for generate in both.values():
-        seconds(generate, 2)
+        generate(2)
     for _ in range(arguments.rounds):
-        row = {f"{name}, tokens/s": arguments.batch * n / seconds(generate, n) for name, generate in both.items()}
-        row |= {f"{name}, first token, ms": 1000 * seconds(generate, 1) for name, generate in both.items()}
+        row = {}
+        for name, generate in both.items():
+            row[f"{name}, tokens/s"] = arguments.batch * n / seconds_of(generate, n, machine)
+            row[f"{name}, first token, ms"] = 1000 * seconds_of(generate, 1, machine)
         rounds.append(row | {"ratio": row["ours, tokens/s"] / row["transformers, tokens/s"]})
         say("  ".join(f"{name} {value:.2f}" for name, value in rounds[-1].items()))
     return {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+
+
+def the_same_model(machine: Runtime) -> tuple:
+    """An untrained GPT-2 124M, as ours and as transformers'."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype)
+    return ours.to(machine.device).eval(), theirs.to(machine.device).eval()
+
+
+def seconds_of(generate: Callable[[int], None], n: int, machine: Runtime) -> float:
+    start = time.perf_counter()
+    generate(n)
+    machine.synchronize()
+    return time.perf_counter() - start
 
 
 def show_sample(result: dict) -> None:
@@ -227,46 +237,29 @@ def show_sample(result: dict) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py", description="Measure speed on this machine; medians of rounds.")
     benches = parser.add_subparsers(dest="bench", required=True)
-    tokenize = benches.add_parser(
-        "tokenize",
-        help="text to shards, against tiktoken alone",
-    )
+    tokenize = benches.add_parser("tokenize", help="text to shards, against tiktoken alone")
     tokenize.add_argument("files", nargs="*", help="text, .jsonl, .parquet (none: the source of Python's own library)")
     tokenize.add_argument("--text_column", default="text", help="of .jsonl and .parquet files (default: %(default)s)")
     tokenize.add_argument("--workers", type=int, help="processes (default: as many as there are CPUs)")
-    score = benches.add_parser(
-        "hellaswag",
-        help="the score's batches against one task at a time",
-    )
+
+    score = benches.add_parser("hellaswag", help="the score's batches against one task at a time")
     score.add_argument("--model", help="as hellaswag.py takes it (none: an untrained GPT-2 124M, which is as fast)")
     score.add_argument("--data", metavar="FILE", help="tasks (none: the official ones, fetched once)")
-    score.add_argument(
-        "--limit", type=int, default=500, help="the first so many tasks; 0 is all (default: %(default)s)"
-    )
-    score.add_argument(
-        "--naive", type=int, default=40, help="how many of them one at a time, evenly spread (default: %(default)s)"
-    )
-    score.add_argument(
-        "--batch_tokens",
-        type=int,
-        default=hellaswag.BATCH_TOKENS,
-        help="tokens in one forward pass (default: %(default)s)",
-    )
-    score.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    score.add_argument(
-        "--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)"
-    )
+    score.add_argument("--limit", type=int, default=500, help="the first so many; 0 is all (default: %(default)s)")
+    score.add_argument("--naive", type=int, default=40, help="of them one at a time (default: %(default)s)")
+    about_batch = "tokens in one forward pass (default: %(default)s)"
+    score.add_argument("--batch_tokens", type=int, default=hellaswag.BATCH_TOKENS, help=about_batch)
+
     sample = benches.add_parser("sample", help="greedy generation with GPT-2 124M, against transformers'")
     sample.add_argument("--batch", type=int, default=1, help="prompts at once (default: %(default)s)")
     sample.add_argument("--prompt_tokens", type=int, default=16, help="length of each (default: %(default)s)")
     sample.add_argument("--max_tokens", type=int, default=256, help="new tokens (default: %(default)s)")
-    sample.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    dtypes = ["auto", *runtime.DTYPES]
-    sample.add_argument("--dtype", default="auto", choices=dtypes, help="of both models (default: %(default)s)")
+
+    for bench in (score, sample):
+        bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+        bench.add_argument("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="(default: %(default)s)")
     for bench in (tokenize, score, sample):
-        bench.add_argument(
-            "--rounds", type=int, default=3, help="how often everything is measured, in turn (default: %(default)s)"
-        )
+        bench.add_argument("--rounds", type=int, default=3, help="how often all is measured (default: %(default)s)")
         bench.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
