@@ -113,6 +113,8 @@ def read_example(line: str, where: str) -> Example:
     context, endings = record["ctx"], record["endings"]
     if not isinstance(context, str) or not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
         raise ValueError(f"{where}: ctx must be a text and endings a list of texts")
+    if len(endings) != 4:
+        raise ValueError(f"{where}: {len(endings)} endings, where there must be 4")
     label = str(record["label"])  # some copies have it as a text
     if not label.isdecimal() or int(label) >= len(endings):
         raise ValueError(f"{where}: label {label!r} is not the number of one of {len(endings)} endings")
@@ -120,7 +122,7 @@ def read_example(line: str, where: str) -> Example:
 
 
 def fetch(split: str = "val") -> Path:
-    """The official file, downloaded if it is not here yet; a download that breaks off is continued. Else ValueError."""
+    """The official file, downloaded if it is not here yet; one that broke off is continued. ValueError, OSError."""
     path, url = FOLDER / f"hellaswag_{split}.jsonl", URL.format(split=split)
     if path.is_file():
         return path
@@ -228,7 +230,7 @@ def lay_out(rendered: list[Rendered]) -> tuple[np.ndarray, ...]:
 
 @torch.no_grad()
 def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.ndarray:
-    """The summed loss, in nats, of each ending of each task: (B, 4)."""
+    """The summed loss, in nats, of each ending of each task: (B, 4). ValueError if they are not numbers."""
     idx, position, part, predicted_at, targets, owners = lay_out(rendered)
     idx, position, part, predicted_at, targets = (
         torch.from_numpy(array).to(machine.device) for array in (idx, position, part, predicted_at, targets)
@@ -247,8 +249,10 @@ def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.
     sums = np.bincount(owners, weights=losses).reshape(len(rendered), -1)
     # Equal endings are a tie, and must not be told apart by a rounding that depends on where they lie in the row.
     for row, task in zip(sums, rendered):
-        same = {}
-        row[:] = [row[same.setdefault(ending.tobytes(), i)] for i, ending in enumerate(task.endings)]
+        first = {}
+        row[:] = [row[first.setdefault(ending.tobytes(), i)] for i, ending in enumerate(task.endings)]
+    if not np.isfinite(sums).all():
+        raise ValueError("the model's losses are not numbers: it is damaged, or its training diverged")
     return sums
 
 
@@ -350,15 +354,16 @@ def hellaswag(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     if machine.is_main:
         result = {"model": str(source), "style": "completion"} | result | {"seconds": seconds}
-        print(json.dumps(result) if arguments.json else in_words(result))
+        official = not arguments.data and arguments.split == "val" and not arguments.limit
+        published = PUBLISHED.get(arguments.model, (None, None)) if official else (None, None)
+        print(json.dumps(result) if arguments.json else in_words(result, published))
     machine.close()
 
 
-def in_words(result: dict) -> str:
-    published = PUBLISHED.get(result["model"].rpartition("/")[2], (None, None))
+def in_words(result: dict, published: tuple[float | None, float | None]) -> str:
     lines = [f"HellaSwag, completion style, {result['n']:,} tasks:"]
     for name, figure, what in zip(("acc", "acc_norm"), published, ("lowest sum", "lowest mean a token")):
-        beside = f"   published, on all 10,042: {figure:.4f}" if figure else ""
+        beside = f"   published: {figure:.4f}" if figure else ""
         lines.append(f"  {name:9}{result[name]:.4f} +- {result[name + '_stderr']:.4f}  ({what}){beside}")
     return "\n".join([*lines, f"  {result['n'] / result['seconds']:.1f} tasks/s"])
 
@@ -371,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"hellaswag.py: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print(f"hellaswag.py: out of memory; set --batch_tokens={arguments.batch_tokens // 2}", file=sys.stderr)
+        print(f"hellaswag.py: out of memory; set --batch_tokens={arguments.batch_tokens // 2 or 1}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -57,6 +57,11 @@ class GPTConfig:
     def mistakes(self) -> list[str]:
         """What is wrong with this shape, one sentence each; empty when it can be built."""
         sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        wrong = [
+            f"{name} is {getattr(self, name)!r}, not an int" for name in sizes if type(getattr(self, name)) is not int
+        ]
+        if wrong:
+            return wrong
         wrong = [f"{name} is {getattr(self, name)}: it must be at least 1" for name in sizes if getattr(self, name) < 1]
         if not wrong and self.n_embd % self.n_head:
             heads = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
@@ -310,12 +315,14 @@ class GPT(nn.Module):
     def stream(self, prompts, max_new_tokens, seeds=None, stop_token=None, repetition_penalty=1.0, **sampling):
         """Continue each prompt (a list of token ids); yield a Step for each new token.
 
-        seeds                one for each prompt: a row's text depends on its own, not on the rows beside it
+        seeds                one for each prompt: a row's text depends on its own, not on the rows beside it (but in
+                             bf16 a batch of another shape rounds otherwise, and near ties fall otherwise)
         stop_token           a row ends with this id (end of text, usually)
         repetition_penalty   see `penalize`; 1 is none
         sampling             temperature, top_k, top_p, min_p: see `sample`
 
-        The context of a token is the block_size tokens before it. A prompt that is empty or longer is a ValueError.
+        The context of a token is the block_size tokens before it. A prompt that is empty or longer is a ValueError, and
+        so are weights that give no numbers.
         """
         block_size, device = self.config.block_size, self.lm_head.weight.device
         for prompt in prompts:
@@ -325,9 +332,8 @@ class GPT(nn.Module):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same for every device
 
         rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
-        seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=device)
-        for row, of_row in zip(rows, seen):
-            of_row[row] = True
+        seen = torch.stack([torch.zeros(self.config.vocab_size).index_fill(0, torch.tensor(row), 1) for row in rows])
+        seen = seen.bool().to(device)  # (B, V)
         cache, was_training = None, self.training
         self.eval()
         try:
@@ -344,7 +350,7 @@ class GPT(nn.Module):
 
                 # 2. Choose, 3. remember, 4. hand over.
                 draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(device)  # (B)
-                logits = logits[:, : self.config.vocab_size].float()
+                logits = numbers(logits[:, : self.config.vocab_size].float())
                 chosen = sample(penalize(logits, seen, repetition_penalty), draws, **sampling)  # (B)
                 seen.scatter_(1, chosen[:, None], True)
                 chosen = chosen.tolist()
@@ -378,7 +384,10 @@ class GPT(nn.Module):
         config_file, weights_file = locate(name, "config.json"), locate(name, *WEIGHTS_FILES)
         model = cls(read_config(config_file, **settings))
         if weights_file.suffix == ".json":  # large models come in parts, with a list of which tensor is where
-            parts = sorted(set(json.loads(weights_file.read_text())["weight_map"].values()))
+            try:
+                parts = sorted(set(json.loads(weights_file.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{weights_file}: not a list of parts ({type(error).__name__}: {error})") from None
             state = {name_: tensor for part in parts for name_, tensor in read_weights(locate(name, part)).items()}
         else:
             state = read_weights(weights_file)
@@ -402,11 +411,12 @@ class GPT(nn.Module):
         if shape["vocab_size"] == 50304:  # GPT-2's, rounded up
             shape["vocab_size"] = 50257
         model = cls(GPTConfig(**shape, **settings))
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-        if (embedding := state.get("transformer.wte.weight")) is not None:
-            state["transformer.wte.weight"] = embedding[: shape["vocab_size"]]
-        state.pop("lm_head.weight", None)  # the same tensor
-        state = {name: t.t() if is_conv1d(name) else t for name, t in state.items()}
+        state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+        state.pop("lm_head.weight", None)  # the same tensor as the embedding
+        for name, tensor in state.items():
+            if isinstance(tensor, torch.Tensor):
+                tensor = tensor[: shape["vocab_size"]] if name.endswith("wte.weight") else tensor
+                state[name] = tensor.t() if is_conv1d(name) else tensor
         model.load_hf_state(state, source=file)
         return model
 
@@ -436,6 +446,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def load_hf_state(self, state: dict[str, torch.Tensor], source: str | Path = "the state") -> None:
         """The inverse of `hf_state`; also takes the hub's names without the leading "transformer."."""
+        tensors = isinstance(state, dict) and all(
+            isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()
+        )
+        if not tensors:
+            raise ValueError(f"{source}: not a table of names and tensors; is it a whole GPT-2 checkpoint?")
         state = {
             ("" if n.startswith(("transformer.", "lm_head.")) else "transformer.") + n: t for n, t in state.items()
         }
@@ -470,6 +485,12 @@ def align_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, rows))
     idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     return idx, torch.tensor([longest - len(row) for row in rows])
+
+
+def numbers(logits: torch.Tensor) -> torch.Tensor:
+    if logits.isnan().any():
+        raise ValueError("the model's logits are not numbers: it is damaged, or its training diverged")
+    return logits
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

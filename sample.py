@@ -4,7 +4,7 @@
     python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
     python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8 --stop "\\n\\n"
     python sample.py --file prompts.jsonl --json             a prompt a line, and a JSON object for each sample
-    git log | python sample.py -p -                          the standard input as the prompt
+    git log -3 | python sample.py -p -                       the standard input as the prompt
     python sample.py -i                                      write together, line by line; /help says how
 
 With no checkpoint anywhere, an untrained GPT-2 speaks, so that the program can be tried; its text is noise.
@@ -13,6 +13,7 @@ With no checkpoint anywhere, an untrained GPT-2 speaks, so that the program can 
 import argparse
 import codecs
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ HELP = """  a line          goes behind the text so far, and the model goes on f
   /top_k K        the K likeliest only; 0 is all          /seed S   where the draws begin
   /top_p P        the nucleus of probability P            /reset    forget the text so far
   /min_p P        at least P times the likeliest's        /help     this
+  /repetition_penalty X   above 1: less of what stands there already
   Ctrl-C ends an answer, Ctrl-D the program."""
 
 
@@ -58,7 +60,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     streaming = "show text as it comes (default: on a terminal, if there is one sample)"
     add("--stream", action=argparse.BooleanOptionalAction, help=streaming)
-    add("--json", action="store_true", help="a JSON object a line: prompt, completion, tokens, logprob, tokens_per_s")
+    as_json = (
+        "a JSON object a line: prompt, completion; tokens drawn (a stop text included), their logprob; tokens_per_s"
+    )
+    add("--json", action="store_true", help=as_json)
     add("--logprobs", action="store_true", help="also each token's logarithm of its probability")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)")
@@ -76,14 +81,16 @@ def mistake(arguments: argparse.Namespace) -> str:
     for name, low in least.items():
         value, high = getattr(arguments, name), most.get(name, 2**62)
         if not low <= value <= high:
-            return f"--{name} {value}: it must be at least {low}" + f" and at most {high}" * (name in most)
+            return f"--{name} {value}: it must be at least {low} and at most {high}"
+    if arguments.interactive and (arguments.samples > 1 or arguments.file or arguments.json or arguments.logprobs):
+        return "-i is for a person: without --file, --samples, --json and --logprobs"
     return ""
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
     if arguments.file:
-        lines = Path(arguments.file).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path(arguments.file).read_text(encoding="utf-8-sig", errors="replace").split("\n")
         for number, line in enumerate(lines, 1):
             if line.strip():
                 is_json = arguments.file.endswith(".jsonl")
@@ -207,9 +214,14 @@ def sample(arguments: argparse.Namespace) -> None:
     model = model.to(machine.device)
     print(f"model: {description}; {', '.join(machine.notes)}", file=sys.stderr)
     if arguments.interactive:
-        write_together(model, tokenizer, machine, arguments)
+        write_together(model, tokenizer, machine, "".join(prompts) if arguments.prompt else "", arguments)
         return
 
+    for prompt in prompts:
+        if (n := len(tokenizer.encode(prompt))) > model.config.block_size:
+            raise ValueError(
+                f"the prompt {prompt[:30]!r}... has {n} tokens, the model reads {model.config.block_size}; shorten it"
+            )
     # All samples of all prompts are one batch; sample i of each draws from the same numbers, whatever the batch.
     texts = [prompt for prompt in prompts for _ in range(arguments.samples)]
     ids = [tokenizer.encode(text).tolist() or [tokenizer.end_of_text] for text in texts]
@@ -249,14 +261,15 @@ def report(prompt: str, completion: Completion, seconds: float, shown: bool, arg
 # Writing together
 
 
-def write_together(model: GPT, tokenizer, machine: Runtime, arguments: argparse.Namespace) -> None:
-    """Lines of the person's and answers of the model's, one text."""
+def write_together(model: GPT, tokenizer, machine: Runtime, opening: str, arguments: argparse.Namespace) -> None:
+    """Lines of the person's and answers of the model's, one text behind the opening."""
     try:
         import readline  # noqa: F401 (arrow keys and a history in input())
     except ImportError:
         pass
     print("/help says what there is; Ctrl-D ends", file=sys.stderr)
-    ids, seed = [], arguments.seed
+    ids, seed, block_size = tokenizer.encode(opening).tolist(), arguments.seed, model.config.block_size
+    show(opening)
     while True:
         try:
             line = input("> ")
@@ -268,13 +281,15 @@ def write_together(model: GPT, tokenizer, machine: Runtime, arguments: argparse.
             continue
         ids += tokenizer.encode(line).tolist() or ([] if ids else [tokenizer.end_of_text])
         answer = Completion(tokenizer, arguments.stop)
+        # Room for the answer, as far as possible: past the window each token costs the whole window.
+        context = ids[-max(block_size - arguments.max_tokens, block_size // 2, 1) :]
         try:
-            for new in complete(model, machine, [ids[-model.config.block_size :]], [seed], [answer], arguments):
+            for new in complete(model, machine, [context], [seed], [answer], arguments):
                 show(new[0])
         except KeyboardInterrupt:
             pass
         print()
-        ids += [i for i in answer.ids if i != tokenizer.end_of_text] + tokenizer.encode("\n").tolist()
+        ids += tokenizer.encode(answer.text + "\n").tolist()
         seed += 1
 
 
@@ -306,6 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the model's letters
     try:
         sample(arguments)
+    except BrokenPipeError:  # who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -516,6 +516,24 @@ def test_files_that_are_no_checkpoints(tmp_path, toy, content):
         GPT.from_pretrained(tmp_path / "model.safetensors")
 
 
+def test_tables_that_hold_no_tensors_are_refused(tmp_path, toy):
+    toy.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for content in ([1, 2], {1: torch.zeros(1)}, {"wte.weight": "text"}):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"pytorch_model.bin: not a table of names and tensors"):
+            GPT.from_pretrained(tmp_path)
+    for text in ("{}", "{", "[]"):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"index.json: not a list of parts"):
+            GPT.from_pretrained(tmp_path)
+    torch.save(
+        dict(model={}, model_args=dict(n_layer="2", n_head=1, n_embd=8, block_size=4, vocab_size=9)), tmp_path / "c.pt"
+    )
+    with pytest.raises(ValueError, match="n_layer is '2', not an int"):
+        GPT.from_pretrained(tmp_path / "c.pt")
+
+
 def test_untied_heads_are_refused(toy):
     state = toy.hf_state()
     state["lm_head.weight"] = state["transformer.wte.weight"] + 1

@@ -62,6 +62,8 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batch(toy, capsys):
     assert alone == again and alone.strip("\n") in batch
     other, _ = run(capsys, "--model", toy, "-m", "40", "--seed", "4", "-p", "The fox")
     assert other != alone
+    both, _ = run(capsys, *arguments, "-p", "The fox", "-n", "2")  # sample i draws from seed + i
+    assert both == alone + "-" * 40 + "\n" + other
 
 
 def test_longer_samples_begin_like_shorter_ones(toy, capsys):
@@ -88,14 +90,13 @@ def test_without_any_model_an_untrained_one_says_so(tmp_path, capsys, monkeypatc
 
 def test_an_empty_prompt_begins_a_document(toy, capsys):
     out, _ = run(capsys, "--model", toy, "-p", "", "-m", "5")
-    assert out
+    ids = GPT.from_pretrained(toy).generate([[256]], 5, seeds=[1337], top_k=50, stop_token=256)[0]
+    assert out == data.printable(data.get_tokenizer("bytes").decode(ids)) + "\n"
 
 
 def test_bad_input_is_one_line(toy, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "a prompt of 40 tokens: this model takes 1 to 32; shorten it" in fails(
-        capsys, "--model", toy, "-p", "x" * 40
-    )
+    assert "has 40 tokens, the model reads 32; shorten it" in fails(capsys, "--model", toy, "-p", "x" * 40)
     assert "neither a folder here nor a model" in fails(capsys, "--model", "no-such/model")
     nowhere = str(tmp_path / "nowhere")
     (tmp_path / "run").mkdir()
@@ -228,11 +229,15 @@ def test_half_a_character_at_the_end_is_shown_as_such():
     assert shown == ["a", "漢b", "", "\ufffd"] and grown.text == "a漢b\ufffd"
 
 
-def test_streamed_is_whole(toy, capsys):
+def test_streamed_is_whole(toy, capsys, monkeypatch):
     arguments = ("--model", toy, "-p", "The fox", "-m", "60", "--top_k", "0")
     whole, _ = run(capsys, *arguments)
+    shown = []
+    monkeypatch.setattr(sample, "show", lambda text: (shown.append(text), print(data.printable(text), end=""))[0])
     streamed, _ = run(capsys, *arguments, "--stream")
-    assert streamed == whole
+    assert streamed == whole and sum(map(bool, shown)) > 30
+    lone, _ = run(capsys, *arguments, "-n", "2", "--stream")  # several samples are not mixed into each other
+    assert lone.startswith(whole)
 
 
 def test_a_stop_text_ends_the_sample(toy, capsys):
@@ -264,13 +269,13 @@ def test_json_is_for_programs(toy, capsys):
 
 def test_prompts_come_from_files_and_the_standard_input(toy, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.txt").write_text("first\n\nsecond\n")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "third\\nline"}\n"fourth"\n')
+    (tmp_path / "prompts.jsonl").write_text('\ufeff{"prompt": "third\\nline"}\n"fourth\u2028"\n')
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
     common = ("--model", toy, "-m", "2", "--json")
     out, _ = run(capsys, *common, "--file", str(tmp_path / "prompts.txt"), "-p", "-")
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["from a pipe\n", "first", "second"]
     out, _ = run(capsys, *common, "--file", str(tmp_path / "prompts.jsonl"))
-    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["third\nline", "fourth"]
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["third\nline", "fourth\u2028"]
     for name, content, message in (
         ("a.jsonl", '{"text": "x"}\n', 'a.jsonl, line 1: not a JSON object with a "prompt"'),
         ("b.jsonl", "[1]\n", "b.jsonl, line 1: the prompt is a list, not a text"),
@@ -307,3 +312,41 @@ def test_writing_together(toy, capsys, monkeypatch):
     assert "\n".join(answers) == "\n".join(expected) + "\n\n"
     assert "--top_p 7.0: it must be at least 0 and at most 1" in err and "/seed x: seed takes a number" in err
     assert "/temperature X" in err
+
+
+def test_writing_together_goes_on_for_longer_than_the_window(toy, capsys, monkeypatch):
+    """The text so far is cut to what the model reads, and -p opens it; what a stop text hid is no part of it."""
+    contexts, lines = [], iter(["a line of some length, number one", "another line"])
+    stream = GPT.stream
+
+    def watched(self, prompts, *args, **options):
+        contexts.append(bytes(prompts[0]))
+        return stream(self, prompts, *args, **options)
+
+    monkeypatch.setattr(GPT, "stream", watched)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8")
+    assert contexts[0] == b"Once a line of some length, number one"[-24:]  # of 32, with room for the answer
+    assert len(contexts[1]) == 24 and contexts[1].endswith(b"\nanother line")
+    assert "-i is for a person" in fails(capsys, "--model", toy, "-i", "--json")
+
+
+def test_a_model_without_numbers_is_one_line(tmp_path, capsys):
+    model = GPT(GPTConfig(vocab_size=257, **TOY_MODEL))
+    model.transformer.ln_f.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    for temperature in ("0", "1"):
+        line = fails(capsys, "--model", str(tmp_path), "-p", "a", "--temperature", temperature)
+        assert line == "sample.py: the model's logits are not numbers: it is damaged, or its training diverged"
+
+
+def test_a_prompt_that_is_too_long_is_named(toy, capsys):
+    line = fails(capsys, "--model", toy, "-p", "short", "-p", "long " * 20)
+    assert "the prompt 'long long long long long long '... has 100 tokens, the model reads 32; shorten it" in line
+
+
+def test_a_reader_that_has_enough_is_no_error(toy):
+    command = f"{sys.executable} sample.py --model {toy} --file README.md -m 1 --json --device cpu | head -1"
+    command = command.replace("--file README.md", " ".join(f"-p {i}" for i in range(300)))
+    run = subprocess.run(command, shell=True, cwd=ROOT, env=clean_environment(), capture_output=True, text=True)
+    assert run.stdout.startswith('{"prompt": "0"') and "Broken pipe" not in run.stderr
