@@ -975,6 +975,8 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
     In folders, hidden files and folders are passed over, and so is whatever has a part that matches `exclude`. What
     lies in `out` was written by an earlier run and is no input.
     """
+    if Path(pattern).is_absolute():
+        raise ValueError(f"--glob {pattern}: a pattern for names inside the folders; name the folder itself as PATH")
     files = []
     for path in paths:
         found = [] if os.path.lexists(path) else [Path(p) for p in sorted(glob.glob(path, recursive=True))]
@@ -1160,7 +1162,7 @@ def fill(out: Path, arguments: argparse.Namespace, files: list[Path], source: di
 def main(argv: list[str] | None = None) -> None:
     try:
         shard_local_text(parse_arguments(argv))
-    except (ValueError, OSError, NotImplementedError) as error:  # the last for a --glob that is absolute
+    except (ValueError, OSError) as error:
         print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -359,8 +359,8 @@ def hellaswag(arguments: argparse.Namespace) -> None:
         print(json.dumps(result) if arguments.json else in_words(result, published))
     machine.close()
     if machine.world_size > 1:
-        # Past Python's end, one process in ten aborts in a destructor of C++ ("terminate called without an active
-        # exception", torch 2.13 with gloo), and torchrun would report a failure of work that is done.
+        # Past Python's end, in one run of ten a process aborts in a destructor of C++ (torch 2.13 with gloo, see LOG),
+        # and torchrun would report a failure of work that is done.
         sys.stdout.flush()
         os._exit(0)
 
