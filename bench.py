@@ -9,6 +9,7 @@ The table goes to the standard output, how far things are to the standard error.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import statistics
@@ -144,6 +145,7 @@ def bench_hellaswag(arguments: argparse.Namespace) -> dict:
     machine = runtime.start(arguments.device, arguments.dtype)
     model = GPT.from_pretrained(resolve(arguments.model)) if arguments.model else GPT(GPTConfig())
     model = model.to(machine.device).eval()
+    packed = copy.deepcopy(model).pack(machine.dtype)  # as hellaswag.py has it
     tokenizer = data.get_tokenizer(model.config.vocab_size)
     tasks = hellaswag.examples(arguments.data, arguments.limit)
     rendered = [hellaswag.render(task, tokenizer, model.config.block_size) for task in tasks]
@@ -153,14 +155,14 @@ def bench_hellaswag(arguments: argparse.Namespace) -> dict:
     say("; ".join(machine.notes))
     say(f"{len(tasks):,} tasks; {100 * useful:.1f} % of the tokens in {len(batches)} batches are not padding")
     one_at_a_time(model, some[:2], machine)
-    hellaswag.ending_losses(model, some[:2], machine)
+    hellaswag.ending_losses(packed, some[:2], machine)
     rounds = []
     for _ in range(arguments.rounds):
         start = time.perf_counter()
         one_at_a_time(model, some, machine)
         naive = len(some) / (time.perf_counter() - start)
         start = time.perf_counter()
-        hellaswag.evaluate(model, tokenizer, machine, tasks, arguments.batch_tokens)
+        hellaswag.evaluate(packed, tokenizer, machine, tasks, arguments.batch_tokens)
         ours = len(tasks) / (time.perf_counter() - start)
         rounds.append({"one at a time": naive, "in batches": ours, "ratio": ours / naive})
         say("  ".join(f"{name} {value:.2f}" for name, value in rounds[-1].items()))
@@ -186,8 +188,7 @@ def bench_sample(arguments: argparse.Namespace) -> dict:
     prompts = idx.tolist()
 
     def generate_ours(n: int) -> None:
-        with machine.autocast():
-            ours.generate(prompts, n, temperature=0)
+        ours.generate(prompts, n, temperature=0)
 
     def generate_theirs(n: int) -> None:
         theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -207,7 +208,7 @@ def bench_sample(arguments: argparse.Namespace) -> dict:
 
 
 def the_same_model(machine: Runtime) -> tuple:
-    """An untrained GPT-2 124M, as ours and as transformers'."""
+    """An untrained GPT-2 124M, as ours and as transformers', both made ready to generate."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -215,7 +216,7 @@ def the_same_model(machine: Runtime) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype)
-    return ours.to(machine.device).eval(), theirs.to(machine.device).eval()
+    return ours.to(machine.device).eval().pack(machine.dtype), theirs.to(machine.device).eval()
 
 
 def seconds_of(generate: Callable[[int], None], n: int, machine: Runtime) -> float:

@@ -350,7 +350,7 @@ def hellaswag(arguments: argparse.Namespace) -> None:
     if machine.is_main:
         print(f"model: {source}, {model.num_params():,} parameters; {', '.join(machine.notes)}", file=sys.stderr)
     start = time.perf_counter()
-    result = evaluate(model, tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main)
+    result = evaluate(model.pack(machine.dtype), tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main)
     seconds = time.perf_counter() - start
     if machine.is_main:
         result = {"model": str(source), "style": "completion"} | result | {"seconds": seconds}

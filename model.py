@@ -86,21 +86,29 @@ class GPTConfig:
 class KVCache:
     """Keys and values of all tokens seen so far, so that generating a token costs one token's work.
 
-    Room for `capacity` tokens is taken at the first use of each layer, in the dtype the layer computes in. Prompts of
-    different lengths are aligned at their right ends: `pad[b]` says how many columns at the left of row b hold nothing.
+    Room for `capacity` tokens is taken at the first use of each layer, in `dtype` or else the one the layer computes
+    in. Prompts of different lengths are aligned at their right ends: `pad[b]` says how many columns at the left of row
+    b hold nothing.
     """
 
-    def __init__(self, n_layer: int, capacity: int, pad: torch.Tensor | None = None):
+    def __init__(self, n_layer: int, capacity: int, pad: torch.Tensor | None = None, dtype: torch.dtype | None = None):
         self.capacity = capacity
+        self.dtype = dtype
         self.length = 0  # columns filled; the same in every layer between two forward passes
         self.pad = pad  # (B,) int64, or None when all rows start at column 0
         self.layers = [None] * n_layer  # each (2, B, nh, capacity, hs): keys and values
+        self.column = None  # (1,) int64 on the device: see OneToken
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append k and v (B, nh, T, hs) behind the filled columns; return all the layer has (B, nh, past + T, hs)."""
         B, nh, T, hs = k.shape
         if self.layers[layer] is None:
-            self.layers[layer] = k.new_empty(2, B, nh, self.capacity, hs)
+            # Zeros, because behind a mask, too, 0 x NaN would be NaN.
+            self.layers[layer] = k.new_zeros(2, B, nh, self.capacity, hs, dtype=self.dtype)
+        if self.column is not None:
+            self.layers[layer][0].index_copy_(2, self.column, k)
+            self.layers[layer][1].index_copy_(2, self.column, v)
+            return self.layers[layer][0], self.layers[layer][1]
         stored = self.layers[layer][:, :, :, : self.length + T]  # a view
         stored[0, :, :, self.length :] = k
         stored[1, :, :, self.length :] = v
@@ -122,6 +130,60 @@ class KVCache:
             # An empty column must see something, or its softmax is 0/0 and the NaN spreads: it may see itself.
             mask = mask & (key >= self.pad[:, None, None]) | (key == query)
         return mask[:, None]
+
+
+class OneToken:
+    """The forward pass of one token for each row, behind a filled cache, as a CUDA graph.
+
+    A small model's token is some 200 kernels that take less time to run than Python takes to launch them; a graph
+    launches them all at once. It does the same work on the same memory each time, so it computes over the whole
+    capacity of the cache, with a mask over what is not filled, and reads from a tensor which column is next.
+    """
+
+    def __init__(self, model: "GPT", cache: KVCache, B: int):
+        device = model.transformer.wte.weight.device
+        self.model, self.cache, self.graph = model, cache, None
+        self.idx = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        cache.column = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def forward(self) -> torch.Tensor:
+        """self.idx (B, 1) at cache.column -> logits (B, PV). As often as one likes: it writes the same column again."""
+        column, pad = self.cache.column, self.cache.pad
+        key = torch.arange(self.cache.capacity, device=column.device)
+        position, mask = column[None], (key <= column)[None]  # (1, 1), (1, capacity)
+        if pad is not None:
+            position, mask = column - pad[:, None], mask & (key >= pad[:, None])  # (B, 1), (B, capacity)
+        return self.model.padded_logits(
+            self.model.hidden(self.idx, self.cache, layout=(position, mask[:, None, None]))[:, -1]
+        )
+
+    def capture(self) -> None:
+        # What kernels set up at their first calls must not be recorded, hence some calls before, on a stream of theirs.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.forward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.forward()
+
+    def __call__(self, idx: torch.Tensor) -> torch.Tensor:
+        """The next token of each row (B, 1) -> logits (B, PV), valid until the next call."""
+        self.idx.copy_(idx)
+        self.cache.column.fill_(self.cache.length)
+        self.cache.length += 1
+        if not self.idx.is_cuda:  # nothing to capture, but the same arithmetic
+            return self.forward()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.logits
+
+
+# Fewer tokens than this are done before a graph is captured.
+GRAPH_FROM = 32
 
 
 @dataclass(frozen=True)
@@ -150,6 +212,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nh, past + T, hs)
+            q = q.to(k.dtype)
 
         # `is_causal` aligns queries with the first keys. That is right for an empty cache only: behind a filled one, a
         # single token may see everything and several come with a mask.
@@ -169,6 +232,35 @@ def attention_spelled_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=Fals
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     return F.dropout(F.softmax(scores, dim=-1).to(v.dtype), dropout_p) @ v
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear for inference only: weights in the dtype of the product, and on a CPU in the order oneDNN reads them.
+
+    F.linear gets them row by row and has to rearrange all of them for each product, which for the few rows of a
+    token costs as much as the product. oneDNN's way in is one that torch.compile uses, as torch has no other.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.blocked = weight.device.type == "cpu" and dtype == torch.bfloat16 and onednn_multiplies_bf16()
+        weight = weight.detach().to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.blocked else weight
+        self.bias = None if bias is None else bias.detach().to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.dtype)
+        if self.blocked:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+def onednn_multiplies_bf16() -> bool:
+    ops = torch.ops.mkldnn
+    has_ops = all(
+        hasattr(ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    )
+    return torch.backends.mkldnn.is_available() and has_ops and ops._is_mkldnn_bf16_supported()
 
 
 class MLP(nn.Module):
@@ -267,12 +359,14 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, cache, mask)
-        if cache:
+        if cache and not layout:
             cache.length += T
         return self.transformer.ln_f(x)
 
     def padded_logits(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., PV): dot product of each vector with every token's embedding; -inf in the padding."""
+        if isinstance(self.lm_head, PackedLinear):
+            return self.lm_head(x)
         return F.linear(x, self.lm_head.weight, self.padding)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
@@ -311,6 +405,19 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
     # Generation
 
+    def pack(self, dtype: torch.dtype) -> "GPT":
+        """Make this a model for inference only, with its matrix products in dtype, as under autocast but ready-made.
+
+        Returns itself. It can be moved, trained and saved no more.
+        """
+        for block in self.transformer.h:
+            for part in (block.attn, block.mlp):
+                for name, linear in part.named_children():
+                    if isinstance(linear, nn.Linear):
+                        setattr(part, name, PackedLinear(linear.weight, linear.bias, dtype))
+        self.lm_head = PackedLinear(self.lm_head.weight, self.padding, dtype)
+        return self
+
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, seeds=None, stop_token=None, repetition_penalty=1.0, **sampling):
         """Continue each prompt (a list of token ids); yield a Step for each new token.
@@ -324,7 +431,7 @@ class GPT(nn.Module):
         The context of a token is the block_size tokens before it. A prompt that is empty or longer is a ValueError, and
         so are weights that give no numbers.
         """
-        block_size, device = self.config.block_size, self.lm_head.weight.device
+        block_size, device = self.config.block_size, self.transformer.wte.weight.device
         for prompt in prompts:
             if not 0 < len(prompt) <= block_size:
                 raise ValueError(f"a prompt of {len(prompt)} tokens: this model takes 1 to {block_size}; shorten it")
@@ -334,7 +441,11 @@ class GPT(nn.Module):
         rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
         seen = torch.stack([torch.zeros(self.config.vocab_size).index_fill(0, torch.tensor(row), 1) for row in rows])
         seen = seen.bool().to(device)  # (B, V)
-        cache, was_training = None, self.training
+        cache, step, was_training = None, None, self.training
+        packed = isinstance(self.lm_head, PackedLinear)
+        as_graph = packed and device.type == "cuda" and max_new_tokens >= GRAPH_FROM
+        # A CPU's fused attention takes a single query three times as long over keys in bf16 as in float32.
+        cache_dtype = torch.float32 if packed and device.type == "cpu" else None
         self.eval()
         try:
             for _ in range(max_new_tokens):
@@ -343,10 +454,13 @@ class GPT(nn.Module):
                 if cache is None or cache.length == block_size:
                     idx, pad = align_right([row[-block_size:] for row in rows])
                     capacity = min(block_size, idx.size(1) + max_new_tokens)
-                    cache = KVCache(self.config.n_layer, capacity, pad.to(device) if pad.any() else None)
+                    cache = KVCache(self.config.n_layer, capacity, pad.to(device) if pad.any() else None, cache_dtype)
+                    logits = self.padded_logits(self.hidden(idx.to(device), cache)[:, -1])  # (B, PV)
+                    # A new cache is new memory, so a new graph; past the window none, as each would serve one token.
+                    step = OneToken(self, cache, len(rows)) if as_graph and cache.length < block_size else None
                 else:
-                    idx = torch.tensor([row[-1:] for row in rows])
-                logits = self.padded_logits(self.hidden(idx.to(device), cache)[:, -1])  # (B, PV)
+                    idx = torch.tensor([row[-1:] for row in rows]).to(device)
+                    logits = step(idx) if step else self.padded_logits(self.hidden(idx, cache)[:, -1])  # (B, PV)
 
                 # 2. Choose, 3. remember, 4. hand over.
                 draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(device)  # (B)

@@ -21,7 +21,20 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model import GPT, SIZES, GPTConfig, KVCache, checkpoints, is_conv1d, penalize, resolve, restrict, sample
+from model import (
+    GPT,
+    SIZES,
+    GPTConfig,
+    KVCache,
+    OneToken,
+    align_right,
+    checkpoints,
+    is_conv1d,
+    penalize,
+    resolve,
+    restrict,
+    sample,
+)
 
 TOY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -293,6 +306,55 @@ def test_several_tokens_onto_a_filled_cache(toy):
     cache = KVCache(toy.config.n_layer, capacity=16)
     parts = [toy.hidden(part, cache) for part in x.split([5, 1, 7, 3], dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), toy.hidden(x), atol=1e-5)
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lengths", [(5, 5), (2, 7, 4)])
+def test_a_token_as_a_graph_is_that_token(device, lengths):
+    """The full capacity behind a mask against the filled part alone; on a GPU really captured and replayed."""
+    toy = make_toy().to(device).pack(torch.float32)
+    idx, pad = align_right([ids(n, seed=n).tolist() for n in lengths])
+    idx, pad = idx.to(device), pad.to(device) if pad.any() else None
+    plain, graphed = (KVCache(toy.config.n_layer, 16, pad) for _ in range(2))
+    for cache in (plain, graphed):
+        toy.hidden(idx, cache)
+    step = OneToken(toy, graphed, len(lengths))
+    for n in range(16 - idx.size(1)):
+        token = ids(len(lengths), 1, seed=n).to(device)
+        expected = toy.padded_logits(toy.hidden(token, plain)[:, -1])
+        assert torch.allclose(step(token), expected, atol=1e-4), n
+    assert graphed.length == 16
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4], [5] * 16]])
+def test_packed_text_is_the_plain_text(device, prompts):
+    """With, on a GPU, a graph that is captured and then given up at the window's end."""
+    plain = make_toy().generate(prompts, 40, temperature=0)
+    assert make_toy().to(device).pack(torch.float32).generate(prompts, 40, temperature=0) == plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+def test_packed_is_autocast_made_ready(device):
+    """In bf16: the same products, so the same logits; with a cache the same but for rounding."""
+    plain, packed = make_toy().to(device), make_toy().to(device).pack(torch.bfloat16)
+    x = ids(3, 16).to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        expected = plain(x).float()
+    exact = plain(x)
+    assert torch.equal(packed(x).float(), expected)
+    assert not torch.allclose(expected, exact, atol=1e-4)  # it was bf16
+    cache = KVCache(packed.config.n_layer, 16, dtype=torch.float32 if device == "cpu" else None)
+    parts = [packed.padded_logits(packed.hidden(part, cache))[..., :257] for part in x.split([9, 1, 1, 5], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1).float(), exact, atol=3 * (expected - exact).abs().max().item())
 
 
 # ---- Law 6: sampling -------------------------------------------------------------------------------------------------
