@@ -170,7 +170,7 @@ class OneToken:
             self.logits = self.forward()
 
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
-        """The next token of each row (B, 1) -> logits (B, PV), valid until the next call."""
+        """The next token of each row (B, 1) -> logits (B, PV)."""
         self.idx.copy_(idx)
         self.cache.column.fill_(self.cache.length)
         self.cache.length += 1
@@ -179,7 +179,7 @@ class OneToken:
         if self.graph is None:
             self.capture()
         self.graph.replay()
-        return self.logits
+        return self.logits.clone()  # as the next call overwrites them
 
 
 # Fewer tokens than this are done before a graph is captured.
@@ -365,7 +365,7 @@ class GPT(nn.Module):
 
     def padded_logits(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., PV): dot product of each vector with every token's embedding; -inf in the padding."""
-        if isinstance(self.lm_head, PackedLinear):
+        if self.is_packed:
             return self.lm_head(x)
         return F.linear(x, self.lm_head.weight, self.padding)
 
@@ -418,6 +418,10 @@ class GPT(nn.Module):
         self.lm_head = PackedLinear(self.lm_head.weight, self.padding, dtype)
         return self
 
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.lm_head, PackedLinear)
+
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, seeds=None, stop_token=None, repetition_penalty=1.0, **sampling):
         """Continue each prompt (a list of token ids); yield a Step for each new token.
@@ -435,17 +439,13 @@ class GPT(nn.Module):
         for prompt in prompts:
             if not 0 < len(prompt) <= block_size:
                 raise ValueError(f"a prompt of {len(prompt)} tokens: this model takes 1 to {block_size}; shorten it")
-        seeds = range(len(prompts)) if seeds is None else seeds
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same for every device
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]  # always the CPU's
 
         rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
-        seen = torch.stack([torch.zeros(self.config.vocab_size).index_fill(0, torch.tensor(row), 1) for row in rows])
-        seen = seen.bool().to(device)  # (B, V)
+        seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool)  # (B, V)
+        seen = torch.stack([mask.index_fill(0, torch.tensor(row), True) for mask, row in zip(seen, rows)]).to(device)
         cache, step, was_training = None, None, self.training
-        packed = isinstance(self.lm_head, PackedLinear)
-        as_graph = packed and device.type == "cuda" and max_new_tokens >= GRAPH_FROM
-        # A CPU's fused attention takes a single query three times as long over keys in bf16 as in float32.
-        cache_dtype = torch.float32 if packed and device.type == "cpu" else None
+        as_graph = self.is_packed and device.type == "cuda" and max_new_tokens >= GRAPH_FROM
         self.eval()
         try:
             for _ in range(max_new_tokens):
@@ -453,8 +453,7 @@ class GPT(nn.Module):
                 # Positions are learned, so once the window slides every cached key stands at a wrong one.
                 if cache is None or cache.length == block_size:
                     idx, pad = align_right([row[-block_size:] for row in rows])
-                    capacity = min(block_size, idx.size(1) + max_new_tokens)
-                    cache = KVCache(self.config.n_layer, capacity, pad.to(device) if pad.any() else None, cache_dtype)
+                    cache = self.new_cache(idx.size(1) + max_new_tokens, pad.to(device))
                     logits = self.padded_logits(self.hidden(idx.to(device), cache)[:, -1])  # (B, PV)
                     # A new cache is new memory, so a new graph; past the window none, as each would serve one token.
                     step = OneToken(self, cache, len(rows)) if as_graph and cache.length < block_size else None
@@ -476,6 +475,13 @@ class GPT(nn.Module):
                     return
         finally:
             self.train(was_training)
+
+    def new_cache(self, capacity: int, pad: torch.Tensor) -> KVCache:
+        # A CPU's fused attention takes a single query three times as long over keys in bf16 as in float32. (Under
+        # autocast it would cast all of them at each token.)
+        dtype = torch.float32 if self.is_packed and pad.device.type == "cpu" else None
+        capacity = min(self.config.block_size, capacity)
+        return KVCache(self.config.n_layer, capacity, pad if pad.any() else None, dtype)
 
     def generate(self, prompts, max_new_tokens, **options) -> list[list[int]]:
         """The continuations that `stream` yields, whole: one list of new token ids for each prompt."""

@@ -6,6 +6,7 @@
     python sample.py --file prompts.jsonl --json             a prompt a line, and a JSON object for each sample
     git log -3 | python sample.py -p -                       the standard input as the prompt
     python sample.py -i                                      write together, line by line; /help says how
+    python sample.py --web                                   a page on this machine, with each token's probability
 
 With no checkpoint anywhere, an untrained GPT-2 speaks, so that the program can be tried; its text is noise.
 """
@@ -13,18 +14,23 @@ With no checkpoint anywhere, an untrained GPT-2 speaks, so that the program can 
 import argparse
 import codecs
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 import data
 import runtime
+import web
 from model import GPT, GPTConfig, checkpoints, resolve
-from runtime import Runtime
 
 HELLO = "Hello, I'm a language model,"
+BOLD, LIKELY, UNLIKELY = "1", "38;5;33", "38;5;208"  # ANSI's codes: bold; blue and orange, which most eyes tell apart
+BATCH = 64  # samples at once; more wait, so that any number of them fits into memory
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 HELP = """  a line          goes behind the text so far, and the model goes on from there
   /temperature X  0 takes the likeliest token always      /max N    new tokens in an answer
@@ -64,7 +70,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "a JSON object a line: prompt, completion; tokens drawn (a stop text included), their logprob; tokens_per_s"
     )
     add("--json", action="store_true", help=as_json)
-    add("--logprobs", action="store_true", help="also each token's logarithm of its probability")
+    add("--logprobs", action="store_true", help="also each token's log-probability, and the likeliest in its place")
+    add("--web", action="store_true", help="serve a page on 127.0.0.1 to sample from (needs Flask)")
+    add("--port", type=int, default=8124, help="of that page; 0 is any free one (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -84,6 +92,8 @@ def mistake(arguments: argparse.Namespace) -> str:
             return f"--{name} {value}: it must be at least {low} and at most {high}"
     if arguments.interactive and (arguments.samples > 1 or arguments.file or arguments.json or arguments.logprobs):
         return "-i is for a person: without --file, --samples, --json and --logprobs"
+    if arguments.web and (arguments.interactive or arguments.file or arguments.json or arguments.samples > 1):
+        return "--web is a page: without -i, --file, --samples and --json"
     return ""
 
 
@@ -147,13 +157,16 @@ class Completion:
         self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.ids: list[int] = []
-        self.logprobs: list[float] = []
+        # Of each token, if wanted: id, log-probability, and the five likeliest in its place with theirs.
+        self.record: list[tuple[int, float, list[tuple[int, float]]]] = []
         self.text, self.held, self.done = "", "", False  # held: it may become a stop text
 
-    def add(self, token: int, logprob: float) -> str:
-        """Returns what can be shown now and could not before."""
+    def add(self, token: int, logprobs: torch.Tensor | None = None) -> str:
+        """Returns what can be shown now and could not before; logprobs (V) are remembered for this token."""
         self.ids.append(token)
-        self.logprobs.append(logprob)
+        if logprobs is not None:
+            values, ids = logprobs.topk(min(5, len(logprobs)))
+            self.record.append((token, logprobs[token].item(), list(zip(ids.tolist(), values.tolist()))))
         if token == self.tokenizer.end_of_text:
             return self.finish()
         self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
@@ -178,22 +191,20 @@ class Completion:
 
 
 def complete(
-    model: GPT, machine: Runtime, prompts: list[list[int]], seeds: list[int], completions: list[Completion], arguments
+    model: GPT, prompts: list[list[int]], seeds: list[int], completions: list[Completion], arguments
 ) -> Iterator[list[str]]:
     """Continue all prompts as one batch, into the completions; yield what can be shown of each after each token."""
     end_of_text = completions[0].tokenizer.end_of_text
     options = {name: getattr(arguments, name) for name in SAMPLING}
-    with machine.autocast():
-        steps = model.stream(prompts, arguments.max_tokens, seeds, end_of_text, **options)
-        for step in steps:
-            logprobs = step.logits.log_softmax(dim=-1) if arguments.logprobs or arguments.json else None
-            new = []
-            for b, (completion, token) in enumerate(zip(completions, step.tokens)):
-                logprob = logprobs[b, token].item() if logprobs is not None and token is not None else 0.0
-                new.append("" if completion.done or token is None else completion.add(token, logprob))
-            yield new
-            if all(completion.done for completion in completions):
-                return
+    for step in model.stream(prompts, arguments.max_tokens, seeds, end_of_text, **options):
+        logprobs = step.logits.log_softmax(dim=-1) if arguments.logprobs or arguments.json else None
+        new = []
+        for b, (completion, token) in enumerate(zip(completions, step.tokens)):
+            seen = logprobs[b] if logprobs is not None else None
+            new.append("" if completion.done or token is None else completion.add(token, seen))
+        yield new
+        if all(completion.done for completion in completions):
+            return
     yield [completion.finish() for completion in completions]
 
 
@@ -201,9 +212,9 @@ def show(text: str) -> None:
     print(data.printable(text), end="", flush=True)
 
 
-def bold(text: str) -> str:
-    """So on a terminal; elsewhere as it is."""
-    return f"\033[1m{data.printable(text)}\033[0m" if sys.stdout.isatty() else data.printable(text)
+def styled(text: str, style: str) -> str:
+    """In bold or a colour (a code of ANSI's) on a terminal; elsewhere as it is."""
+    return f"\033[{style}m{data.printable(text)}\033[0m" if sys.stdout.isatty() else data.printable(text)
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -211,10 +222,13 @@ def sample(arguments: argparse.Namespace) -> None:
     machine = runtime.start(arguments.device, arguments.dtype)
     model, description = load_model(arguments.model)
     tokenizer = data.get_tokenizer(model.config.vocab_size)
-    model = model.to(machine.device)
+    model = model.to(machine.device).pack(machine.dtype)
     print(f"model: {description}; {', '.join(machine.notes)}", file=sys.stderr)
     if arguments.interactive:
-        write_together(model, tokenizer, machine, "".join(prompts) if arguments.prompt else "", arguments)
+        write_together(model, tokenizer, "".join(prompts) if arguments.prompt else "", arguments)
+        return
+    if arguments.web:
+        serve(model, tokenizer, description, prompts[0], arguments)
         return
 
     for prompt in prompts:
@@ -222,46 +236,82 @@ def sample(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"the prompt {prompt[:30]!r}... has {n} tokens, the model reads {model.config.block_size}; shorten it"
             )
-    # All samples of all prompts are one batch; sample i of each draws from the same numbers, whatever the batch.
-    texts = [prompt for prompt in prompts for _ in range(arguments.samples)]
-    ids = [tokenizer.encode(text).tolist() or [tokenizer.end_of_text] for text in texts]
-    seeds = [arguments.seed + i for i in range(arguments.samples)] * len(prompts)
-    streaming = arguments.stream if arguments.stream is not None else sys.stdout.isatty() and len(texts) == 1
-    streaming = streaming and len(texts) == 1 and not arguments.json
+    # Samples of all prompts go side by side; number i of each draws from the same numbers, whatever is beside it.
+    wanted = [(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.samples)]
+    streaming = arguments.stream if arguments.stream is not None else sys.stdout.isatty()
+    streaming = streaming and len(wanted) == 1 and not arguments.json
     if streaming:
-        print(bold(texts[0]), end="", flush=True)
-    start = time.perf_counter()
-    completions = [Completion(tokenizer, arguments.stop) for _ in texts]
-    for new in complete(model, machine, ids, seeds, completions, arguments):
-        if streaming:
-            show(new[0])
-    seconds = time.perf_counter() - start
-    for number, (text, completion) in enumerate(zip(texts, completions)):
-        if number and not arguments.json:
-            print("-" * 40)
-        report(text, completion, seconds, streaming, arguments)
+        print(styled(prompts[0], BOLD), end="", flush=True)
+    for first in range(0, len(wanted), BATCH):
+        texts, seeds = zip(*wanted[first : first + BATCH])
+        ids = [tokenizer.encode(text).tolist() or [tokenizer.end_of_text] for text in texts]
+        completions = [Completion(tokenizer, arguments.stop) for _ in texts]
+        start = time.perf_counter()
+        for new in complete(model, ids, seeds, completions, arguments):
+            if streaming:
+                show(new[0])
+        seconds = time.perf_counter() - start
+        for number, (text, completion) in enumerate(zip(texts, completions), first):
+            if number and not arguments.json:
+                print("-" * 40)
+            report(text, completion, seconds, streaming, arguments)
 
 
 def report(prompt: str, completion: Completion, seconds: float, shown: bool, arguments: argparse.Namespace) -> None:
     """One sample, for people or for programs."""
-    tokens = [completion.tokenizer.decode([i]) for i in completion.ids]
+    spelled = completion.tokenizer.decode
     if arguments.json:
-        record = dict(prompt=prompt, completion=completion.text, tokens=len(tokens), logprob=sum(completion.logprobs))
-        record["tokens_per_s"] = len(tokens) / seconds
+        n, logprob = len(completion.ids), sum(value for _, value, _ in completion.record)
+        record = dict(prompt=prompt, completion=completion.text, tokens=n, logprob=logprob, tokens_per_s=n / seconds)
         if arguments.logprobs:
-            record["logprobs"] = list(zip(tokens, completion.logprobs))
+            record["logprobs"] = [(spelled([token]), value) for token, value, _ in completion.record]
         print(json.dumps(record), flush=True)
         return
-    print("" if shown else bold(prompt) + data.printable(completion.text))
-    for token, logprob in zip(tokens, completion.logprobs) if arguments.logprobs else ():
-        print(f"{logprob:8.3f}  {token!r}")
+    print("" if shown else styled(prompt, BOLD) + data.printable(completion.text))
+    for token, logprob, likeliest in completion.record:
+        instead = "  ".join(f"{spelled([i])!r} {value:.2f}" for i, value in likeliest)
+        style = LIKELY if logprob > math.log(0.5) else UNLIKELY if logprob < math.log(0.05) else BOLD
+        print(f"{logprob:8.3f}  {styled(f'{spelled([token])!r:16}', style)}  of  {instead}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def serve(model: GPT, tokenizer: data.Tokenizer, description: str, prompt: str, arguments: argparse.Namespace) -> None:
+    defaults = {name: getattr(arguments, name) for name in (*SAMPLING, "max_tokens", "seed")}
+    defaults |= dict(prompt=prompt, stop="".join(arguments.stop[:1]))
+    web.serve(lambda settings: answer(model, tokenizer, settings, arguments), description, defaults, arguments.port)
+
+
+def answer(model: GPT, tokenizer: data.Tokenizer, settings: dict, arguments: argparse.Namespace) -> Iterator[dict]:
+    """What web.py asks for: after each token, the text that can be shown, and the token with its probability."""
+    stops = [settings["stop"].replace("\\n", "\n")] if settings["stop"] else []
+    settings = settings | dict(stop=stops, logprobs=True)
+    asked = argparse.Namespace(**vars(arguments) | settings)
+    if wrong := mistake(asked):
+        raise ValueError(wrong)
+    ids = tokenizer.encode(asked.prompt).tolist() or [tokenizer.end_of_text]
+    ids = ids[-max(model.config.block_size - asked.max_tokens, model.config.block_size // 2, 1) :]  # as with -i
+    completion, told = Completion(tokenizer, asked.stop), 0
+    for [text] in complete(model, [ids], [asked.seed], [completion], asked):
+        tokens = [
+            dict(
+                token=tokenizer.decode([token]),
+                p=math.exp(logprob),
+                likely=[[tokenizer.decode([other]), math.exp(value)] for other, value in likeliest],
+            )
+            for token, logprob, likeliest in completion.record[told:]
+        ]
+        told = len(completion.record)
+        yield dict(text=text, tokens=tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing together
 
 
-def write_together(model: GPT, tokenizer, machine: Runtime, opening: str, arguments: argparse.Namespace) -> None:
+def write_together(model: GPT, tokenizer, opening: str, arguments: argparse.Namespace) -> None:
     """Lines of the person's and answers of the model's, one text behind the opening."""
     try:
         import readline  # noqa: F401 (arrow keys and a history in input())
@@ -284,7 +334,7 @@ def write_together(model: GPT, tokenizer, machine: Runtime, opening: str, argume
         # Room for the answer, as far as possible: past the window each token costs the whole window.
         context = ids[-max(block_size - arguments.max_tokens, block_size // 2, 1) :]
         try:
-            for new in complete(model, machine, [context], [seed], [answer], arguments):
+            for new in complete(model, [context], [seed], [answer], arguments):
                 show(new[0])
         except KeyboardInterrupt:
             pass
@@ -323,6 +373,9 @@ def main(argv: list[str] | None = None) -> None:
         sample(arguments)
     except BrokenPipeError:  # who reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except torch.OutOfMemoryError:
+        print("sample.py: out of memory; fewer --samples or prompts at once, or --device cpu", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

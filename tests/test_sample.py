@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -203,7 +205,7 @@ def completion(tokens: list[bytes], stops: list[str]) -> tuple[sample.Completion
     shown = []
     for i in range(len(tokens)):
         if not grown.done:
-            shown.append(grown.add(i, 0.0))
+            shown.append(grown.add(i))
     return grown, [*shown, grown.finish()]
 
 
@@ -314,6 +316,17 @@ def test_writing_together(toy, capsys, monkeypatch):
     assert "/temperature X" in err
 
 
+def test_each_answer_draws_anew(toy, capsys, monkeypatch):
+    seeds, stream = [], GPT.stream
+    monkeypatch.setattr(
+        GPT, "stream", lambda self, p, m, s, *a, **o: (seeds.append(s), stream(self, p, m, s, *a, **o))[1]
+    )
+    lines = iter(["a", "b", "/seed 50", "c"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    run(capsys, "--model", toy, "-i", "-m", "2", "--seed", "7")
+    assert seeds == [[7], [8], [50]]
+
+
 def test_writing_together_goes_on_for_longer_than_the_window(toy, capsys, monkeypatch):
     """The text so far is cut to what the model reads, and -p opens it; what a stop text hid is no part of it."""
     contexts, lines = [], iter(["a line of some length, number one", "another line"])
@@ -343,6 +356,60 @@ def test_a_model_without_numbers_is_one_line(tmp_path, capsys):
 def test_a_prompt_that_is_too_long_is_named(toy, capsys):
     line = fails(capsys, "--model", toy, "-p", "short", "-p", "long " * 20)
     assert "the prompt 'long long long long long long '... has 100 tokens, the model reads 32; shorten it" in line
+
+
+def test_more_samples_than_fit_at_once_come_in_turn(toy, capsys, monkeypatch):
+    arguments = ("--model", toy, "-p", "ab", "-p", "The fox", "-n", "3", "-m", "9")
+    whole, _ = run(capsys, *arguments)
+    sizes, stream = [], GPT.stream
+    monkeypatch.setattr(sample, "BATCH", 4)
+    monkeypatch.setattr(
+        GPT, "stream", lambda self, prompts, *a, **o: (sizes.append(len(prompts)), stream(self, prompts, *a, **o))[1]
+    )
+    assert run(capsys, *arguments)[0] == whole and sizes == [4, 2]
+
+
+def test_out_of_memory_is_one_line(toy, capsys, monkeypatch):
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT, "stream", full)
+    assert "out of memory; fewer --samples" in fails(capsys, "--model", toy)
+
+
+def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
+    """Greedy text: the first of the likeliest is the token itself. Colours on a terminal only."""
+    arguments = ("--model", toy, "-p", "ab", "-m", "6", "--temperature", "0", "--logprobs")
+    plain, _ = run(capsys, *arguments)
+    rows = plain.splitlines()[-6:]
+    for row in rows:
+        value, token, first, its = re.match(r" *(-[\d.]+)  (\S+) +of  (\S+) (-[\d.]+) ", row).groups()
+        assert first == token and float(its) == pytest.approx(float(value), abs=0.006)
+        assert len(re.findall(r" -\d+\.\d\d(?!\d)", row)) == 5
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    coloured, _ = run(capsys, *arguments, "--no-stream")
+    assert "\033[1mab\033[0m" in coloured and "\033" not in plain
+    assert re.sub(r"\033\[[\d;]+m", "", coloured) == plain
+
+
+def test_answers_of_the_page_are_those_of_the_command(toy, capsys):
+    model, tokenizer = GPT.from_pretrained(toy).pack(torch.float32), data.get_tokenizer("bytes")
+    arguments = sample.parse_arguments(["--model", toy, "-m", "20", "-p", "The fox", "--seed", "5"])
+    settings = dict(prompt="The fox", max_tokens=20, seed=5, stop="")
+    settings |= {name: getattr(arguments, name) for name in sample.SAMPLING}
+    events = list(sample.answer(model, tokenizer, settings, arguments))
+    record = json.loads(run(capsys, "--model", toy, "-m", "20", "-p", "The fox", "--seed", "5", "--json")[0])
+    assert "".join(event["text"] for event in events) == record["completion"]
+    tokens = [token for event in events for token in event["tokens"]]
+    assert len(tokens) == record["tokens"] and sum(math.log(t["p"]) for t in tokens) == pytest.approx(record["logprob"])
+    for token in tokens:
+        odds = [p for _, p in token["likely"]]
+        assert len(odds) == 5 and odds == sorted(odds, reverse=True) and token["p"] <= odds[0] + 1e-9
+    with pytest.raises(ValueError, match="--top_p 3: it must be at least 0"):
+        next(sample.answer(model, tokenizer, settings | dict(top_p=3), arguments))
+    long = settings | dict(prompt="x" * 500)  # what the model cannot read of it is left out
+    assert len(list(sample.answer(model, tokenizer, long, arguments))) > 3
+    assert "--web is a page" in fails(capsys, "--model", toy, "--web", "-n", "2")
 
 
 def test_a_reader_that_has_enough_is_no_error(toy):

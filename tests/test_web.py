@@ -1,0 +1,470 @@
+"""web.py and web.html: a page that shows what comes as it comes, to its own user only."""
+
+import http.client
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from conftest import clean_environment
+
+import web
+
+pytest.importorskip("flask")
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = dict(prompt="x", max_tokens=9, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+SETTINGS |= dict(seed=1337, stop="")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+# sample.py's part, in another process. The prompt says what comes; "closed" is printed when an answer ends.
+SERVER = (
+    """
+import sys, time, web
+def token(text, p=0.3):
+    likely = [[text, p], ["\\n", 0.25], [" <i>a</i>", 0.2], ["b", 0.1], ["\\t", 0.05]]
+    return dict(token=text, p=p, likely=likely)
+def answer(settings):
+    try:
+        if settings["prompt"] == "wrong":
+            raise ValueError("--temperature -1.0:\\n it must be at least 0")
+        if settings["prompt"] == "html":
+            text = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
+            yield dict(text=text, tokens=[token(text)])
+        if settings["prompt"] == "pieces":  # an emoji of three tokens, newlines, a held-back stop text
+            yield dict(text=" \\N{LLAMA}", tokens=[token("\\ufffd")] * 3)
+            yield dict(text="", tokens=[token("\\n\\n", 0.004)])
+            yield dict(text="\\n\\ndef", tokens=[token("def", 0.9)])
+            yield dict(text="", tokens=[token("STOP")])
+            return
+        while settings["prompt"] == "forever":
+            yield dict(text=" word", tokens=[token(" word")])
+            time.sleep(0.01)
+        yield dict(text=" end", tokens=[token(" end")])
+    finally:
+        print("closed", flush=True)
+web.serve(answer, "a <b>toy</b>", """
+    + repr(SETTINGS)
+    + """, int(sys.argv[1]))
+"""
+)
+
+
+def event(text: str) -> dict:
+    return dict(text=text, tokens=[dict(token=text, p=0.5, likely=[[text, 0.5]] * 5)])
+
+
+def words(settings: dict):
+    yield from (event(word) for word in ("a", "b\u2028\n", "</script>"))
+
+
+def client(answer=words):
+    return web.make_app(answer, "a model", SETTINGS).test_client()
+
+
+def post(client, body=SETTINGS, **headers):
+    return client.post("/answer", data=body if isinstance(body, bytes) else json.dumps(body), headers=headers)
+
+
+def parsed(response) -> list[dict]:
+    return [json.loads(line) for line in response.get_data(as_text=True).splitlines()]
+
+
+def error_of(response) -> str:
+    (only,) = parsed(response)
+    assert list(only) == ["error"] and "\n" not in only["error"]
+    return only["error"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The application
+
+
+def test_importing_needs_no_flask():
+    script = "import sys, web; assert not {'flask', 'werkzeug'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=clean_environment(), check=True)
+
+
+def test_without_flask_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flask", None)
+    with pytest.raises(ValueError, match=r"^--web needs Flask: pip install flask==\S+$"):
+        web.serve(words, "a model", SETTINGS, 0)
+
+
+def test_the_page_and_what_fills_it():
+    page = client().get("/")
+    assert page.status_code == 200 and page.mimetype == "text/html"
+    assert client().get("/form").json == dict(about="a model", defaults=SETTINGS)
+    assert client().get("/web.py").status_code == 404
+    for response in (page, client().get("/nothing"), post(client())):
+        assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+
+
+def test_events_are_lines_in_order():
+    response = post(client())
+    assert response.status_code == 200
+    assert parsed(response) == list(words({}))
+    assert response.get_data().count(b"\n") == 3  # whatever line ends are in the text
+
+
+def test_the_answer_gets_the_settings():
+    got = []
+    post(client(lambda settings: got.append(settings) or words(settings)), {**SETTINGS, "temperature": 2}).get_data()
+    assert got == [{**SETTINGS, "temperature": 2.0}] and type(got[0]["temperature"]) is float
+
+
+def test_an_event_is_sent_before_the_next_is_made():
+    made = []
+
+    def answer(settings):
+        for text in "abc":
+            made.append(text)
+            yield event(text)
+
+    lines = post(client(answer)).iter_encoded()
+    for text in "abc":
+        assert json.loads(next(lines)) == event(text) and made[-1] == text
+    assert not list(lines)
+
+
+def failing(error: Exception, after: int):
+    def answer(settings):
+        yield from [event("a")] * after
+        raise error
+
+    return answer
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_errors_are_a_line_and_the_next_request_is_served(after, capfd):
+    app = client(failing(ValueError("--top_p 2.0:\nit must be at most 1"), after))
+    for _ in range(2):
+        assert parsed(post(app)) == [event("a")] * after + [dict(error="--top_p 2.0: it must be at most 1")]
+    assert capfd.readouterr() == ("", "")
+    assert parsed(post(client(failing(MemoryError("no room"), after))))[-1] == dict(error="MemoryError: no room")
+    assert "Traceback" in capfd.readouterr().err  # a mistake of the program's, for who can mend it
+    not_a_number = dict(text="a", tokens=[dict(token="a", p=float("nan"), likely=[])])
+    assert "error" in parsed(post(client(lambda settings: (yield not_a_number))))[-1]
+
+
+def test_settings_that_are_wrong_at_once():
+    def answer(settings):  # a function that checks, then gives a generator
+        raise ValueError("no")
+
+    assert error_of(post(client(answer))) == "no"
+
+
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "object"),
+        (b"null", "object"),
+        ({}, "exactly prompt, max_tokens"),
+        ({**SETTINGS, "device": "cuda"}, "exactly"),
+        ({**SETTINGS, "prompt": None}, "prompt: it must be a text"),
+        ({**SETTINGS, "prompt": "a\ud800"}, "prompt: it has half a character"),
+        ({**SETTINGS, "max_tokens": 2.5}, "max_tokens: it must be a whole number"),
+        ({**SETTINGS, "max_tokens": True}, "max_tokens"),
+        ({**SETTINGS, "seed": "1"}, "seed"),
+        ({**SETTINGS, "temperature": None}, "temperature: it must be a number"),
+        ({**SETTINGS, "temperature": float("nan")}, "temperature"),
+        ({**SETTINGS, "top_p": float("inf")}, "top_p"),
+        ({**SETTINGS, "min_p": 10**400}, "min_p"),
+        ({**SETTINGS, "min_p": False}, "min_p"),
+        ({**SETTINGS, "stop": ["a"]}, "stop"),
+    ],
+)
+def test_bad_requests_are_refused_in_a_line(body, says):
+    response = post(client(failing(AssertionError(), 0)), body)
+    assert response.status_code == 400 and says in error_of(response)
+
+
+def test_too_much_is_refused():
+    response = post(client(), b" " * (web.MAX_BYTES + 1))
+    assert response.status_code == 413 and error_of(response)
+
+
+@pytest.mark.parametrize(
+    "host, origin, status",
+    [
+        ("127.0.0.1:8000", None, 200),
+        ("localhost", "http://localhost", 200),
+        ("localhost:9999", "http://localhost:9999", 200),  # through ssh -L
+        ("evil.example", None, 403),
+        ("evil.example:8000", "http://evil.example:8000", 403),
+        ("127.0.0.1.evil.example", None, 403),
+        ("127.0.0.1:8000@evil.example", None, 403),
+        ("localhost:", None, 403),
+        ("0.0.0.0:8000", None, 403),
+        ("", None, 403),
+        ("127.0.0.1:8000", "http://evil.example", 403),
+        ("127.0.0.1:8000", "http://127.0.0.1:3000", 403),
+        ("127.0.0.1:8000", "http://localhost:8000", 403),
+        ("127.0.0.1:8000", "https://127.0.0.1:8000", 403),
+        ("127.0.0.1:8000", "null", 403),
+    ],
+)
+def test_only_the_page_itself_may_ask(host, origin, status):
+    headers = {"Host": host} | ({"Origin": origin} if origin else {})
+    for response in (post(client(), **headers), client().get("/form", headers=headers)):
+        assert response.status_code == status
+        assert status == 200 or error_of(response)
+
+
+class Endless:
+    """An answer without end that knows whether it was closed."""
+
+    def __init__(self):
+        self.closed = 0
+
+    def __call__(self, settings):
+        try:
+            while True:
+                yield event("a")
+        finally:
+            self.closed += 1
+
+
+def test_who_leaves_ends_the_answer():
+    answer = Endless()
+    app = client(answer)
+    for n in (1, 2, 3):
+        response = post(app)
+        assert json.loads(next(response.iter_encoded())) == event("a")
+        assert answer.closed == n - 1
+        response.close()
+        assert answer.closed == n
+
+
+def test_a_second_request_waits_for_its_turn():
+    answer = Endless()
+    app = client(answer)
+    first, second, third = (post(app) for _ in range(3))
+    lines = [response.iter_encoded() for response in (first, second, third)]
+    assert json.loads(next(lines[0])) == event("a")
+    for waiting in lines[1:]:
+        assert json.loads(next(waiting)) == dict(waiting=True)
+    second.close()  # who leaves the queue takes nothing along
+    assert answer.closed == 0 and json.loads(next(lines[0])) == event("a")
+    first.close()
+    assert answer.closed == 1 and json.loads(next(lines[2])) == event("a")
+    third.close()
+
+
+def test_closing_lets_the_running_answer_end():
+    answer = Endless()
+    app = web.make_app(answer, "a model", SETTINGS)
+    lines = post(app.test_client()).iter_encoded()
+    next(lines)
+    closing = threading.Thread(target=app.desk.close)
+    closing.start()
+    rest = list(islice(lines, 1_000_000))
+    assert len(rest) < 1_000_000 and answer.closed == 1
+    closing.join()
+    late = [json.loads(line) for line in post(app.test_client()).iter_encoded()]
+    assert late == [dict(waiting=True)] and answer.closed == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The server, in another process
+
+
+class Server:
+    def __init__(self):
+        command = [sys.executable, "-u", "-c", SERVER, "0"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), **pipes)
+        self.lines = queue.Queue()
+        threading.Thread(target=lambda: [self.lines.put(line) for line in self.process.stdout], daemon=True).start()
+        self.url = self.line()
+        self.port = int(self.url.rpartition(":")[2])
+
+    def line(self) -> str:
+        return self.lines.get(timeout=60).strip()
+
+    def ask(self, prompt: str) -> tuple[socket.socket, http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", "/answer", json.dumps({**SETTINGS, "prompt": prompt}))
+        return connection.sock, connection.getresponse()
+
+    def interrupt(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(timeout=60)
+        return code, self.process.stderr.read()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    if server.process.poll() is None:
+        assert server.interrupt() == (0, "")  # and nothing was logged, no traceback shown
+
+
+def test_it_listens_on_this_computer_only_and_says_where(server):
+    assert server.url == f"http://127.0.0.1:{server.port}"
+    elsewhere = socket.socket()
+    with elsewhere, pytest.raises(OSError):
+        elsewhere.connect(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
+    with pytest.raises(ValueError, match=f"^--port {server.port}: .* 0 for any free one$"):
+        web.serve(words, "a model", SETTINGS, server.port)
+    with pytest.raises(ValueError, match=r"^--port 70000: "):
+        web.serve(words, "a model", SETTINGS, 70000)
+
+
+@pytest.mark.parametrize("how", ["orderly", "abruptly"])
+def test_the_answer_ends_when_the_connection_does(server, how):
+    for _ in range(2):
+        connection, response = server.ask("forever")
+        assert json.loads(response.readline())["text"] == " word"
+        if how == "abruptly":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        response.close()
+        connection.close()
+        assert server.line() == "closed"
+    assert json.loads(server.ask("x")[1].readline())["text"] == " end"
+
+
+def test_a_second_connection_waits(server):
+    connection, first = server.ask("forever")
+    first.readline()
+    _, second = server.ask("x")
+    assert json.loads(second.readline()) == dict(waiting=True)
+    first.close()
+    connection.close()
+    events = [json.loads(line) for line in second.read().splitlines()]
+    assert [event["text"] for event in events if "text" in event] == [" end"]
+
+
+def test_control_c_ends_it_in_the_middle_of_an_answer(server):
+    _, response = server.ask("forever")
+    response.readline()
+    assert server.interrupt() == (0, "")
+    assert server.line() == "closed"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        pytest.skip("no Chromium here")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page, opened; at the end, nothing went wrong in it, and it asked this server only."""
+    context = browser.new_context(viewport=dict(width=900, height=700))
+    page, asked, wrong = context.new_page(), [], []
+    context.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    refused = "Failed to load resource: the server responded with a status of 400"  # the browser's note of bad settings
+    page.goto(server.url)
+    page.wait_for_selector("#generate:enabled")
+    yield page
+    assert all(text.startswith(refused) for text in wrong), wrong
+    assert asked and all(url.startswith((f"{server.url}/", "data:")) for url in asked)
+    context.close()
+
+
+def ask(page, prompt: str) -> None:
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+
+
+def status(page, text: str) -> None:
+    page.wait_for_function("text => document.getElementById('status').textContent === text", arg=text)
+
+
+def test_text_streams_and_stops(page, server):
+    assert page.locator("#about").text_content() == "a <b>toy</b>"
+    ask(page, "forever")
+    page.wait_for_selector(".token:nth-child(20)")  # of a text without end: it is shown as it comes
+    assert "tokens/s" in page.locator("#rate").text_content()
+    assert page.get_by_role("button", name="Generate").is_disabled()
+    page.get_by_role("button", name="Stop").click()
+    status(page, "Stopped.")
+    assert server.line() == "closed"
+    n = page.locator(".token").count()
+    assert page.locator("#out").text_content() == "forever" + n * " word"
+    assert page.locator("#out .prompt").text_content() == "forever"
+    page.get_by_role("button", name="Continue").click()
+    assert page.get_by_label("Prompt").input_value() == "forever" + n * " word"
+
+
+def test_keys(page, server):
+    page.get_by_label("Prompt").fill("forever")
+    page.get_by_label("Prompt").press("Control+Enter")
+    page.wait_for_selector(".token:nth-child(4)")
+    page.keyboard.press("Escape")
+    status(page, "Stopped.")
+    page.locator(".token").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement === document.querySelectorAll('.token')[1]")
+    assert page.locator("#tip").is_visible()
+    assert page.locator("#tip").get_attribute("role") == "tooltip"
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+
+
+def test_what_else_was_likely(page):
+    ask(page, "pieces")
+    status(page, "Done.")
+    tokens = page.locator(".token")
+    assert tokens.all_text_contents() == [" \N{LLAMA}", "\n\n", "def", "∎"]
+    page.locator(".token", has_text="def").hover()
+    bars = page.locator("#tip .bar:not(.head)")
+    assert bars.count() == 5 and page.locator("#tip .head").inner_text().split() == ["def", "90%"]
+    shown = [row.split() for row in bars.all_inner_texts()]
+    assert shown == [["def", "90%"], ["⏎", "25%"], ["·<i>a</i>", "20%"], ["b", "10%"], ["⇥", "5%"]]
+    widths = [page.locator("#tip .bar:not(.head) .fill").nth(i).bounding_box()["width"] for i in range(5)]
+    assert widths == sorted(widths, reverse=True)
+    tokens.first.hover()  # a character of three tokens
+    assert page.locator("#tip .head").count() == 3 and bars.count() == 15
+    page.get_by_role("button", name="Continue").click()
+    assert page.get_by_label("Prompt").input_value() == "pieces \N{LLAMA}\n\ndef"  # without the mark of the end
+    assert page.locator("#tip").is_hidden()
+    assert [tokens.nth(i).get_attribute("class").split()[1] for i in range(3)] == ["heat2", "heat3", "heat0"]
+
+
+def test_text_is_never_html(page):
+    ask(page, "html")
+    status(page, "Done.")
+    assert page.locator("#out").text_content().startswith("html<script>window.broken = 1</script><img")
+    page.locator(".token").first.hover()
+    assert "<script>" in page.locator("#tip").text_content()
+    assert page.locator("#out script, #out img, #tip script, #tip i, #about b").count() == 0
+    assert page.evaluate("window.broken") is None
+
+
+def test_errors_are_shown(page, server):
+    ask(page, "wrong")
+    status(page, "--temperature -1.0: it must be at least 0")
+    page.get_by_label("Top k").fill("")
+    ask(page, "x")
+    status(page, "top_k: it must be a whole number")
+    page.get_by_label("Top k").fill("5")
+    ask(page, "x")
+    status(page, "Done.")
