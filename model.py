@@ -455,8 +455,7 @@ class GPT(nn.Module):
                     idx, pad = align_right([row[-block_size:] for row in rows])
                     cache = self.new_cache(idx.size(1) + max_new_tokens, pad.to(device))
                     logits = self.padded_logits(self.hidden(idx.to(device), cache)[:, -1])  # (B, PV)
-                    # A new cache is new memory, so a new graph; past the window none, as each would serve one token.
-                    step = OneToken(self, cache, len(rows)) if as_graph and cache.length < block_size else None
+                    step = OneToken(self, cache, len(rows)) if as_graph else None  # new memory, new graph
                 else:
                     idx = torch.tensor([row[-1:] for row in rows]).to(device)
                     logits = step(idx) if step else self.padded_logits(self.hidden(idx, cache)[:, -1])  # (B, PV)
@@ -542,19 +541,24 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (float32) as transformers' GPT2LMHeadModel does."""
+        self.write_pretrained(folder, self.config, self.hf_state())
+
+    @staticmethod
+    def write_pretrained(folder: str | Path, config: GPTConfig, state: dict[str, torch.Tensor]) -> None:
+        """The same from an `hf_state` taken earlier."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(hf_config(self.config), indent=2) + "\n")
-        save_file(self.hf_state(), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody else read it
 
     def hf_state(self) -> dict[str, torch.Tensor]:
-        """Our parameters under transformers' names and in its orientation; biases we lack are zeros there."""
+        """Copies of our parameters, on the CPU, with transformers' names and orientation; biases we lack are zeros."""
         state = {}
         for name, parameter in self.named_parameters():  # the tied head stands once, as wte
-            value = parameter.detach().float().cpu()
+            value = parameter.detach().to("cpu", torch.float32, copy=True)
             if name.endswith("wte.weight"):
                 value = value[: self.config.vocab_size]
             state[name] = (value.t() if is_conv1d(name) else value).contiguous()
@@ -658,10 +662,8 @@ def sample(
         return logits.argmax(dim=-1)
     logits = restrict(logits / temperature, top_k, top_p, min_p)
     cdf = F.softmax(logits, dim=-1).cumsum(dim=-1)  # (B, V), rising only at tokens with some probability
-    total = cdf[:, -1:]
-    # The first token whose cumulative probability exceeds the draw; kept below the total, or rounding could find none.
-    threshold = torch.minimum(draw[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+    # The first token whose cumulative probability exceeds the draw's share of the total (rounded, it need not be 1).
+    return torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
 
 def is_conv1d(name: str) -> bool:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ from model import (
     align_right,
     checkpoints,
     is_conv1d,
+    locate,
+    onednn_multiplies_bf16,
     penalize,
     resolve,
     restrict,
@@ -94,7 +97,8 @@ def test_loads_what_transformers_saves(tmp_path):
 
 def test_save_and_load_is_exact(tmp_path, toy):
     toy.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path, dropout=0.25)
+    assert again.config.dropout == 0.25
     for (name, one), two in zip(toy.named_parameters(), again.parameters()):
         assert torch.equal(one, two), name
 
@@ -102,7 +106,7 @@ def test_save_and_load_is_exact(tmp_path, toy):
 def test_loads_the_hubs_old_names(toy):
     """The hub's gpt2 has no leading "transformer." and carries attention's triangle of ones as a buffer."""
     state = {name.removeprefix("transformer."): tensor for name, tensor in toy.hf_state().items()}
-    state["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    state["h.0.attn.bias"], state["h.0.attn.masked_bias"] = torch.ones(1, 1, 16, 16).tril(), torch.tensor(-1e4)
     state["lm_head.weight"] = state["wte.weight"].clone()
     again = GPT(toy.config)
     again.load_hf_state(state)
@@ -257,13 +261,14 @@ def test_rows_end_at_the_stop_token_each_on_its_own(toy):
     stop = free[0][4]
     for completion, row in zip(toy.generate(prompts, 12, seeds=range(6), stop_token=stop), free):
         assert completion == (row[: row.index(stop) + 1] if stop in row else row)
+    assert len(list(toy.stream(prompts[:1], 12, seeds=[0], stop_token=stop))) == 5  # and nothing is computed after it
 
 
-def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone(toy):
-    toy.train()
+def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone():
+    toy = make_toy(dropout=0.5).train()
     steps = list(toy.stream([[1, 2], [3]], 5, seeds=[0, 1]))
     rows = [list(row) for row in zip(*(step.tokens for step in steps))]
-    assert rows == toy.generate([[1, 2], [3]], 5, seeds=[0, 1])
+    assert rows == toy.generate([[1, 2], [3]], 5)  # the seeds are 0, 1, ... where none are given
     assert toy.training
     # The logits that come with a token are the model's own.
     expected = toy.eval()(torch.tensor([[1, 2, *rows[0]]]))[0, 1:-1]
@@ -326,10 +331,10 @@ def test_a_token_as_a_graph_is_that_token(device, lengths):
     for cache in (plain, graphed):
         toy.hidden(idx, cache)
     step = OneToken(toy, graphed, len(lengths))
-    for n in range(16 - idx.size(1)):
-        token = ids(len(lengths), 1, seed=n).to(device)
-        expected = toy.padded_logits(toy.hidden(token, plain)[:, -1])
-        assert torch.allclose(step(token), expected, atol=1e-4), n
+    tokens = [ids(len(lengths), 1, seed=n).to(device) for n in range(16 - idx.size(1))]
+    expected = [toy.padded_logits(toy.hidden(token, plain)[:, -1]) for token in tokens]
+    # All before the first is looked at: a call must not overwrite what an earlier one returned.
+    assert torch.allclose(torch.stack([step(token) for token in tokens]), torch.stack(expected), atol=1e-4)
     assert graphed.length == 16
 
 
@@ -355,6 +360,24 @@ def test_packed_is_autocast_made_ready(device):
     cache = KVCache(packed.config.n_layer, 16, dtype=torch.float32 if device == "cpu" else None)
     parts = [packed.padded_logits(packed.hidden(part, cache))[..., :257] for part in x.split([9, 1, 1, 5], dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1).float(), exact, atol=3 * (expected - exact).abs().max().item())
+    assert cache.layers[0].dtype == (cache.dtype or torch.bfloat16)
+    assert next(packed.stream([[1]], 1)).logits.dtype == torch.float32
+    # The padding takes no part in the loss.
+    assert packed(x, x).item() == pytest.approx(F.cross_entropy(expected.flatten(0, 1), x.flatten()).item(), abs=1e-4)
+
+
+def test_a_new_cache_takes_no_more_than_it_needs():
+    """Room, a mask and a dtype change no text, only what it costs."""
+    toy, aligned, ragged = make_toy(), torch.tensor([0, 0]), torch.tensor([0, 3])
+    assert toy.new_cache(5, aligned).capacity == 5 and toy.new_cache(99, aligned).capacity == 16
+    assert toy.new_cache(5, aligned).pad is None and toy.new_cache(5, ragged).pad is ragged
+    assert toy.new_cache(5, aligned).dtype is None
+    assert toy.pack(torch.bfloat16).new_cache(5, aligned).dtype == torch.float32
+
+
+def test_on_a_cpu_bf16_and_nothing_else_is_in_onednns_order():
+    packed = {dtype: make_toy().pack(dtype).lm_head for dtype in (torch.bfloat16, torch.float32)}
+    assert packed[torch.bfloat16].blocked == onednn_multiplies_bf16() and not packed[torch.float32].blocked
 
 
 # ---- Law 6: sampling -------------------------------------------------------------------------------------------------
@@ -364,11 +387,16 @@ def test_draws_are_distributed_as_the_softmax_says():
     """Draws spread evenly over [0, 1) must hit each token in proportion to its probability, to within one draw."""
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).expand(5000, 20)
     draws = (torch.arange(5000) + 0.5) / 5000
-    for options in (dict(), dict(temperature=0.5), dict(top_k=4), dict(temperature=2.0, top_k=1)):
-        kept = logits[0] / options.get("temperature", 1.0)
-        if k := options.get("top_k"):
-            kept = torch.where(kept >= kept.topk(k).values[-1], kept, -torch.inf)
-        counts = sample(logits, draws, **options).bincount(minlength=20)
+    for temperature, options in (
+        (1.0, dict()),
+        (0.5, dict()),
+        (1.0, dict(top_k=4)),
+        (2.0, dict(top_k=1)),
+        (3.0, dict(top_p=0.6)),
+        (3.0, dict(min_p=0.4)),
+    ):
+        kept = restrict(logits[:1] / temperature, **options)[0]
+        counts = sample(logits, draws, temperature, **options).bincount(minlength=20)
         assert (counts - 5000 * kept.softmax(0)).abs().max() <= 1.01
 
 
@@ -393,6 +421,13 @@ def test_the_tokens_left_are_those_of_transformers(seed, top_k, top_p, min_p, pe
     mask = torch.zeros(2, 300, dtype=torch.bool).scatter(1, seen, True)
     ours = restrict(penalize(logits, mask, penalty) / temperature, top_k, top_p, min_p)
     assert torch.allclose(ours.softmax(-1), theirs.softmax(-1), atol=1e-6)
+
+
+def test_the_edges_of_top_p():
+    kept = {top_p: restrict(torch.zeros(1, 4), top_p=top_p).exp().sum().item() for top_p in (0, 0.25, 0.5, 0.6, 1)}
+    assert kept == {0: 1, 0.25: 1, 0.5: 2, 0.6: 3, 1: 4}
+    unlikely = torch.tensor([[0.0, -40.0]])  # the first's probability rounds to 1
+    assert torch.equal(restrict(unlikely), unlikely)
 
 
 @settings(max_examples=200)
@@ -451,7 +486,12 @@ def damage(folder, change) -> None:
     [
         (dict(model_type="llama"), "model_type is 'llama'"),
         (dict(activation_function="relu"), "activation_function is 'relu'"),
-        (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"),
+        (dict(n_inner=100), "n_inner is 100"),
+        (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
+        (dict(scale_attn_weights=False), "scale_attn_weights is False"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
+        (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (dict(n_head=5), "config.json: n_embd 32 is not divisible by n_head 5"),
         (dict(n_embd=64), "has the shape .* but config.json makes it"),
         (dict(n_layer=3), "h.2.ln_1.weight is missing"),
         (dict(n_layer=1), "has no place in this model"),
@@ -461,6 +501,17 @@ def test_folders_that_do_not_fit(tmp_path, toy, change, message):
     toy.save_pretrained(tmp_path)
     damage(tmp_path, change)
     with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_biases_are_as_config_json_says(tmp_path, toy):
+    make_toy(bias=False).save_pretrained(tmp_path)
+    assert not GPT.from_pretrained(tmp_path).config.bias
+    toy.save_pretrained(tmp_path)
+    damage(tmp_path, dict(n_inner=4 * 32))  # what None means, spelled out
+    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(ids(1, 16)), toy(ids(1, 16)))
+    damage(tmp_path, dict(bias=False))  # but those of the file are not zeros
+    with pytest.raises(ValueError, match="bias has no place in this model"):
         GPT.from_pretrained(tmp_path)
 
 
@@ -522,8 +573,13 @@ def nanogpt(model: GPT, path, prefix="", vocab_size=None, **more):
 def test_nanogpts_checkpoints_are_read(tmp_path, bias):
     ours = make_toy(bias=bias)
     nanogpt(ours, tmp_path / "ckpt.pt", prefix="_orig_mod.")
-    again = GPT.from_pretrained(tmp_path / "ckpt.pt", dropout=0.0).eval()
+    again = GPT.from_pretrained(tmp_path / "ckpt.pt", dropout=0.25).eval()
+    assert again.config.dropout == 0.25
     assert torch.equal(again(ids(2, 16)), ours(ids(2, 16))) and again.config.bias == bias
+    old = torch.load(tmp_path / "ckpt.pt")
+    if old["model_args"].pop("bias"):  # before nanoGPT could leave them out, all models had them
+        torch.save(old, tmp_path / "old.pt")
+        assert torch.equal(GPT.from_pretrained(tmp_path / "old.pt").eval()(ids(2, 16)), ours(ids(2, 16)))
     padded = make_toy(vocab_size=50257)
     nanogpt(padded, tmp_path / "padded.pt", vocab_size=50304)
     again = GPT.from_pretrained(tmp_path / "padded.pt").eval()
@@ -596,6 +652,26 @@ def test_tables_that_hold_no_tensors_are_refused(tmp_path, toy):
         GPT.from_pretrained(tmp_path / "c.pt")
 
 
+class NotThere(huggingface_hub.errors.EntryNotFoundError, OSError):
+    """As huggingface_hub's RemoteEntryNotFoundError, which wants the hub's whole answer."""
+
+
+@pytest.mark.parametrize(
+    "error, asked", [(NotThere, ["a", "b"]), (huggingface_hub.errors.LocalEntryNotFoundError, ["a"])]
+)
+def test_each_file_is_asked_of_the_hub_but_only_while_it_answers(monkeypatch, error, asked):
+    names = []
+
+    def download(_repo, name):
+        names.append(name)
+        raise error("no such file")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ValueError, match=rf"'nobody/nothing' is neither .*{error.__name__}: no such file"):
+        locate("nobody/nothing", "a", "b")
+    assert names == asked
+
+
 def test_untied_heads_are_refused(toy):
     state = toy.hf_state()
     state["lm_head.weight"] = state["transformer.wte.weight"] + 1
@@ -607,9 +683,12 @@ def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, toy):
     for step in (5, 20, 100):
         toy.save_pretrained(tmp_path / f"step_{step:07d}")
     (tmp_path / ".step_0000200.tmp").mkdir()
-    (tmp_path / "step_10000000").mkdir()
+    (tmp_path / "step_20000000").touch()
+    for name in ("step_10000000", "step_9000000"):
+        (tmp_path / name).mkdir()
     names = [folder.name for folder in checkpoints(tmp_path)]
-    assert names == ["step_0000005", "step_0000020", "step_0000100", "step_10000000"]
-    (tmp_path / "step_10000000").rmdir()
+    assert names == ["step_0000005", "step_0000020", "step_0000100", "step_9000000", "step_10000000"]
+    for name in names[-2:]:
+        (tmp_path / name).rmdir()
     assert resolve(tmp_path).name == "step_0000100" and resolve("gpt2") == "gpt2"
     assert torch.equal(GPT.from_pretrained(tmp_path).lm_head.weight, toy.lm_head.weight)

@@ -76,12 +76,12 @@ def test_longer_samples_begin_like_shorter_ones(toy, capsys):
 
 def test_the_newest_checkpoint_is_the_default(config, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for age, name in ((100, "older"), (0, "newer")):
-        train.train(config(out_dir=f"out/{name}", max_steps=2, checkpoint_every=1))
-        folder = Path(f"out/{name}/step_0000002")
+    for age, name, steps in ((100, "older", 3), (0, "newer", 2)):
+        train.train(config(out_dir=f"out/{name}", max_steps=steps, checkpoint_every=1))
+        folder = Path(f"out/{name}/step_000000{steps}")
         os.utime(folder, (folder.stat().st_mtime - age,) * 2)
     assert f"model: {Path('out/newer/step_0000002')}" in run(capsys, "-m", "3")[1]
-    assert f"model: {Path('out/older/step_0000002')}" in run(capsys, "-m", "3", "--model", "out/older")[1]
+    assert f"model: {Path('out/older/step_0000003')}" in run(capsys, "-m", "3", "--model", "out/older")[1]
 
 
 def test_without_any_model_an_untrained_one_says_so(tmp_path, capsys, monkeypatch):
@@ -98,8 +98,10 @@ def test_an_empty_prompt_begins_a_document(toy, capsys):
 
 def test_bad_input_is_one_line(toy, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run(capsys, "--model", toy, "-p", "x" * 32, "-m", "3")  # as long as what the model reads, and no mistake
     assert "has 40 tokens, the model reads 32; shorten it" in fails(capsys, "--model", toy, "-p", "x" * 40)
     assert "neither a folder here nor a model" in fails(capsys, "--model", "no-such/model")
+    assert fails(capsys, "--model", "gpt2-mediun").endswith("; did you mean gpt2-medium?")
     nowhere = str(tmp_path / "nowhere")
     (tmp_path / "run").mkdir()
     assert f"{nowhere}: no such folder; in {tmp_path} there are run" in fails(capsys, "--model", nowhere)
@@ -188,16 +190,18 @@ def test_models_that_are_not_on_the_hub_and_hubs_that_are_not_there(hub, tmp_pat
         assert run.returncode == 2
         lines = [line for line in run.stderr.splitlines() if line.startswith("sample.py: ")]
         assert len(lines) == 1 and f"{name!r} is neither a folder here nor a model that could be fetched" in lines[0]
-        assert "Traceback" not in run.stderr
+        assert "Traceback" not in run.stderr and "did you mean" not in run.stderr
 
 
 # ---- Streaming, stops, JSON, files -----------------------------------------------------------------------------------
 
 
-def completion(tokens: list[bytes], stops: list[str]) -> tuple[sample.Completion, list[str]]:
-    """A completion fed with tokens of these bytes, and what it showed after each."""
+def completion(tokens: list[bytes], stops: list[str], end=None) -> tuple[sample.Completion, list[str]]:
+    """A completion fed with tokens of these bytes, number `end` ending it, and what it showed after each."""
 
     class Spelling(data.BytesTokenizer):
+        end_of_text = end
+
         def decode_bytes(self, ids):
             return b"".join(tokens[i] for i in ids)
 
@@ -231,6 +235,12 @@ def test_half_a_character_at_the_end_is_shown_as_such():
     assert shown == ["a", "漢b", "", "\ufffd"] and grown.text == "a漢b\ufffd"
 
 
+def test_what_ends_a_text_is_no_part_of_it():
+    assert completion([b"a", b"<|endoftext|>"], ["ab"], end=1)[1] == ["", "a", ""]
+    assert completion([b"x", b"abc"], ["c", "b"])[1] == ["x", "a", ""]  # of two stops in a token, the first
+    assert completion([b"ab\xe6"], ["b"])[1] == ["a", ""]  # nor is half a character behind a stop
+
+
 def test_streamed_is_whole(toy, capsys, monkeypatch):
     arguments = ("--model", toy, "-p", "The fox", "-m", "60", "--top_k", "0")
     whole, _ = run(capsys, *arguments)
@@ -238,6 +248,10 @@ def test_streamed_is_whole(toy, capsys, monkeypatch):
     monkeypatch.setattr(sample, "show", lambda text: (shown.append(text), print(data.printable(text), end=""))[0])
     streamed, _ = run(capsys, *arguments, "--stream")
     assert streamed == whole and sum(map(bool, shown)) > 30
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown.clear()
+    assert re.sub(r"\033\[[\d;]*m", "", run(capsys, *arguments, "--no-stream")[0]) == whole and not shown
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
     lone, _ = run(capsys, *arguments, "-n", "2", "--stream")  # several samples are not mixed into each other
     assert lone.startswith(whole)
 
@@ -248,6 +262,16 @@ def test_a_stop_text_ends_the_sample(toy, capsys):
     stop = next(text[i : i + 2] for i in range(5, 60) if "\ufffd" not in text[i : i + 2])
     stopped, _ = run(capsys, "--model", toy, "-p", "ab", "-m", "80", "--stop", stop, "--stop", "\\n never \\n")
     assert stopped == "ab" + text[: text.index(stop)] + "\n"
+    # Beside one that goes on, it stays ended.
+    both, _ = run(capsys, "--model", toy, "-p", "ab", "-p", "x", "-m", "80", "--stop", stop)
+    assert both.startswith(stopped + "-" * 40 + "\n")
+    # Nothing is computed behind it.
+    model, arguments = GPT.from_pretrained(toy), sample.parse_arguments(["-m", "80"])
+    grown = sample.Completion(data.get_tokenizer("bytes"), [stop])
+    assert len(list(sample.complete(model, [list(b"ab")], [1337], [grown], arguments))) == len(grown.ids) < 80
+    # What begins a stop that does not come is text, and no text is no stop.
+    raw = json.loads(run(capsys, "--model", toy, "-p", "ab", "-m", "80", "--json")[0])["completion"]
+    assert run(capsys, "--model", toy, "-p", "ab", "-m", "80", "--stop", "", "--stop", raw[-1] + " never")[0] == whole
 
 
 def test_json_is_for_programs(toy, capsys):
@@ -267,10 +291,12 @@ def test_json_is_for_programs(toy, capsys):
     assert records[2]["logprob"] == pytest.approx(logp.sum().item(), abs=1e-4)
     assert [value for _, value in records[2]["logprobs"]] == pytest.approx(logp.tolist(), abs=1e-4)
     assert records[2]["tokens"] == 7 and records[2]["tokens_per_s"] > 0
+    lone, _ = run(capsys, "--model", toy, "-p", "ab", "-m", "7", "--json", "--stream")
+    assert set(json.loads(lone)) == {"prompt", "completion", "tokens", "logprob", "tokens_per_s"}
 
 
 def test_prompts_come_from_files_and_the_standard_input(toy, tmp_path, capsys, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("first\n\nsecond\n")
+    (tmp_path / "prompts.txt").write_text("first\n \nsecond\n")
     (tmp_path / "prompts.jsonl").write_text('\ufeff{"prompt": "third\\nline"}\n"fourth\u2028"\n')
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
     common = ("--model", toy, "-m", "2", "--json")
@@ -316,6 +342,61 @@ def test_writing_together(toy, capsys, monkeypatch):
     assert "/temperature X" in err
 
 
+def test_options_that_exclude_each_other(capsys):
+    for mode, others in (
+        ("-i", ("-n 2", "--file x", "--json", "--logprobs")),
+        ("--web", ("-n 2", "--file x", "--json", "-i")),
+    ):
+        for other in others:
+            assert re.search("is for a person|is a page", fails(capsys, mode, *other.split())), (mode, other)
+
+
+def test_a_mistaken_command_changes_nothing():
+    arguments = sample.parse_arguments([])
+    before = dict(vars(arguments))
+    for line in ("/top_p 7", "/max 0", "/seed x", "/top_k"):
+        assert sample.command(line, arguments, [1], 3) == ([1], 3) and vars(arguments) == before, line
+
+
+def test_an_empty_line_begins_a_document_or_adds_nothing(toy, capsys, monkeypatch):
+    contexts, lines = [], iter(["", "", EOFError()])
+
+    def typed(_prompt):
+        if isinstance(line := next(lines), EOFError):
+            raise line
+        return line
+
+    def stream(self, prompts, *_args, **_options):
+        contexts.append(prompts[0])
+        return iter(())
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(GPT, "stream", stream)
+    run(capsys, "--model", toy, "-i")
+    assert contexts == [[256], [256, ord("\n")]]
+
+
+def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT, "stream", interrupted)
+    lines = iter(["a", "b"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    run(capsys, "--model", toy, "-i")
+    assert next(lines, None) is None
+    with pytest.raises(SystemExit) as exit_:
+        run(capsys, "--model", toy)
+    assert exit_.value.code == 130
+
+
+def test_a_terminal_that_lacks_letters_gets_others(toy, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    sample.main(["--model", toy, "-p", "漢", "-m", "1", "--device", "cpu"])
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().startswith(b"?")
+
+
 def test_each_answer_draws_anew(toy, capsys, monkeypatch):
     seeds, stream = [], GPT.stream
     monkeypatch.setattr(
@@ -329,7 +410,7 @@ def test_each_answer_draws_anew(toy, capsys, monkeypatch):
 
 def test_writing_together_goes_on_for_longer_than_the_window(toy, capsys, monkeypatch):
     """The text so far is cut to what the model reads, and -p opens it; what a stop text hid is no part of it."""
-    contexts, lines = [], iter(["a line of some length, number one", "another line"])
+    contexts, lines = [], iter(["a line of some length, number one", "another line", "/max 30", "and on"])
     stream = GPT.stream
 
     def watched(self, prompts, *args, **options):
@@ -338,9 +419,10 @@ def test_writing_together_goes_on_for_longer_than_the_window(toy, capsys, monkey
 
     monkeypatch.setattr(GPT, "stream", watched)
     monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
-    run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8")
+    assert run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8")[0].startswith("Once ")
     assert contexts[0] == b"Once a line of some length, number one"[-24:]  # of 32, with room for the answer
     assert len(contexts[1]) == 24 and contexts[1].endswith(b"\nanother line")
+    assert len(contexts[2]) == 16  # half of it at least
     assert "-i is for a person" in fails(capsys, "--model", toy, "-i", "--json")
 
 
@@ -390,6 +472,29 @@ def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
     coloured, _ = run(capsys, *arguments, "--no-stream")
     assert "\033[1mab\033[0m" in coloured and "\033" not in plain
     assert re.sub(r"\033\[[\d;]+m", "", coloured) == plain
+
+
+def test_colours_say_how_likely_a_token_was(capsys, monkeypatch):
+    grown = sample.Completion(data.get_tokenizer("bytes"), [])
+    grown.record = [(token, value, [(token, value)]) for token, value in zip(b"abc", (-0.1, -1.0, -5.0))]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    sample.report("", grown, 1.0, True, sample.parse_arguments([]))
+    styles = [re.search(r"\033\[([\d;]+)m", row)[1] for row in capsys.readouterr().out.splitlines()[1:]]
+    assert styles == [sample.LIKELY, sample.BOLD, sample.UNLIKELY]
+
+
+def test_what_the_page_is_given(toy, capsys, monkeypatch):
+    """The command's settings at first; its stop text may have \\n, and long prompts are cut as with -i."""
+    given, contexts = [], []
+    monkeypatch.setattr(sample.web, "serve", lambda *arguments: given.append(arguments))
+    run(capsys, "--model", toy, "--web", "-p", "ab", "--stop", "x", "--port", "7", "--top_k", "3")
+    [(ask, description, defaults, port)] = given
+    assert toy in description and port == 7
+    assert (defaults["prompt"], defaults["stop"], defaults["top_k"], defaults["seed"]) == ("ab", "x", 3, 1337)
+    monkeypatch.setattr(sample, "complete", lambda _model, ids, _seeds, grown, _: contexts.append((ids, grown)) or [])
+    list(ask(defaults | dict(stop="\\n.", prompt="x" * 99, max_tokens=30)))
+    [([ids], [grown])] = contexts
+    assert grown.stops == ["\n."] and ids == [ord("x")] * 16
 
 
 def test_answers_of_the_page_are_those_of_the_command(toy, capsys):
