@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,6 +68,12 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
+    def wait_at_most(self, seconds: int) -> None:
+        """How long a collective operation waits for the others from now on, before it is an error."""
+        if self.world_size > 1:
+            # torch has no public name for it (2.13); torchtitan sets it in the same way.
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
     def device_name(self) -> str:
         if self.device.type == "cuda":
             return f"{self.device}, {torch.cuda.get_device_name(self.device)}"
@@ -99,11 +106,30 @@ def start(device: str = "auto", dtype: str = "auto", tf32: bool = True) -> Runti
 
     if world_size > 1:
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
+        place = dict(store=meeting_place(world_size, local_size), rank=rank, world_size=world_size)
+        dist.init_process_group(backend, **place, timeout=timedelta(minutes=10), device_id=device_id)
         why += f"; {world_size} processes over {backend}"
     machine = Runtime(device, dtype, rank, world_size)
     machine.notes.extend([f"device: {machine.device_name()} ({why})", f"dtype: {dtype_note}"])
     return machine
+
+
+def meeting_place(world_size: int, local_size: int) -> dist.Store:
+    """The store in which processes find each other's addresses, as torchrun's environment says.
+
+    torchrun --max-restarts starts processes anew on the store of those before, where they may find the addresses of the
+    dead (pytorch/pytorch#135712). On one machine the count of restarts tells them apart; several machines count each
+    for itself, and need a variable that makes torchrun open a store for each start: ValueError if it is not set.
+    """
+    restarts, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if world_size > local_size and shared and most != "0":
+        raise ValueError(
+            "torchrun --max-restarts over several machines: put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, "
+            "or a restart may hang"
+        )
+    store, _, _ = next(rendezvous("env://"))
+    return dist.PrefixStore(f"start_{restarts}", store) if world_size == local_size else store
 
 
 def choose_device(
