@@ -8,18 +8,18 @@
 The same command goes on where a stopped run left off, and says so when there is nothing left to do.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import json
 import math
 import os
-import shutil
+import re
 import signal
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 import configurator
 import data
 import hellaswag
@@ -45,7 +46,8 @@ class TrainConfig:
     data_dir: str = "shards/fineweb_edu_10B"  # folder of *_train_*.bin and *_val_*.bin shards
     out_dir: str = "out/gpt2_124M"  # where checkpoints and metrics.jsonl go
     init_from: str = "scratch"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, a checkpoint folder
-    resume: Literal["auto", "never"] = "auto"  # auto: from out_dir's newest checkpoint; never: move out_dir aside
+    resume: str = "auto"  # auto: from out_dir's newest checkpoint; never: move out_dir aside; or a checkpoint's folder
+    resume_anyway: bool = False  # also where settings that change the curve are not the checkpoint's
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
     # The model (init_from a checkpoint brings its own shape; only block_size, dropout, flash and pad_vocab hold then)
@@ -97,10 +99,11 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights stay fp32
     compile: Literal["auto", True, False] = "auto"  # auto: where a compiler is and the run is long enough to pay
     tf32: bool = True  # on NVIDIA: products of float32 matrices with a 10-bit mantissa
+    timeout: int = 120  # seconds that processes wait for one of them, after the first step, before the run ends
 
     def mistakes(self) -> list[str]:
         """What is wrong with these values, one sentence each. `accumulation` finds what depends on the machine."""
-        at_least = dict(batch_size=1, total_batch_size=1, keep_checkpoints=0, eval_tokens=1, sample_tokens=1)
+        at_least = dict(batch_size=1, total_batch_size=1, keep_checkpoints=0, eval_tokens=1, sample_tokens=1, timeout=1)
         at_least |= dict(hellaswag_limit=0)
         at_least |= dict.fromkeys(("warmup_steps", "cooldown_steps", "max_steps", "seed"), 0)
         at_least |= {field.name: 0 for field in dataclasses.fields(self) if field.name.endswith("_every")}
@@ -126,9 +129,19 @@ class TrainConfig:
 # What may not change between a checkpoint and the run that goes on from it: its tensors would not fit.
 FIXED_BY_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "pad_vocab", "optimizer")
 
+# What may not change unasked: the losses would not be those of the run that was begun. (What a process computes at
+# once, and on what device, changes roundings only; where things lie and how often one looks changes nothing.)
+CURVE = (
+    *("seed", "dtype", "block_size", "dropout", "total_batch_size", "weight_decay", "beta1", "beta2", "grad_clip"),
+    *("learning_rate", "min_lr", "lr_schedule", "warmup_steps", "cooldown_steps", "max_steps"),
+)
+
 # A gradient is not finite once in a long while by bad luck (and a few times at first under fp16, whose scale starts too
 # high). So many steps in a row mean that the weights themselves have gone wrong.
 MAX_SKIPPED = 10
+
+# A loss is called a spike when it is so many standard deviations above the mean of so many before it.
+SPIKE, SPIKE_WINDOW = 6, 100
 
 
 def train(config: TrainConfig) -> dict:
@@ -142,16 +155,14 @@ def train(config: TrainConfig) -> dict:
     out_dir = Path(config.out_dir)
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
-    check_writable(out_dir)
     check_packages(config)
-    checkpoint = find_checkpoint(config)
-    start_step = read_state(checkpoint)["step"] if checkpoint else 0
-    if machine.sum(torch.tensor(float(start_step), device=machine.device)) != start_step * machine.world_size:
-        raise ValueError(f"out_dir {out_dir} has other checkpoints on other machines; it must be on a disk they share")
-    if checkpoint and start_step >= config.max_steps:
-        say(finished_message(checkpoint, config))
+    found = agree(find_checkpoint(config, say) if machine.is_main else None, config, machine)
+    state = checkpoint.read_state(found) if found else dict(step=0)
+    start_step = state["step"]
+    if found and start_step >= config.max_steps:
+        say(finished_message(start_step, config))
         machine.close()
-        return dict(step=start_step, val_loss=read_state(checkpoint)["val_loss"], stopped=None)
+        return dict(step=start_step, val_loss=state["val_loss"], stopped=None)
 
     # ---- 3. The batch: its size in tokens is the recipe's, the number of pieces it is computed in is the machine's ---
     n_accumulate = accumulation(config, machine.world_size)
@@ -174,16 +185,18 @@ def train(config: TrainConfig) -> dict:
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
         f"{len(val_places) * config.block_size:,} validation tokens"
     )
+    if found:
+        check_same_text(found, windows.n_tokens, config)
     for shard in windows.shards:
         if shard.note:
             say(f"NOTE: {shard.note}; read as {tokenizer.name}")
     tasks = load_tasks(config, machine, say)  # of HellaSwag
 
     # ---- 5. The model ------------------------------------------------------------------------------------------------
-    raw_model = build_model(config, checkpoint, tokenizer).to(machine.device)
+    raw_model = build_model(config, found, tokenizer).to(machine.device)
     shape = raw_model.config
     say(
-        f"model: {checkpoint or config.init_from}; {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
+        f"model: {found or config.init_from}; {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
         f"{raw_model.num_params():,} parameters"
     )
     flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
@@ -192,9 +205,11 @@ def train(config: TrainConfig) -> dict:
     optimizer = build_optimizer(raw_model, config)
     # For fp16 only: its smallest number is 6e-8, so gradients are scaled up before they are rounded to it.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    if checkpoint:
-        load_train_state(checkpoint, optimizer, scaler)
-        say(f"resume: {checkpoint}, after {start_step:,} steps{changed_settings(checkpoint, config)}")
+    if found:
+        checkpoint.load_train_state(found, optimizer, scaler)
+        changed = changes(state["settings"], config, [name for name in vars(config) if not name.startswith("resume")])
+        changed = "; changed since then: " + ", ".join(changed) if changed else ""
+        say(f"resume: {found}, after {start_step:,} steps{changed}")
 
     # ---- 7. Compile, then wrap. Only raw_model is evaluated, sampled and saved: it has the same parameters, its names
     # ----    carry no prefix, and shapes that differ from training's do not make the compiled one compile again. ------
@@ -203,28 +218,40 @@ def train(config: TrainConfig) -> dict:
     compiled, compile_note = runtime.choose_compile(config.compile, machine.device, seconds)
     model = torch.compile(raw_model) if compiled else raw_model
     if machine.world_size > 1:
+        # The one buffer is a constant, and need not be sent around at each step.
+        constants = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     for note in (*machine.notes, f"compile: {compile_note}"):
         say(note)
 
     # ---- 8. The loop. It goes one past the last update, so that what came of it is evaluated and saved too -----------
     if machine.is_main:
-        clean_out_dir(config, start_step)
+        checkpoint.make_room(out_dir, found, config.resume == "never")
+        if config.checkpoint_every:
+            checkpoint.check_space(out_dir, checkpoint.bytes_needed(raw_model))
     log = Log(config, start_step, machine)
     log("run", start_step, **run_facts(config, machine, raw_model, compiled))
     micro_steps = ((s, k, machine.rank) for s in range(start_step, config.max_steps) for k in range(n_accumulate))
     coming = data.prefetch(batches.batch, micro_steps, machine.device)
     val_loss, train_seconds, steps_timed = None, 0.0, 0
     skipped, skipped_in_a_row = 0, 0
+    recent = collections.deque(maxlen=SPIKE_WINDOW)  # losses
 
     def due(every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == config.max_steps)
 
-    with Console(config, start_step, machine.is_main) as console, StopSignal(machine.is_main) as stop:
+    with (
+        contextlib.closing(log),
+        contextlib.closing(coming),
+        Console(config, start_step, machine.is_main) as console,
+        checkpoint.Saver(out_dir, config.keep_checkpoints, console.saved) as saver,
+        StopSignal(machine.is_main) as stop,
+    ):
         for step in range(start_step, config.max_steps + 1):
             # What was due at a checkpoint's step was done before it was saved: it is not done twice.
-            fresh = not checkpoint or step > start_step
+            fresh = not found or step > start_step
             evaluated = fresh and due(config.eval_every, step)
             if evaluated:
                 val_loss = evaluate(raw_model, val_windows, val_places, config.batch_size, machine)
@@ -244,14 +271,12 @@ def train(config: TrainConfig) -> dict:
 
             stopping = stop.agreed(machine)
             if step > start_step and (due(config.checkpoint_every, step) or stopping):
-                folder = out_dir / f"step_{step:07d}"
-                log("checkpoint", step, folder=str(folder))  # first: a resume cuts the line if the folder never came
+                log("checkpoint", step)  # first: a resume cuts the line if the folder never came
                 if machine.is_main:
-                    state = dict(step=step, val_loss=val_loss if evaluated else None)
-                    save_checkpoint(folder, raw_model, tokenizer, optimizer, scaler, config, state)
-                    prune_checkpoints(out_dir, config.keep_checkpoints)
-                console.line(f"step {step:,} | saved {folder}")
-                machine.barrier()
+                    state = dict(step=step, val_loss=val_loss if evaluated else None, train_tokens=windows.n_tokens)
+                    state |= dict(settings=dataclasses.asdict(config))
+                    saver.save(raw_model, tokenizer, optimizer, scaler, state)
+            saver.check()
             if stopping or step == config.max_steps:
                 break
 
@@ -306,11 +331,15 @@ def train(config: TrainConfig) -> dict:
                 )
                 log("train", step, **record)
                 console.step(step, record)
+                if jump := spike(record["loss"], recent):
+                    log("note", step, text=jump)
+                    console.line(f"step {step:,} | NOTE: {jump}")
+                recent.append(record["loss"])
                 train_seconds, steps_timed = 0.0, 0
+            if step == start_step:  # all are in step now: nothing that takes minutes is to come, such as compiling
+                machine.wait_at_most(config.timeout)
 
     # ---- 9. What came of it ------------------------------------------------------------------------------------------
-    coming.close()
-    log.close()
     machine.close()
     say(stopped_message(stopping, step, config) if stopping else closing_message(config, val_loss))
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
@@ -361,6 +390,14 @@ def seed_dropout(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
+def spike(loss: float, recent) -> str:
+    """In words, that a loss is far above the recent ones; nothing while there are few of them, or if it is not."""
+    recent = [value for value in recent if math.isfinite(value)]
+    if len(recent) < SPIKE_WINDOW // 2 or not loss > statistics.mean(recent) + SPIKE * statistics.pstdev(recent):
+        return ""
+    return f"the loss jumped to {loss:.4f} from about {statistics.mean(recent):.4f}"
+
+
 def share_of_peak(flops_per_s: float, machine: Runtime) -> float | None:
     """Model FLOPs utilisation (PaLM, appendix B), 0 to 1; None where the device's peak is unknown."""
     peak = machine.peak_flops()
@@ -380,12 +417,12 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
 
 
-def build_model(config: TrainConfig, checkpoint: Path | None, tokenizer: data.Tokenizer) -> GPT:
+def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokenizer) -> GPT:
     """The model the run starts with: the checkpoint's, init_from's, or a new one; float32, on the CPU."""
-    if checkpoint is None and config.init_from == "scratch":
+    if found is None and config.init_from == "scratch":
         torch.manual_seed(config.seed)
         return GPT(model_config(config, tokenizer.vocab_size))
-    source = checkpoint or config.init_from
+    source = found or config.init_from
     model = GPT.from_pretrained(source, dropout=config.dropout, flash=config.flash, pad_vocab=config.pad_vocab)
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
@@ -471,6 +508,9 @@ class Console:
         if self.is_main:
             self.bar.write(text) if self.on_terminal else print(text, flush=True)
 
+    def saved(self, step: int, folder: Path) -> None:
+        self.line(f"step {step:,} | saved {folder}")
+
     def tick(self) -> None:
         """One step is done."""
         self.bar.update()
@@ -532,14 +572,24 @@ class Log:
 
 def cut_metrics(path: Path, step: int) -> None:
     """Drop from metrics.jsonl what a run going on from `step` will write again, and a line that a kill cut short."""
-    kept = []
+    # At the checkpoint's own step all was done but the training.
+    kept = [
+        record
+        for record in read_metrics(path)
+        if record["step"] < step or (record["step"] == step and record["kind"] not in ("train", "note"))
+    ]
+    data.write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of metrics.jsonl, without a line that is not whole; none if there is no such file."""
+    records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+        with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
-            # At the checkpoint's own step all was done but the training.
-            if record["step"] < step or (record["step"] == step and record["kind"] != "train"):
-                kept.append(line)
-    data.write_whole(path, "".join(line + "\n" for line in kept).encode())
+            if isinstance(record, dict) and {"step", "kind"} <= record.keys():
+                records.append(record)
+    return records
 
 
 def check_packages(config: TrainConfig) -> None:
@@ -569,143 +619,87 @@ def run_facts(config: TrainConfig, machine: Runtime, model: GPT, compiled: bool)
         dtype=str(machine.dtype).removeprefix("torch."),
         compiled=compiled,
         world_size=machine.world_size,
+        job=os.environ.get("TORCHELASTIC_RUN_ID"),
         commit=commit,
         versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
     )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a folder out_dir/step_0001000 that exists is whole
+# Going on from a checkpoint
 
 
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
-
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from: out_dir's newest, or None. ValueError if it is not whole or of another shape."""
-    saved = checkpoints(config.out_dir) if config.resume == "auto" else []
-    if not saved:
+def find_checkpoint(config: TrainConfig, say) -> Path | None:
+    """The checkpoint to go on from, or None. ValueError if it does not fit, or would go on along another curve."""
+    if config.resume == "never":
         return None
-    for name in CHECKPOINT_FILES:
-        if not (saved[-1] / name).is_file():
-            raise ValueError(f"{saved[-1]}: {name} is missing; delete this folder to go on from the one before it")
-    settings = read_state(saved[-1])["settings"]
-    for name in FIXED_BY_CHECKPOINT:
-        if settings.get(name) != getattr(config, name):
+    if config.resume == "auto":
+        found = checkpoint.newest_whole(Path(config.out_dir), say)
+    else:
+        found = named_checkpoint(Path(config.resume), Path(config.out_dir))
+    if found:
+        before = checkpoint.read_state(found)["settings"]
+        for name in FIXED_BY_CHECKPOINT:
+            if before.get(name) != getattr(config, name):
+                raise ValueError(
+                    f"{found} was trained with {name}={before.get(name)}, but {name}={getattr(config, name)} is set: "
+                    "use another out_dir, or --resume=never to start over"
+                )
+        changed = changes(before, config, CURVE)
+        if changed and not config.resume_anyway:
             raise ValueError(
-                f"{saved[-1]} was trained with {name}={settings.get(name)}, but {name}={getattr(config, name)} is set: "
-                "use another out_dir, or --resume=never to start over"
+                f"{found} was trained with other settings ({', '.join(changed)}): it would not be the same run. Set "
+                "them back, or add --resume_anyway=True to go on with the new ones, or use another out_dir"
             )
-    return saved[-1]
+    return found
 
 
-def read_state(checkpoint: Path) -> dict:
-    """settings.json of a checkpoint: step, val_loss (None if not evaluated at that step), settings."""
-    try:
-        state = json.loads((checkpoint / "settings.json").read_text())
-        return dict(step=int(state["step"]), val_loss=state["val_loss"], settings=dict(state["settings"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def named_checkpoint(found: Path, out_dir: Path) -> Path:
+    """resume=PATH, checked."""
+    if wrong := checkpoint.damage(found):
+        raise ValueError(f"resume={found}: not a whole checkpoint ({wrong}); name a folder such as step_0001000")
+    if found.resolve().parent != out_dir.resolve() and checkpoints(out_dir):
+        raise ValueError(f"resume={found}: out_dir {out_dir} has a run of its own; choose another --out_dir")
+    return found
+
+
+def agree(found: Path | None, config: TrainConfig, machine: Runtime) -> Path | None:
+    """The checkpoint that the main process has found, on all of them."""
+    step = checkpoint.read_state(found)["step"] if found else -1
+    step = int(machine.sum(torch.tensor(step if machine.is_main else 0, device=machine.device)))
+    if step < 0:
+        return None
+    named = Path(config.resume) if config.resume != "auto" else Path(config.out_dir) / f"step_{step:07d}"
+    if not named.is_dir():
+        raise ValueError(f"{named}: not to be seen from this machine; out_dir must be on a disk that all share")
+    return named
+
+
+def changes(before: dict, config: TrainConfig, names) -> list[str]:
+    """In words, which of these settings are not what they were."""
+    now = dataclasses.asdict(config)
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in names if before.get(name, now[name]) != now[name]]
+
+
+def check_same_text(found: Path, n_tokens: int, config: TrainConfig) -> None:
+    before = checkpoint.read_state(found)["train_tokens"]
+    if before not in (None, n_tokens) and not config.resume_anyway:
         raise ValueError(
-            f"{checkpoint}: settings.json cannot be read ({error}); delete this folder to go on from the one before it"
-        ) from None
-
-
-def check_writable(out_dir: Path) -> None:
-    """Find out now, not at the first checkpoint, whether out_dir can be written; nothing is left there."""
-    existing = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"out_dir {out_dir} cannot be written ({error.strerror}); choose another --out_dir") from None
-
-
-def clean_out_dir(config: TrainConfig, start_step: int) -> None:
-    """Make room for a run from start_step: what a kill left goes, what another run wrote is moved aside."""
-    out_dir = Path(config.out_dir).resolve()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if config.resume == "never" and any(out_dir.iterdir()):
-        print(f"resume=never: the old run is moved to {move_aside(out_dir)}")
-        out_dir.mkdir()
-    for left_over in out_dir.glob(".step_*"):
-        shutil.rmtree(left_over)
-    if start_step == 0 and (out_dir / "metrics.jsonl").exists():
-        move_aside(out_dir / "metrics.jsonl")
-
-
-def move_aside(path: Path) -> Path:
-    """Rename a file or folder to its name with .old1, .old2, ... behind, whichever is free; returns the new path."""
-    aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.old{n}")).exists())
-    return path.rename(aside)
-
-
-def save_checkpoint(folder: Path, model: GPT, tokenizer, optimizer, scaler, config: TrainConfig, state: dict) -> None:
-    """Write model, tokenizer, optimizer and settings into a folder beside, fsync all, and rename it to `folder`.
-
-    Raises OSError when that fails, a full disk being the usual reason; the checkpoints before it are untouched.
-    """
-    aside = folder.with_name(f".{folder.name}.tmp")
-    try:
-        model.save_pretrained(aside)
-        data.save_tokenizer(tokenizer, aside, model.config.block_size)
-        # Only what the optimizer remembers: its settings are the run's.
-        torch.save(
-            dict(optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict()), aside / "train_state.pt"
+            f"data_dir {config.data_dir} has {n_tokens:,} training tokens, but {found} was trained on {before:,}: that "
+            "is another text. Set data_dir back, or add --resume_anyway=True to go on with this one"
         )
-        settings = json.dumps(state | dict(settings=dataclasses.asdict(config)), indent=2)
-        (aside / "settings.json").write_text(settings + "\n")
-        for path in (*aside.iterdir(), aside):
-            fsync(path)
-        aside.rename(folder)
-        fsync(folder.parent)
-    except Exception as error:  # safetensors and torch.save have types of their own for a disk that is full
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(
-            f"{folder} could not be written ({error}); is the disk full? Earlier checkpoints are good"
-        ) from error
 
 
-def fsync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def restarted(config: TrainConfig) -> bool:
+    """Whether torchrun has started this process anew after one has failed, and the run had got somewhere by then.
 
-
-def load_train_state(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    try:
-        state = torch.load(checkpoint / "train_state.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
-    except Exception as error:  # torch raises half a dozen types for a file that is damaged
-        raise ValueError(
-            f"{checkpoint}: train_state.pt is damaged or only half copied ({type(error).__name__}); delete this "
-            "folder to go on from the one before it"
-        ) from None
-    if scaler.is_enabled() and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-
-
-def changed_settings(checkpoint: Path, config: TrainConfig) -> str:
-    """In words, the settings that are not what they were when the checkpoint was made."""
-    before, now = read_state(checkpoint)["settings"], dataclasses.asdict(config)
-    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-    return "; changed since then: " + ", ".join(changed) if changed else ""
-
-
-def best_checkpoint(out_dir: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss; None where none was evaluated."""
-    losses = {folder: read_state(folder)["val_loss"] for folder in checkpoints(out_dir)}
-    return min((folder for folder in losses if losses[folder] is not None), key=losses.get, default=None)
-
-
-def prune_checkpoints(out_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss; 0 keeps all."""
-    best = best_checkpoint(out_dir)
-    for folder in checkpoints(out_dir)[:-keep] if keep else []:
-        if folder != best:
-            # Renamed first: a folder that exists under its own name is whole.
-            gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
-            shutil.rmtree(gone)
+    It goes on from there, whatever --resume says: that was for the first start.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    runs = [record for record in read_metrics(Path(config.out_dir) / "metrics.jsonl") if record["kind"] == "run"]
+    began = bool(runs) and runs[-1].get("job") == os.environ.get("TORCHELASTIC_RUN_ID")
+    return began and (config.resume == "never" or bool(checkpoints(config.out_dir)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -713,14 +707,19 @@ def prune_checkpoints(out_dir: Path, keep: int) -> None:
 
 
 class StopSignal:
-    """While in use, a first Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C stops it at once."""
+    """While in use, a first signal asks the run to stop after its step; a second Ctrl-C stops it at once.
+
+    SIGINT is Ctrl-C's, SIGTERM torchrun's and most systems', SIGUSR1 what SLURM can send before the time is up.
+    """
+
+    NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self, is_main: bool):
         self.is_main = is_main
         self.received = 0  # the signal's number
 
     def __enter__(self) -> "StopSignal":
-        self.before = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self.receive) for s in self.NUMBERS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -743,12 +742,11 @@ class StopSignal:
         return int(machine.sum(numbers).max())
 
 
-def finished_message(checkpoint: Path, config: TrainConfig) -> str:
-    step = read_state(checkpoint)["step"]
+def finished_message(step: int, config: TrainConfig) -> str:
     return (
         f"{config.out_dir} is finished: it has {step:,} steps, max_steps is {config.max_steps:,}{best_note(config)}.\n"
         f"  to sample from it:  python sample.py --model {config.out_dir}\n"
-        f"  to train on:        the same command with --max_steps={2 * step} (and so its schedule)\n"
+        f"  to train on:        the same command with --max_steps={2 * step} --resume_anyway=True\n"
         f"  to start over:      the same command with --resume=never"
     )
 
@@ -759,12 +757,12 @@ def closing_message(config: TrainConfig, val_loss: float | None) -> str:
 
 
 def best_note(config: TrainConfig) -> str:
-    best = best_checkpoint(Path(config.out_dir))
-    return f"; best {best} (val loss {read_state(best)['val_loss']:.4f})" if best else ""
+    best = checkpoint.best(Path(config.out_dir))
+    return f"; best {best} (val loss {checkpoint.read_state(best)['val_loss']:.4f})" if best else ""
 
 
 def stopped_message(number: int, step: int, config: TrainConfig) -> str:
-    command = "the same command" + (" without --resume=never" if config.resume == "never" else "")
+    command = "the same command" + (f" without --resume={config.resume}" if config.resume != "auto" else "")
     return f"stopped by {signal.Signals(number).name} after {step:,} steps; {command} goes on from there"
 
 
@@ -788,12 +786,19 @@ def main(argv: list[str] | None = None) -> None:
         config = configurator.configure(TrainConfig, argv)
     except ValueError as error:  # the same on every rank
         fail(str(error) if rank == 0 else "")
+    if restarted(config):
+        config = dataclasses.replace(config, resume="auto")
     try:
-        result = train(config)
+        with checkpoint.held(Path(config.out_dir)) if rank == 0 else contextlib.nullcontext():
+            result = train(config)
     except (ValueError, OSError) as error:
         fail(f"{error}" if rank == 0 else f"(rank {rank}) {error}")
     except torch.OutOfMemoryError:
         fail(f"out of memory: set batch_size (now {config.batch_size}) to half; the result stays the same")
+    except RuntimeError as error:  # of half a dozen kinds
+        if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
+            raise
+        fail(f"(rank {rank}) another process is gone or hangs: {str(error).strip().splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)
     if result["stopped"]:

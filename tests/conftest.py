@@ -1,5 +1,6 @@
 """What several tests share: a toy model's shape, toy shards, and short runs. No network, no GPU."""
 
+import functools
 import json
 import os
 import random
@@ -43,33 +44,34 @@ def shards(text_file, tmp_path_factory) -> Path:
     return out
 
 
+def toy_config(data_dir: Path, out_dir: Path, **settings) -> train.TrainConfig:
+    """TrainConfig of a run that takes a second: 12 steps of 4 x 32 tokens on the CPU in fp32."""
+    toy = dict(
+        **TOY_MODEL,
+        data_dir=str(data_dir),
+        out_dir=str(out_dir),
+        batch_size=4,
+        total_batch_size=128,
+        learning_rate=1e-2,
+        min_lr=1e-3,
+        warmup_steps=2,
+        max_steps=12,
+        eval_every=0,
+        hellaswag_every=0,
+        sample_every=0,
+        checkpoint_every=0,
+        eval_tokens=512,
+        device="cpu",
+        dtype="fp32",
+        compile=False,
+    )
+    return train.TrainConfig(**(toy | settings))
+
+
 @pytest.fixture
 def config(shards, tmp_path):
-    """TrainConfig of a run that takes a second: 12 steps of 4 x 32 tokens on the CPU in fp32."""
-
-    def make(**settings) -> train.TrainConfig:
-        toy = dict(
-            **TOY_MODEL,
-            data_dir=str(shards),
-            out_dir=str(tmp_path / "run"),
-            batch_size=4,
-            total_batch_size=128,
-            learning_rate=1e-2,
-            min_lr=1e-3,
-            warmup_steps=2,
-            max_steps=12,
-            eval_every=0,
-            hellaswag_every=0,
-            sample_every=0,
-            checkpoint_every=0,
-            eval_tokens=512,
-            device="cpu",
-            dtype="fp32",
-            compile=False,
-        )
-        return train.TrainConfig(**(toy | settings))
-
-    return make
+    """Such configs, of runs in a folder of the test's own."""
+    return functools.partial(toy_config, data_dir=shards, out_dir=tmp_path / "run")
 
 
 def metrics(out_dir: str | Path, kind: str = "train") -> list[dict]:

@@ -203,7 +203,7 @@ def test_fp16_skips_and_scales_and_resumes(config, tmp_path, monkeypatch):
     assert curve[first]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_leads_on(config, tmp_path, monkeypatch, capsys, number):
     """At step 6, which has no checkpoint of its own. The exit code is the shell's for that signal."""
     straight, stopped = (
@@ -243,7 +243,9 @@ def test_a_finished_run_says_so_and_can_go_on(config, capsys):
     assert "is finished: it has 12 steps, max_steps is 12; best" in said
     assert f"sample.py --model {run.out_dir}" in said and "--max_steps=24" in said and "--resume=never" in said
     assert files == {path: path.stat().st_mtime_ns for path in Path(run.out_dir).rglob("*")}
-    train.train(config(checkpoint_every=6, eval_every=6, max_steps=24))
+    with pytest.raises(ValueError, match=r"other settings \(max_steps 12 -> 24\): it would not be the same run"):
+        train.train(config(checkpoint_every=6, eval_every=6, max_steps=24))
+    train.train(config(checkpoint_every=6, eval_every=6, max_steps=24, resume_anyway=True))
     assert "changed since then: max_steps 12 -> 24" in capsys.readouterr().out
     assert [record["step"] for record in metrics(run.out_dir)] == list(range(24))
 
@@ -305,7 +307,7 @@ def test_optional_settings_of_the_optimizer_hold_after_a_resume(config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_optimizer", remember)
-        train.train(config(checkpoint_every=6, max_steps=12, weight_decay=0.5, beta2=0.9))
+        train.train(config(checkpoint_every=6, max_steps=12, weight_decay=0.5, beta2=0.9, resume_anyway=True))
     assert seen[0].param_groups[0]["weight_decay"] == 0.5 and seen[0].param_groups[0]["betas"] == (0.9, 0.9)
 
 
@@ -418,26 +420,28 @@ def test_damaged_shards(config, tmp_path, shards, capsys):
     assert f"{shard}: not a token shard" in fails(capsys, *flags(config(data_dir=str(copy))))
 
 
-def test_checkpoints_that_do_not_fit(config, capsys):
+@pytest.fixture
+def other_text(text_file, tmp_path) -> Path:
+    out = tmp_path / "other"
+    data.main([str(text_file), "--out", str(out), "--tokenizer", "bytes", "--val_fraction", "0.3"])
+    return out
+
+
+def test_checkpoints_that_do_not_fit(config, capsys, other_text):
     run = config(checkpoint_every=6, keep_checkpoints=0)
     train.train(run)
     capsys.readouterr()
     line = fails(capsys, *flags(config(n_layer=3)))
     assert "was trained with n_layer=2, but n_layer=3 is set: use another out_dir, or --resume=never" in line
+    line = fails(capsys, *flags(config(learning_rate=0.02, grad_clip=0.0, eval_every=1)))
+    assert "other settings (grad_clip 1.0 -> 0.0, learning_rate 0.01 -> 0.02): it would not be the same run" in line
+    line = fails(capsys, *flags(config(data_dir=str(other_text), max_steps=24, resume_anyway=False)))
+    assert "max_steps 12 -> 24" in line
     newest = checkpoints(run.out_dir)[-1]
-    state = newest / "train_state.pt"
-    again = flags(config(max_steps=24))
-    state.write_bytes(state.read_bytes()[:500])
-    assert f"{newest}: train_state.pt is damaged or only half copied" in fails(capsys, *again)
-    (newest / "model.safetensors").write_bytes(b"\0" * 100)
-    assert "model.safetensors: damaged or only half copied" in fails(capsys, *again)
-    for text in ("{}", "[]", "{"):
-        (newest / "settings.json").write_text(text)
-        assert f"{newest}: settings.json cannot be read" in fails(capsys, *again)
-    (newest / "config.json").unlink()
-    assert f"{newest}: config.json is missing; delete this folder" in fails(capsys, *again)
     shutil.rmtree(newest)
-    assert train.train(config(max_steps=24))["step"] == 24
+    assert "training tokens, but" in fails(capsys, *flags(config(data_dir=str(other_text))))
+    anyway = config(batch_size=2, log_every=3, checkpoint_every=6, data_dir=str(other_text), resume_anyway=True)
+    assert train.train(anyway)["step"] == 12
 
 
 def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
@@ -493,7 +497,7 @@ def test_wandb_gets_the_numbers_and_goes_on_in_the_same_run(config, monkeypatch)
     stand_in = SimpleNamespace(init=lambda **settings: inits.append(settings) or run)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     train.train(config(wandb=True, max_steps=6, checkpoint_every=6, eval_every=6))
-    train.train(config(wandb=True, max_steps=8, checkpoint_every=6, eval_every=6))
+    train.train(config(wandb=True, max_steps=8, checkpoint_every=6, eval_every=6, resume_anyway=True))
     train.train(config(wandb=True, max_steps=1, resume="never"))
     train.train(config(wandb=True, max_steps=1))  # the one before left no checkpoint: this is no continuation
     ids = [settings["id"] for settings in inits]

@@ -1,0 +1,329 @@
+"""What happens to runs: kills, full disks, damaged files, lost processes. Real processes, and nothing may be lost."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clean_environment, flags, losses, metrics, toy_config, weights
+
+import checkpoint
+import train
+from model import checkpoints
+
+ROOT = Path(__file__).parent.parent
+
+# 150 steps, all features on, a checkpoint every third step: a kill at a random moment often hits one being written.
+BUSY = dict(max_steps=150, dropout=0.1, batch_size=2, checkpoint_every=3, eval_every=6, sample_every=30, log_every=1)
+
+
+def start(config, *torchrun: str, **options) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    environment = clean_environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    command = [sys.executable, *launcher, "train.py", *flags(config)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> object:
+    """The condition's value once it is true; an error if the process ends before."""
+    while not (value := condition()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return value
+
+
+def assert_equal_runs(straight, other) -> None:
+    one, two = weights(straight), weights(other)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert [r["step"] for r in metrics(other)] == [r["step"] for r in metrics(straight)]
+    assert [r["loss"] for r in metrics(other)] == [r["loss"] for r in metrics(straight)]
+    assert [(r["step"], r["loss"]) for r in metrics(other, "val")] == [
+        (r["step"], r["loss"]) for r in metrics(straight, "val")
+    ]
+    assert not list(Path(other).glob(".step_*"))
+
+
+@pytest.fixture(scope="module")
+def straight(shards, tmp_path_factory) -> str:
+    """The folder of a busy run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    code, _, err = end(start(toy_config(shards, folder, **BUSY)))
+    assert code == 0, err
+    return str(folder)
+
+
+def kill_and_go_on(run, straight: str, length: float, kills: int, draw: random.Random) -> None:
+    """kill -9 at random moments, then the same command. Runs that come to their end in spite of it are begun anew."""
+    finished = 0
+    while kills:
+        process = start(run)
+        try:
+            process.communicate(timeout=draw.uniform(0.3, 1.0) * length)
+            assert process.returncode == 0
+            assert_equal_runs(straight, run.out_dir)
+            shutil.rmtree(run.out_dir)
+            finished += 1
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills -= 1
+        assert finished < 10  # the kills come too late
+    code, _, err = end(start(run))
+    assert code == 0, err
+    assert_equal_runs(straight, run.out_dir)
+
+
+def test_killed_at_twenty_random_moments(config, straight, tmp_path):
+    began = time.monotonic()
+    end(start(config(**BUSY, out_dir=str(tmp_path / "timed"))))
+    length = time.monotonic() - began
+    with ThreadPoolExecutor(2) as pool:
+        runs = [config(**BUSY, out_dir=str(tmp_path / name)) for name in ("a", "b")]
+        ends = [pool.submit(kill_and_go_on, run, straight, length, 10, random.Random(run.out_dir[-1])) for run in runs]
+    for each in ends:
+        each.result()
+
+
+def test_terminated_at_random_moments(config, straight, tmp_path):
+    """SIGTERM, as from a scheduler: the step ends, all is saved, and the exit code is the shell's for it."""
+    run, draw = config(**BUSY, out_dir=str(tmp_path / "stopped")), random.Random(1)
+    for n in range(4):
+        process = start(run)
+        wait_until(lambda: len(runs_begun(run.out_dir)) > n, process)  # noqa: B023 (called at once)
+        time.sleep(draw.uniform(0.05, 0.2))
+        process.terminate()
+        code, out, _ = end(process)
+        assert code == 143
+        step = int(out.rsplit("stopped by SIGTERM after ", 1)[1].split()[0])
+        assert checkpoint.read_state(checkpoints(run.out_dir)[-1])["step"] == step
+    assert end(start(run))[0] == 0
+    assert_equal_runs(straight, run.out_dir)
+
+
+def runs_begun(out_dir: str) -> list[dict]:
+    return [record for record in train.read_metrics(Path(out_dir) / "metrics.jsonl") if record["kind"] == "run"]
+
+
+def test_a_full_disk(config, straight, tmp_path):
+    """Files may not grow beyond 50 kB any more: one line, the last good checkpoint stays, nothing half is left."""
+    run = config(**BUSY, out_dir=str(tmp_path / "full"))
+    process = start(run)
+    wait_until(lambda: checkpoints(run.out_dir), process)
+    process.kill()
+    process.communicate()
+    before = checkpoints(run.out_dir)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
+    code, _, err = end(start(run, preexec_fn=limit))
+    (line,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert code == 2 and "could not be written" in line and "is the disk full? Earlier checkpoints are good" in line
+    assert checkpoints(run.out_dir) == before and not list(Path(run.out_dir).glob(".step_*"))
+    assert end(start(run))[0] == 0
+    assert_equal_runs(straight, run.out_dir)
+
+
+def test_too_little_room_is_seen_before_training(config, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(OSError, match=r"a checkpoint takes 0.00 GB, but 0.00 GB are free; make room"):
+        train.train(config(checkpoint_every=6))
+    assert train.train(config(checkpoint_every=0))["step"] == 12  # which needs none
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(config, tmp_path):
+    run = config(**BUSY | dict(max_steps=100_000))
+    first = start(run)
+    wait_until(lambda: checkpoints(run.out_dir), first)
+    for resume in ("auto", "never"):
+        code, _, err = end(start(config(**BUSY, resume=resume)))
+        assert code == 2 and f"out_dir {run.out_dir}: another run is writing to it" in err
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    code, _, err = end(start(config(**BUSY, resume="never", data_dir="nowhere")))
+    assert code == 2 and "no folder nowhere" in err  # the lock is free; the run has another mistake
+    assert checkpoints(run.out_dir)
+
+
+def test_a_mistake_leaves_no_folder_behind(config, tmp_path):
+    assert end(start(config(data_dir="nowhere")))[0] == 2
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Damaged checkpoints ---------------------------------------------------------------------------------------------
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped byte": flip_a_byte,
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["model.safetensors", "train_state.pt", "config.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, tmp_path, capsys, name, damage):
+    settings = dict(checkpoint_every=4, max_steps=12, keep_checkpoints=0)
+    expected = losses(config(**settings, out_dir=str(tmp_path / "straight")))
+    run = config(**settings)
+    train.train(run)
+    shutil.rmtree(checkpoints(run.out_dir)[-1])
+    DAMAGE[damage](Path(run.out_dir) / "step_0000008" / name)
+    # Newest is by number: a clock that was set back says nothing.
+    os.utime(Path(run.out_dir) / "step_0000004", (0, 0))
+    capsys.readouterr()
+    assert losses(run) == expected
+    out = capsys.readouterr().out
+    assert f"step_0000008 is damaged ({name} " in out and "resume: " + run.out_dir + "/step_0000004" in out
+    assert (Path(run.out_dir) / "step_0000008.damaged1").is_dir()
+    one, two = weights(tmp_path / "straight"), weights(run.out_dir)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"step": 8, "val_loss": null, "settings": 7}'])
+def test_damaged_settings_too(config, capsys, text):
+    run = config(checkpoint_every=4, max_steps=12, keep_checkpoints=0)
+    train.train(run)
+    shutil.rmtree(checkpoints(run.out_dir)[-1])
+    (Path(run.out_dir) / "step_0000008" / "settings.json").write_text(text)
+    train.train(run)
+    assert "settings.json cannot be read" in capsys.readouterr().out
+
+
+def test_when_none_is_whole_nothing_is_begun_unasked(config):
+    run = config(checkpoint_every=6, max_steps=12)
+    train.train(run)
+    for folder in checkpoints(run.out_dir):
+        (folder / "train_state.pt").unlink()
+    with pytest.raises(ValueError, match="no checkpoint is whole; start over with --resume=never"):
+        train.train(run)
+
+
+# ---- Going on from a checkpoint by name ------------------------------------------------------------------------------
+
+
+def test_going_on_from_an_older_checkpoint(config, tmp_path):
+    """What came after it is moved aside; the same numbers come again."""
+    settings = dict(checkpoint_every=4, max_steps=12, keep_checkpoints=0)
+    run = config(**settings)
+    expected = losses(run)
+    final = weights(run.out_dir)
+    again = config(**settings, resume=f"{run.out_dir}/step_0000004")
+    assert losses(again) == expected
+    assert all(torch.equal(value, final[name]) for name, value in weights(run.out_dir).items())
+    assert (Path(run.out_dir) / "step_0000008.old1").is_dir()
+
+
+def test_going_on_from_another_runs_checkpoint(config, tmp_path, capsys):
+    settings = dict(checkpoint_every=4, max_steps=12, keep_checkpoints=0)
+    expected = losses(config(**settings, out_dir=str(tmp_path / "first")))
+    branch = config(**settings, out_dir=str(tmp_path / "branch"), resume=str(tmp_path / "first" / "step_0000008"))
+    assert losses(branch) == expected[8:]
+    with pytest.raises(ValueError, match="has a run of its own; choose another --out_dir"):
+        train.train(branch)
+    with pytest.raises(ValueError, match=r"not a whole checkpoint \(config.json is missing\)"):
+        train.train(config(**settings, resume=str(tmp_path / "nowhere")))
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started and that train.py runs in."""
+    run = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [
+        pid
+        for pid in map(int, run.stdout.split())
+        if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+PAIR = ("--standalone", "--nproc_per_node=2")
+
+
+@pytest.fixture(scope="module")
+def pair(shards, tmp_path_factory) -> str:
+    """The folder of a run of two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    code, _, err = end(start(toy_config(shards, folder, **BUSY), *PAIR))
+    assert code == 0, err
+    return str(folder)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_torchrun_replaces_a_lost_process(config, pair, tmp_path, resume):
+    """kill -9 on one of two: torchrun starts both anew, and they go on from the last checkpoint. With resume=never too:
+    that was meant for the first start."""
+    run = config(**BUSY, out_dir=str(tmp_path / "lost"), resume=resume)
+    process = start(run, *PAIR, "--max-restarts=2")
+    wait_until(lambda: len(checkpoints(run.out_dir)) > 1, process)
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    code, out, err = end(process)
+    assert code == 0, err
+    assert "resume: " in out
+    assert_equal_runs(pair, run.out_dir)
+
+
+def test_a_process_that_hangs_is_an_error_and_no_wait_for_ever(config, tmp_path):
+    run = config(**BUSY | dict(max_steps=100_000), out_dir=str(tmp_path / "hangs"), timeout=3)
+    process = start(run, *PAIR)
+    wait_until(lambda: len(checkpoints(run.out_dir)) > 1, process)
+    alive, stopped = workers(process)
+    os.kill(stopped, signal.SIGSTOP)
+    wait_until(lambda: alive not in workers(process), process)
+    os.kill(stopped, signal.SIGKILL)  # as torchrun does after half a minute
+    code, _, err = end(process)
+    assert code != 0 and "another process is gone or hangs" in err
+    assert checkpoint.newest_whole(Path(run.out_dir), print)
+
+
+def test_two_machines(config, pair, tmp_path):
+    """Two torchruns that meet on loopback, one process each: the same numbers as two processes of one torchrun."""
+    port = random.SystemRandom().randint(20_000, 60_000)
+    meeting = ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1")
+    run = config(**BUSY, out_dir=str(tmp_path / "two"))
+    processes = [start(run, "--nnodes=2", "--nproc_per_node=1", *meeting) for _ in range(2)]
+    for process in processes:
+        code, _, err = end(process)
+        assert code == 0, err
+    assert_equal_runs(pair, run.out_dir)
+
+
+def steps_done(out_dir: str) -> int:
+    return max((int(folder.name[5:]) for folder in checkpoints(out_dir)), default=0)
+
+
+def test_one_process_then_two_then_one(config, tmp_path):
+    """The same global batches on any number of processes: equal to rounding, or to dropout where there is some."""
+    settings = BUSY | dict(dropout=0.0, max_steps=90)
+    expected = losses(config(**settings, out_dir=str(tmp_path / "alone")))
+    run = config(**settings, out_dir=str(tmp_path / "changing"))
+    for torchrun, until in (((), 30), (PAIR, 60), ((), 90)):
+        process = start(run, *torchrun)
+        if until < 90:
+            wait_until(lambda: steps_done(run.out_dir) >= until, process)  # noqa: B023 (called at once)
+            process.terminate()
+        end(process)
+    assert [r["loss"] for r in metrics(run.out_dir)] == pytest.approx(expected, abs=1e-5)
+    assert {record["world_size"] for record in metrics(run.out_dir, "run")} == {1, 2}
