@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # OpenAI's four releases. All have 50257 tokens and 1024 positions; heads are 64 wide.
 SIZES = {
@@ -53,6 +54,7 @@ class GPTConfig:
     bias: bool = True  # in Linear and LayerNorm, as GPT-2 has
     flash: bool = True  # fused attention; False spells it out, to see what it costs
     pad_vocab: bool = True  # round the embedding's rows up to a multiple of 64: 50257 -> 50304
+    recompute: bool = False  # in training, compute a block again for its gradient instead of keeping all of it
 
     def mistakes(self) -> list[str]:
         """What is wrong with this shape, one sentence each; empty when it can be built."""
@@ -291,6 +293,59 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class HeadLoss(torch.autograd.Function):
+    """The head's matmul and the mean cross entropy behind it, in nats: F.cross_entropy(x Wᵀ + b, targets).
+
+    Logits are the largest tensor of all: GPT-2's for 64 x 1024 tokens take 13 GB in float32, and autograd would keep
+    several such. But the gradient of the loss with respect to them, softmax(logits) - one_hot(targets), is known as
+    soon as they are. So some rows at a time are turned into it in place, multiplied on, and forgotten.
+    """
+
+    ROWS = 8192  # of logits at once, 0.8 GB in bf16
+    ROWS_IN_CACHE = 32  # of them in float32 at once, on a CPU: 6 MB
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets) -> torch.Tensor:
+        """x (N, C), weight (PV, C), bias (PV) or None, targets (N) -> the mean loss, float32."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):  # the dtypes are all said here
+            low, w, b = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            total = torch.zeros((), device=x.device)
+            with_grad = any(ctx.needs_input_grad)
+            grad_x, grad_w = torch.empty_like(low), None
+            for first in range(0, len(low), HeadLoss.ROWS):
+                rows = slice(first, first + HeadLoss.ROWS)
+                logits = F.linear(low[rows], w, b)  # (rows, PV)
+                total = total + summed_loss(logits, targets[rows])  # which makes their gradient of them
+                if with_grad:
+                    grad_x[rows] = logits @ w
+                    piece = logits.t() @ low[rows]
+                    grad_w = piece.float() if grad_w is None else grad_w.add_(piece)
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_w)
+        return total / len(targets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_x, grad_w = ctx.saved_tensors
+        scale = grad_loss / len(grad_x)
+        return grad_x.float() * scale, grad_w * scale, None, None
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of the cross entropies of logits (N, PV), float32; the logits are overwritten by its gradient."""
+    in_slices = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    rows = HeadLoss.ROWS_IN_CACHE if in_slices else len(logits)
+    total = torch.zeros((), device=logits.device)
+    for some, target in zip(logits.split(rows), targets[:, None].split(rows)):
+        log_p = F.log_softmax(some, dim=-1, dtype=torch.float32)
+        total = total - log_p.gather(1, target).sum()
+        some.copy_(log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
+    return total
+
+
 class GPT(nn.Module):
     """The language model. `model(idx)` gives logits, `model(idx, targets)` the mean loss in nats a token."""
 
@@ -358,7 +413,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache, mask)
+            if self.config.recompute and self.training:
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cache, mask)
         if cache and not layout:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -370,14 +428,13 @@ class GPT(nn.Module):
         return F.linear(x, self.lm_head.weight, self.padding)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross entropy in nats a token.
-
-        Only the loss leaves in training: the logits are the largest tensor of all, and nothing else needs them.
-        """
-        logits = self.padded_logits(self.hidden(idx))  # (B, T, PV)
+        """Token ids (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross entropy in nats a token."""
+        x = self.hidden(idx)  # (B, T, C)
         if targets is None:
-            return logits[..., : self.config.vocab_size]
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.padded_logits(x)[..., : self.config.vocab_size]
+        if self.is_packed:  # to evaluate, as it learns no more
+            return F.cross_entropy(self.padded_logits(x).flatten(0, 1).float(), targets.flatten())
+        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, self.padding, targets.flatten())
 
     # ------------------------------------------------------------------------------------------------------------------
     # Arithmetic
@@ -495,7 +552,7 @@ class GPT(nn.Module):
         """A model from a folder or, where no such folder exists, from the Hugging Face hub ("gpt2", "user/model").
 
         Any GPT2LMHeadModel will do, and nanoGPT's ckpt.pt. `settings` are GPTConfig fields that do not change the
-        function: dropout, flash, pad_vocab. Raises ValueError when the files cannot be had or do not fit.
+        function: dropout, flash, pad_vocab, recompute. Raises ValueError when the files cannot be had or do not fit.
         """
         name = resolve(name)
         if Path(name).is_file():

@@ -26,6 +26,7 @@ from model import (
     GPT,
     SIZES,
     GPTConfig,
+    HeadLoss,
     KVCache,
     OneToken,
     align_right,
@@ -38,6 +39,11 @@ from model import (
     restrict,
     sample,
 )
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")),
+]
 
 TOY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -125,6 +131,31 @@ def test_loss_at_initialisation_is_that_of_knowing_nothing():
         loss = model(ids(1, 512, vocab_size=50257), ids(1, 512, vocab_size=50257, seed=1)).item()
     assert abs(loss - (math.log(50257) + 0.02**2 * 768 / 2)) < 0.05
     assert abs(loss - math.log(50257)) < 0.2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pad_vocab", [True, False])
+def test_the_loss_in_pieces_is_the_loss(monkeypatch, device, dtype, pad_vocab):
+    """Loss and all gradients, against cross_entropy over the whole logits; pieces that do not divide the rows."""
+    monkeypatch.setattr(HeadLoss, "ROWS", 10)
+    monkeypatch.setattr(HeadLoss, "ROWS_IN_CACHE", 3)
+    model = make_toy(pad_vocab=pad_vocab).to(device)
+    x, y = ids(2, 16).to(device), ids(2, 16, seed=1).to(device)
+    found = []
+    for in_pieces in (True, False):
+        model.zero_grad()
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(x, y) if in_pieces else F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
+        (loss / 3).backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    (loss, grads), (expected, expected_grads) = found
+    assert torch.allclose(loss, expected, atol=1e-5)
+    for grad, reference in zip(grads, expected_grads):
+        rounding = 1e-5 if dtype == torch.float32 else 0.02
+        assert (grad - reference).norm() < rounding * reference.norm()
+    with torch.no_grad():
+        assert torch.equal(model(x, y), loss) or dtype != torch.float32
 
 
 def test_initialisation_is_gpt2s():
@@ -311,12 +342,6 @@ def test_several_tokens_onto_a_filled_cache(toy):
     cache = KVCache(toy.config.n_layer, capacity=16)
     parts = [toy.hidden(part, cache) for part in x.split([5, 1, 7, 3], dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), toy.hidden(x), atol=1e-5)
-
-
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")),
-]
 
 
 @torch.no_grad()
