@@ -11,7 +11,9 @@ A folder of such a name that exists is whole; what a kill leaves has a name that
 import contextlib
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +24,9 @@ import torch.nn as nn
 
 import data
 from model import GPT, GPTConfig, checkpoints
+
+# What a run writes into its folder; no other file there is ever moved.
+OURS = re.compile(r"step_\d+|metrics\.jsonl|wandb_id$|tensorboard$")
 
 FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
 
@@ -57,17 +62,19 @@ def make_room(out_dir: Path, found: Path | None, start_over: bool) -> None:
     own = found is not None and found.resolve().parent == out_dir.resolve()
     start_step = read_state(found)["step"] if own else 0
     for left_over in out_dir.glob(".step_*"):
-        shutil.rmtree(left_over)
-    old = [path for path in out_dir.iterdir() if path.name != ".lock"]
+        shutil.rmtree(left_over, ignore_errors=True)
+    old = [path for path in out_dir.iterdir() if OURS.match(path.name)]
     if start_over and old:
         aside = free_name(out_dir, "old")
         aside.mkdir()
         for path in old:
             path.rename(aside / path.name)
         print(f"resume=never: the old run is moved to {aside}")
-    for folder in checkpoints(out_dir):
-        if int(folder.name.removeprefix("step_")) > start_step:
-            print(f"{folder} is of a later step: moved to {move_aside(folder)}")
+    later = [folder for folder in checkpoints(out_dir) if int(folder.name.removeprefix("step_")) > start_step]
+    if later and start_step:
+        shutil.copy(out_dir / "metrics.jsonl", free_name(out_dir / "metrics.jsonl", "old"))
+    for folder in later:
+        print(f"{folder} is of a later step: moved to {move_aside(folder)}")
     if start_step == 0 and (out_dir / "metrics.jsonl").exists():
         move_aside(out_dir / "metrics.jsonl")
 
@@ -91,15 +98,19 @@ def newest_whole(out_dir: Path, say: Callable[[str], None]) -> Path | None:
 
     Damaged ones are moved aside, so that nothing takes them for good.
     """
-    found = checkpoints(out_dir)
-    for folder in reversed(found):
-        wrong = damage(folder)
-        if not wrong:
-            return folder
-        say(f"WARNING: {folder} is damaged ({wrong}); it is now {move_aside(folder, 'damaged')}")
-    if found:
-        raise ValueError(f"{out_dir}: no checkpoint is whole; start over with --resume=never")
-    return None
+    wrong = {}
+    for folder in reversed(checkpoints(out_dir)):
+        wrong[folder] = damage(folder) or mislabelled(folder)
+        if not wrong[folder]:
+            break
+    else:
+        if wrong:  # they stay: without them, the same command would start over
+            what = "; ".join(f"{folder.name}: {why}" for folder, why in wrong.items())
+            raise ValueError(f"{out_dir}: no checkpoint is whole ({what}); start over with --resume=never")
+        return None
+    for damaged in [other for other in wrong if wrong[other]]:
+        say(f"WARNING: {damaged} is damaged ({wrong[damaged]}); it is now {move_aside(damaged, 'damaged')}")
+    return folder
 
 
 def damage(checkpoint: Path) -> str:
@@ -109,10 +120,16 @@ def damage(checkpoint: Path) -> str:
         return f"{missing[0]} is missing"
     try:
         sums = read_state(checkpoint)["sha256"]
-        changed = [name for name, expected in sums.items() if sha256(checkpoint / name) != expected]
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return str(error)
+    changed = [name for name, expected in sums.items() if sha256(checkpoint / name) != expected]
     return f"{changed[0]} is not as it was written, its SHA-256 differs" if changed else ""
+
+
+def mislabelled(checkpoint: Path) -> str:
+    """That a folder is not named after its step; nothing if it is."""
+    step = read_state(checkpoint)["step"]
+    return "" if checkpoint.name == f"step_{step:07d}" else f"settings.json says step {step}"
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -122,7 +139,7 @@ def read_state(checkpoint: Path) -> dict:
         known = dict(step=int(state["step"]), val_loss=state["val_loss"], settings=dict(state["settings"]))
         # The first checkpoints of this project had neither.
         return known | dict(train_tokens=state.get("train_tokens"), sha256=dict(state.get("sha256", {})))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint}: settings.json cannot be read ({error})") from None
 
 
@@ -142,8 +159,13 @@ def load_train_state(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler:
 
 def best(out_dir: Path) -> Path | None:
     """The checkpoint with the lowest validation loss; None where none was evaluated."""
-    losses = {folder: read_state(folder)["val_loss"] for folder in checkpoints(out_dir)}
-    return min((folder for folder in losses if losses[folder] is not None), key=losses.get, default=None)
+    losses = {}
+    for folder in checkpoints(out_dir):
+        with contextlib.suppress(ValueError, OSError):  # an old one that is damaged must not end a run
+            loss = read_state(folder)["val_loss"]
+            if loss is not None and math.isfinite(loss):
+                losses[folder] = loss
+    return min(losses, key=losses.get, default=None)
 
 
 def sha256(path: Path) -> str:
@@ -165,8 +187,11 @@ class Saver:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is not KeyboardInterrupt:  # who presses Ctrl-C twice does not want to wait
+        if kind is None:
             self.wait()
+        elif kind is not KeyboardInterrupt:  # who presses Ctrl-C twice does not want to wait
+            with contextlib.suppress(OSError):  # there is an error to be told already
+                self.wait()
 
     def save(self, model: GPT, tokenizer: data.Tokenizer, optimizer, scaler, state: dict) -> None:
         """Copy model and optimizer and begin to write them as out_dir/step_N, N being state["step"].
@@ -260,4 +285,4 @@ def prune(out_dir: Path, keep: int) -> None:
         if folder != kept:
             # Renamed first: a folder that exists under its own name is whole.
             gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
-            shutil.rmtree(gone)
+            shutil.rmtree(gone, ignore_errors=True)  # open elsewhere, on NFS: the next start tries again

@@ -5,7 +5,9 @@ Each choice left on "auto" comes with a sentence that says why, so that nobody h
 
 import os
 import re
+import resource
 import shutil
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -78,6 +80,13 @@ class Runtime:
         if self.device.type == "cuda":
             return f"{self.device}, {torch.cuda.get_device_name(self.device)}"
         return f"cpu, {torch.get_num_threads()} threads" if self.device.type == "cpu" else str(self.device)
+
+    def peak_memory(self) -> float:
+        """The most memory that this process has held so far, in GB: the GPU's, or else the process's own."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
 
     def peak_flops(self) -> float | None:
         """The device's dense half-precision FLOP/s where the data sheet is known, else None."""

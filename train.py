@@ -50,7 +50,7 @@ class TrainConfig:
     resume_anyway: bool = False  # also where settings that change the curve are not the checkpoint's
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
-    # The model (init_from a checkpoint brings its own shape; only block_size, dropout, flash and pad_vocab hold then)
+    # The model (init_from a checkpoint brings its own n_layer, n_head, n_embd and bias; the others hold)
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # width, divisible by n_head
@@ -59,6 +59,7 @@ class TrainConfig:
     bias: bool = True  # in Linear and LayerNorm, as GPT-2 has
     flash: bool = True  # fused attention; False writes the (T, T) matrix out
     pad_vocab: bool = True  # round the vocabulary up to a multiple of 64 inside the model, which GPUs multiply faster
+    recompute: bool = False  # less memory, a third more time: blocks are computed again for their gradients, not kept
 
     # The batch
     batch_size: int = 64  # sequences a process works on at once, as memory allows; but for dropout, the same result
@@ -155,6 +156,9 @@ def train(config: TrainConfig) -> dict:
     out_dir = Path(config.out_dir)
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
+    # Of several machines, only that which lost a process counts a restart.
+    if machine.sum(torch.tensor(int(restarted(config)), device=machine.device)):
+        config = dataclasses.replace(config, resume="auto")
     check_packages(config)
     found = agree(find_checkpoint(config, say) if machine.is_main else None, config, machine)
     state = checkpoint.read_state(found) if found else dict(step=0)
@@ -246,8 +250,8 @@ def train(config: TrainConfig) -> dict:
         contextlib.closing(log),
         contextlib.closing(coming),
         Console(config, start_step, machine.is_main) as console,
+        StopSignal(machine.is_main) as stop,  # until all is written: torchrun and others send a signal twice
         checkpoint.Saver(out_dir, config.keep_checkpoints, console.saved) as saver,
-        StopSignal(machine.is_main) as stop,
     ):
         for step in range(start_step, config.max_steps + 1):
             # What was due at a checkpoint's step was done before it was saved: it is not done twice.
@@ -328,6 +332,7 @@ def train(config: TrainConfig) -> dict:
                     tokens_per_s=config.total_batch_size / seconds,
                     mfu=share_of_peak(flops_per_step / seconds, machine),
                     ms=1000 * seconds,
+                    memory_gb=machine.peak_memory(),
                 )
                 log("train", step, **record)
                 console.step(step, record)
@@ -338,6 +343,11 @@ def train(config: TrainConfig) -> dict:
                 train_seconds, steps_timed = 0.0, 0
             if step == start_step:  # all are in step now: nothing that takes minutes is to come, such as compiling
                 machine.wait_at_most(config.timeout)
+
+        # Nobody leaves before the main process has written: torchrun would take it for a failure, and stop the others.
+        machine.wait_at_most(3600)
+        saver.wait()
+        machine.barrier()
 
     # ---- 9. What came of it ------------------------------------------------------------------------------------------
     machine.close()
@@ -354,10 +364,7 @@ def accumulation(config: TrainConfig, world_size: int) -> int:
     per_micro_step = config.batch_size * config.block_size * world_size
     if config.total_batch_size % per_micro_step == 0:
         return config.total_batch_size // per_micro_step
-    sequences = config.total_batch_size / config.block_size / world_size  # what each process has to do in a step
-    fitting = [
-        b for b in range(1, int(sequences) + 1) if config.total_batch_size % (b * config.block_size * world_size) == 0
-    ]
+    fitting = fitting_batches(config, world_size)
     nearest = sorted(sorted(fitting, key=lambda b: abs(b - config.batch_size))[:3])
     multiple = max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step
     raise ValueError(
@@ -366,6 +373,14 @@ def accumulation(config: TrainConfig, world_size: int) -> int:
         + (f"batch_size {', '.join(map(str, nearest))}; or " if nearest else "")
         + f"total_batch_size {multiple}"
     )
+
+
+def fitting_batches(config: TrainConfig, world_size: int) -> list[int]:
+    """Every batch_size of which a whole number of micro-steps makes total_batch_size."""
+    sequences = config.total_batch_size / config.block_size / world_size  # what each process has to do in a step
+    return [
+        b for b in range(1, int(sequences) + 1) if config.total_batch_size % (b * config.block_size * world_size) == 0
+    ]
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -423,7 +438,8 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
         torch.manual_seed(config.seed)
         return GPT(model_config(config, tokenizer.vocab_size))
     source = found or config.init_from
-    model = GPT.from_pretrained(source, dropout=config.dropout, flash=config.flash, pad_vocab=config.pad_vocab)
+    settings = {name: getattr(config, name) for name in ("dropout", "flash", "pad_vocab", "recompute")}
+    model = GPT.from_pretrained(source, **settings)
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"{source} has a vocabulary of {model.config.vocab_size}, but the shards in {config.data_dir} are "
@@ -506,7 +522,10 @@ class Console:
 
     def line(self, text: str) -> None:
         if self.is_main:
-            self.bar.write(text) if self.on_terminal else print(text, flush=True)
+            try:
+                self.bar.write(text) if self.on_terminal else print(text, flush=True)
+            except BrokenPipeError:  # Ctrl-C has ended the tee behind us too; there is yet a checkpoint to be saved
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def saved(self, step: int, folder: Path) -> None:
         self.line(f"step {step:,} | saved {folder}")
@@ -549,7 +568,7 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step)
+            self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step and start_step + 1)
 
     def __call__(self, kind: str, step: int, **values) -> None:
         if self.file:
@@ -658,8 +677,14 @@ def named_checkpoint(found: Path, out_dir: Path) -> Path:
     """resume=PATH, checked."""
     if wrong := checkpoint.damage(found):
         raise ValueError(f"resume={found}: not a whole checkpoint ({wrong}); name a folder such as step_0001000")
-    if found.resolve().parent != out_dir.resolve() and checkpoints(out_dir):
-        raise ValueError(f"resume={found}: out_dir {out_dir} has a run of its own; choose another --out_dir")
+    own = found.resolve().parent == out_dir.resolve()
+    if own and (wrong := checkpoint.mislabelled(found)):
+        raise ValueError(f"resume={found}: {wrong}; rename the folder, and move aside the one that has its name")
+    if not own and checkpoints(out_dir):
+        raise ValueError(
+            f"resume={found}: out_dir {out_dir} has a run of its own; choose another --out_dir, or go on with that run "
+            "without --resume"
+        )
     return found
 
 
@@ -731,7 +756,9 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = number
         if self.is_main:
-            print("\nstopping after this step, then saving; Ctrl-C again stops at once, unsaved", file=sys.stderr)
+            # Not print: it may have been interrupted in a write of its own, and who reads it may be gone.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, then saving; Ctrl-C again stops at once, unsaved\n")
 
     def agreed(self, machine: Runtime) -> int:
         """The signal any rank has received, the same on all ranks; 0 if none."""
@@ -766,6 +793,13 @@ def stopped_message(number: int, step: int, config: TrainConfig) -> str:
     return f"stopped by {signal.Signals(number).name} after {step:,} steps; {command} goes on from there"
 
 
+def out_of_memory_message(config: TrainConfig) -> str:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    fitting = [b for b in fitting_batches(config, world_size) if b <= config.batch_size / 2]
+    smaller = f"--batch_size={fitting[-1]} (now {config.batch_size}) gives the same result" if fitting else ""
+    return "out of memory: " + (smaller or "a single sequence is too much; --recompute=True takes less memory")
+
+
 def diverged_message(step: int, config: TrainConfig) -> str:
     saved = "are good: go on from the last" if checkpoints(config.out_dir) else "are none yet: start again"
     return (
@@ -786,19 +820,18 @@ def main(argv: list[str] | None = None) -> None:
         config = configurator.configure(TrainConfig, argv)
     except ValueError as error:  # the same on every rank
         fail(str(error) if rank == 0 else "")
-    if restarted(config):
-        config = dataclasses.replace(config, resume="auto")
     try:
         with checkpoint.held(Path(config.out_dir)) if rank == 0 else contextlib.nullcontext():
             result = train(config)
     except (ValueError, OSError) as error:
         fail(f"{error}" if rank == 0 else f"(rank {rank}) {error}")
     except torch.OutOfMemoryError:
-        fail(f"out of memory: set batch_size (now {config.batch_size}) to half; the result stays the same")
+        fail(out_of_memory_message(config))
     except RuntimeError as error:  # of half a dozen kinds
         if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise
-        fail(f"(rank {rank}) another process is gone or hangs: {str(error).strip().splitlines()[0]}")
+        reason = str(error).strip().splitlines()[0]
+        fail(f"(rank {rank}) another process is gone or hangs (--timeout is how long one waits): {reason}")
     except KeyboardInterrupt:
         sys.exit(130)
     if result["stopped"]:

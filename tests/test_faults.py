@@ -1,5 +1,6 @@
 """What happens to runs: kills, full disks, damaged files, lost processes. Real processes, and nothing may be lost."""
 
+import math
 import os
 import random
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -210,13 +212,121 @@ def test_damaged_settings_too(config, capsys, text):
     assert "settings.json cannot be read" in capsys.readouterr().out
 
 
-def test_when_none_is_whole_nothing_is_begun_unasked(config):
+def test_when_none_is_whole_nothing_is_begun_however_often_one_asks(config):
     run = config(checkpoint_every=6, max_steps=12)
     train.train(run)
     for folder in checkpoints(run.out_dir):
         (folder / "train_state.pt").unlink()
-    with pytest.raises(ValueError, match="no checkpoint is whole; start over with --resume=never"):
-        train.train(run)
+    before = sorted(os.listdir(run.out_dir))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no checkpoint is whole .*start over with --resume=never"):
+            train.train(run)
+    assert sorted(os.listdir(run.out_dir)) == before
+
+
+def test_an_older_damaged_checkpoint_ends_no_run(config):
+    run = config(checkpoint_every=4, keep_checkpoints=0, eval_every=4)
+    train.train(run)
+    shutil.rmtree(checkpoints(run.out_dir)[-1])
+    (Path(run.out_dir) / "step_0000004" / "settings.json").write_text("{")
+    assert train.train(run)["step"] == 12
+    assert train.train(run)["step"] == 12
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(config, monkeypatch):
+    scores = iter([9.0, math.nan, 1.0, 2.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(scores))
+    run = config(eval_every=2, checkpoint_every=2, keep_checkpoints=2)
+    train.train(run)
+    assert [folder.name for folder in checkpoints(run.out_dir)] == ["step_0000004", "step_0000010", "step_0000012"]
+
+
+def test_a_step_that_is_not_its_folders(config, capsys):
+    run = config(checkpoint_every=4, keep_checkpoints=0)
+    train.train(run)
+    shutil.rmtree(checkpoints(run.out_dir)[-1])
+    settings = Path(run.out_dir) / "step_0000008" / "settings.json"
+    settings.write_text(settings.read_text().replace('"step": 8', '"step": 9'))
+    assert train.train(run)["step"] == 12
+    assert "step_0000008 is damaged (settings.json says step 9)" in capsys.readouterr().out
+
+
+def test_a_second_signal_while_the_checkpoint_is_written(config, monkeypatch):
+    run, before = config(max_steps=200), signal.getsignal(signal.SIGTERM)
+    write, handlers = checkpoint.write, []
+
+    def slow(*arguments):
+        time.sleep(0.2)  # the loop has ended
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return clip(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    assert train.train(run)["stopped"] == signal.SIGTERM
+    assert handlers[0] not in (signal.SIG_DFL, before)
+    assert [folder.name for folder in checkpoints(run.out_dir)] == ["step_0000006"]
+
+
+def test_a_reader_that_is_gone_costs_no_step(config):
+    """Ctrl-C ends the `tee` of `train.py 2>&1 | tee log` too."""
+    run = config(max_steps=100_000)
+    reading, writing = os.pipe()
+    command = [sys.executable, "train.py", *flags(run)]
+    process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=writing, stderr=writing)
+    os.close(writing)
+    os.read(reading, 100)
+    wait_until(lambda: (Path(run.out_dir) / "metrics.jsonl").exists(), process)
+    time.sleep(0.3)
+    os.close(reading)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (130, 2, 120)
+    (last,) = checkpoints(run.out_dir)
+    assert int(last.name[5:]) == metrics(run.out_dir)[-1]["step"] + 1
+
+
+def test_one_checkpoint_is_written_at_a_time(config, monkeypatch):
+    write, inside, most = checkpoint.write, [], []
+
+    def slow(*arguments):
+        assert threading.current_thread().daemon
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        write(*arguments)
+        inside.pop()
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    train.train(config(checkpoint_every=1, max_steps=4, keep_checkpoints=0))
+    assert most == [1] * 4
+
+
+def test_room_is_looked_for_before_each_checkpoint(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "check_space", lambda *_: asked.append(1))
+    train.train(config(checkpoint_every=6))
+    assert len(asked) == 3  # at the start, and two checkpoints
+
+
+def test_all_is_synced_and_the_folder_after_its_name(config, monkeypatch):
+    synced, fsync = [], checkpoint.fsync
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: synced.append(path.name) or fsync(path))
+    train.train(config(checkpoint_every=12))
+    assert set(checkpoint.FILES) <= set(synced) and synced[-2:] == [".step_0000012.tmp", "run"]
+
+
+def test_ctrl_c_twice_does_not_wait_for_a_checkpoint(tmp_path, monkeypatch):
+    saver = checkpoint.Saver(tmp_path, 2, lambda *_: None)
+    monkeypatch.setattr(saver, "wait", lambda: pytest.fail("waited"))
+    with pytest.raises(KeyboardInterrupt), saver:
+        raise KeyboardInterrupt
 
 
 # ---- Going on from a checkpoint by name ------------------------------------------------------------------------------
@@ -243,6 +353,23 @@ def test_going_on_from_another_runs_checkpoint(config, tmp_path, capsys):
         train.train(branch)
     with pytest.raises(ValueError, match=r"not a whole checkpoint \(config.json is missing\)"):
         train.train(config(**settings, resume=str(tmp_path / "nowhere")))
+
+
+def test_a_branch_does_not_take_over_the_metrics_of_another_run(config, tmp_path):
+    settings = dict(checkpoint_every=4, max_steps=12, keep_checkpoints=0)
+    expected = losses(config(**settings, out_dir=str(tmp_path / "first")))
+    train.train(config(max_steps=3, out_dir=str(tmp_path / "branch")))  # leaves metrics, and no checkpoint
+    branch = config(**settings, out_dir=str(tmp_path / "branch"), resume=str(tmp_path / "first" / "step_0000008"))
+    assert losses(branch) == expected[8:]
+    assert len((tmp_path / "branch" / "metrics.jsonl.old1").read_text().splitlines()) > 3
+
+
+def test_starting_over_moves_nothing_but_the_run(config, tmp_path):
+    (tmp_path / "run" / "notes").mkdir(parents=True)
+    train.train(config(resume="never", max_steps=2, checkpoint_every=2))
+    assert not (tmp_path / "run.old1").exists()
+    train.train(config(resume="never", max_steps=2, checkpoint_every=2))
+    assert (tmp_path / "run" / "notes").is_dir() and (tmp_path / "run.old1" / "step_0000002").is_dir()
 
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
@@ -283,6 +410,17 @@ def test_torchrun_replaces_a_lost_process(config, pair, tmp_path, resume):
     assert code == 0, err
     assert "resume: " in out
     assert_equal_runs(pair, run.out_dir)
+
+
+def test_a_signal_to_one_process_of_two(config, tmp_path):
+    """Both stop, and neither leaves before all is written: torchrun would end the other."""
+    run = config(**BUSY | dict(max_steps=100_000), out_dir=str(tmp_path / "signalled"))
+    process = start(run, *PAIR)
+    wait_until(lambda: len(checkpoints(run.out_dir)) > 1, process)
+    os.kill(workers(process)[-1], signal.SIGUSR1)
+    _, out, _ = end(process)
+    step = int(out.rsplit("stopped by SIGUSR1 after ", 1)[1].split()[0].replace(",", ""))
+    assert steps_done(run.out_dir) == step
 
 
 def test_a_process_that_hangs_is_an_error_and_no_wait_for_ever(config, tmp_path):

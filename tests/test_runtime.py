@@ -115,3 +115,18 @@ def test_peak_flops_by_name(gpus):
         gpus(1, name)
         assert runtime.Runtime(CUDA, torch.bfloat16).peak_flops() == peak
     assert runtime.Runtime(CPU, torch.float32).peak_flops() is None
+
+
+def test_restarts_over_several_machines_need_a_store_for_each(monkeypatch):
+    for name, value in (("RESTART_COUNT", "1"), ("MAX_RESTARTS", "3")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setattr(runtime, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 1)]))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+        runtime.meeting_place(world_size=4, local_size=2)
+    assert isinstance(runtime.meeting_place(2, 2), torch.distributed.PrefixStore)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert isinstance(runtime.meeting_place(4, 2), torch.distributed.HashStore)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert isinstance(runtime.meeting_place(4, 2), torch.distributed.HashStore)

@@ -80,6 +80,14 @@ def test_micro_batches_equal_one_large_batch(config, tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
+def test_recomputed_blocks_are_those_not_kept(config, tmp_path):
+    """To the last bit, dropout included."""
+    settings = dict(dropout=0.2, checkpoint_every=12)
+    kept = losses(config(out_dir=str(tmp_path / "kept"), **settings))
+    assert losses(config(out_dir=str(tmp_path / "again"), recompute=True, **settings)) == kept
+    assert_same_weights(tmp_path / "kept", tmp_path / "again")
+
+
 def test_one_batch_can_be_learnt_by_heart(config, monkeypatch):
     """Every step gets the first batch."""
     batch = data.Batches.batch
@@ -93,7 +101,7 @@ def test_the_loss_falls_and_every_line_is_logged(config):
     curve = metrics(run.out_dir)
     assert [record["step"] for record in curve] == list(range(60))
     assert abs(curve[0]["loss"] - math.log(257)) < 0.1 and curve[-1]["loss"] < 3.6
-    assert set(curve[0]) == {"step", "kind", "loss", "lr", "grad_norm", "skipped", "tokens_per_s", "mfu", "ms"}
+    assert set(curve[0]) == set("step kind loss lr grad_norm skipped tokens_per_s mfu ms memory_gb".split())
     assert [record["step"] for record in metrics(run.out_dir, "val")] == [0, 20, 40, 60]
     assert [record["step"] for record in metrics(run.out_dir, "sample")] == [30, 60]
     assert [record["step"] for record in metrics(run.out_dir, "checkpoint")] == [30, 60]
@@ -158,7 +166,7 @@ def test_watching_does_not_change_training(config, tmp_path):
 def without_times(out_dir) -> list[dict]:
     """metrics.jsonl but for what differs between two equal runs."""
     records = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
-    dropped = {"ms", "tokens_per_s", "mfu", "folder"}
+    dropped = {"ms", "tokens_per_s", "mfu", "memory_gb"}
     return [{k: v for k, v in r.items() if k not in dropped} for r in records if r["kind"] != "run"]
 
 
@@ -178,6 +186,17 @@ def test_resumed_equals_straight(config, tmp_path):
     assert without_times(straight) == without_times(resumed)
     assert [record["step"] for record in metrics(resumed, "run")] == [0, 8]
     assert not list(resumed.glob(".*"))
+
+
+@pytest.mark.skipif(bool(runtime.missing_for_compile(torch.device("cpu"))), reason="torch.compile does not work here")
+def test_resumed_equals_straight_compiled_too(config, tmp_path):
+    settings = EVERYTHING | dict(compile=True, max_steps=6, checkpoint_every=3)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train.train(config(out_dir=str(straight), **settings))
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "step_0000006")
+    train.train(config(out_dir=str(resumed), **settings))
+    assert_same_weights(straight, resumed)
 
 
 def test_fp16_skips_and_scales_and_resumes(config, tmp_path, monkeypatch):
@@ -425,6 +444,21 @@ def other_text(text_file, tmp_path) -> Path:
     out = tmp_path / "other"
     data.main([str(text_file), "--out", str(out), "--tokenizer", "bytes", "--val_fraction", "0.3"])
     return out
+
+
+@pytest.mark.parametrize(
+    "batch_size, message",
+    [
+        (4, "out of memory: --batch_size=2 (now 4) gives the same result"),
+        (1, "out of memory: a single sequence is too much; --recompute=True takes less memory"),
+    ],
+)
+def test_out_of_memory_says_what_fits(config, capsys, monkeypatch, batch_size, message):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(GPT, "forward", full)
+    assert fails(capsys, *flags(config(batch_size=batch_size))) == message
 
 
 def test_checkpoints_that_do_not_fit(config, capsys, other_text):
