@@ -4,15 +4,20 @@
     python bench.py tokenize text.parquet --workers 8      files of text, .jsonl or .parquet
     python bench.py hellaswag --data tasks.jsonl           the score's batches against one task at a time
     python bench.py sample --batch 32                      generation against transformers'
+    python bench.py train --batch_size 8                   a training step against transformers'
+    python bench.py ladder --chart ladder.svg              what each of a step's speed-ups brings, one after the other
+    python bench.py show results/cpu/ladder.json           the table of a result printed with --json
 
 The table goes to the standard output, how far things are to the standard error.
 """
 
 import argparse
 import copy
+import functools
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -27,6 +32,7 @@ import torch.nn.functional as F
 import data
 import hellaswag
 import runtime
+import train
 from model import GPT, GPTConfig, resolve
 from runtime import Runtime
 
@@ -228,7 +234,178 @@ def seconds_of(generate: Callable[[int], None], n: int, machine: Runtime) -> flo
 
 def show_sample(result: dict) -> None:
     for name, value in result.items():
-        print(f"{name:32} {value:10.2f}")
+        if isinstance(value, float):
+            print(f"{name:32} {value:10.2f}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train and ladder: steps of train.py itself, each run a process of its own
+
+# The lecture's order. Each rung keeps the settings of those below it.
+LADDER = {
+    "float32": dict(dtype="fp32", tf32=False, compile=False, flash=False, pad_vocab=False, fused=False),
+    "TF32": dict(tf32=True),
+    "bf16 autocast": dict(dtype="bf16"),
+    "torch.compile": dict(compile=True),
+    "flash attention": dict(flash=True),
+    "padded vocabulary": dict(pad_vocab=True),
+    "fused AdamW": dict(fused=True),
+    "4 micro-steps": dict(accumulate=4),
+}
+
+
+def steps_of_train(arguments: argparse.Namespace, folder: Path, accumulate: int = 1, **settings) -> dict:
+    """`python train.py` with these settings on random tokens: medians over its steps but the first."""
+    B, T = arguments.batch_size, arguments.block_size
+    n_steps = 1 + arguments.steps
+    if not (folder / "tokens_train_000001.bin").exists():
+        tokens = np.random.default_rng(0).integers(0, 50257, 4 * (B * n_steps + 2) * T, dtype=np.uint16)
+        data.write_shard(folder / "tokens_train_000001.bin", tokens)
+    settings |= dict(data_dir=folder, out_dir=folder / "run", resume="never", batch_size=B, block_size=T)
+    settings |= dict(total_batch_size=B * T * accumulate, max_steps=n_steps, warmup_steps=0, device=arguments.device)
+    settings |= dict(eval_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0, n_layer=arguments.n_layer)
+    command = [sys.executable, str(Path(train.__file__)), *(f"--{name}={value}" for name, value in settings.items())]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise ValueError(f"train.py ended with {run.returncode}: {(run.stderr.splitlines() or ['?'])[-1]}")
+    records = train.read_metrics(folder / "run" / "metrics.jsonl")
+    timed = [record for record in records if record["kind"] == "train"][1:]
+    ms = statistics.median(record["ms"] for record in timed)
+    flops = records[0]["flops_per_token"] * B * T * accumulate / (ms / 1000)
+    found = dict(ms=ms, tokens_per_s=B * T * accumulate / (ms / 1000), flops=flops, mfu=timed[-1]["mfu"])
+    return found | dict(memory_gb=max(record["memory_gb"] for record in timed))
+
+
+def steps_of_transformers(arguments: argparse.Namespace, machine: Runtime, dtype: torch.dtype, compiled: bool) -> dict:
+    """The same steps as most people write them: GPT2LMHeadModel, autocast, fused AdamW, clipping."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    B, T = arguments.batch_size, arguments.block_size
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = AutoConfig.for_model("gpt2", n_layer=arguments.n_layer, n_positions=T, **no_dropout)
+    model = AutoModelForCausalLM.from_config(config).to(machine.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
+    forward = torch.compile(model) if compiled else model
+    seconds = []
+    for _ in range(1 + arguments.steps):
+        idx = torch.randint(50257, (B, T), device=machine.device)
+        machine.synchronize()
+        start = time.perf_counter()
+        with torch.autocast(machine.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = forward(idx, labels=idx).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        machine.synchronize()
+        seconds.append(time.perf_counter() - start)
+    ms = 1000 * statistics.median(seconds[1:])
+    return dict(ms=ms, tokens_per_s=B * T / (ms / 1000))
+
+
+def matmul_rate(machine: Runtime) -> float:
+    """FLOP/s of one large product in the dtype of training: the most that this machine gives, now."""
+    n = 8192 if machine.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        machine.synchronize()
+        start = time.perf_counter()
+        a @ b
+        machine.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds[2:])
+
+
+def bench_train(arguments: argparse.Namespace) -> dict:
+    machine = runtime.start(arguments.device, arguments.dtype)
+    dtype = next(name for name, value in runtime.DTYPES.items() if value == machine.dtype)
+    say("; ".join(machine.notes))
+    with tempfile.TemporaryDirectory() as folder:
+        ours = functools.partial(steps_of_train, arguments, Path(folder), dtype=dtype)
+        theirs = functools.partial(steps_of_transformers, arguments, machine)
+        runs = {"ours": functools.partial(ours, compile=False)}
+        runs["transformers"] = functools.partial(theirs, machine.dtype, compiled=False)
+        if arguments.compile:
+            runs["ours, compiled"] = functools.partial(ours, compile=True)
+            runs["transformers, compiled"] = functools.partial(theirs, machine.dtype, compiled=True)
+        if arguments.fp32:
+            runs["transformers, float32"] = functools.partial(theirs, torch.float32, compiled=False)
+        return measured(runs, arguments, machine) | {"baseline": "transformers"}
+
+
+def bench_ladder(arguments: argparse.Namespace) -> dict:
+    machine = runtime.start(arguments.device, arguments.dtype)
+    say("; ".join(machine.notes))
+    runs, settings = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, changed in LADDER.items():
+            settings = settings | changed
+            if name != "TF32" or machine.device.type == "cuda":  # there is none elsewhere
+                runs[name] = functools.partial(steps_of_train, arguments, Path(folder), **settings)
+        return measured(runs, arguments, machine) | {"baseline": "float32"}
+
+
+def measured(runs: dict[str, Callable[[], dict]], arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """All runs in turn, several times over: medians, and the machine's matmul rate of the same minutes."""
+    rounds, rates = [], []
+    for _ in range(arguments.rounds):
+        rates.append(matmul_rate(machine))
+        rounds.append({})
+        for name, run in runs.items():
+            rounds[-1][name] = run()
+            say(f"{name:24} {rounds[-1][name]['ms']:10,.1f} ms")
+    rate = statistics.median(rates)
+    rows = {}
+    for name in runs:
+        rows[name] = {key: median([each[name][key] for each in rounds]) for key in rounds[0][name]}
+        if "flops" in rows[name]:
+            rows[name]["of_matmul"] = rows[name]["flops"] / rate
+    shape = {name: getattr(arguments, name) for name in ("n_layer", "batch_size", "block_size", "rounds")}
+    return dict(device=machine.device_name(), torch=torch.__version__, **shape, matmul_flops=rate, rows=rows)
+
+
+def median(values: list) -> float | None:
+    return None if None in values else statistics.median(values)
+
+
+def show_steps(result: dict) -> None:
+    print(
+        f"{result['device']}, torch {result['torch']}; {result['batch_size']} x {result['block_size']} tokens; ", end=""
+    )
+    print(f"a large matmul does {result['matmul_flops'] / 1e9:,.0f} GFLOP/s")
+    print(f"{'':24} {'ms a step':>10} {'tokens/s':>10} {'speed-up':>9} {'of matmul':>10} {'mfu':>6} {'memory':>9}")
+    base = result["rows"][result["baseline"]]["tokens_per_s"]
+    for name, row in result["rows"].items():
+        share, mfu, memory = row.get("of_matmul"), row.get("mfu"), row.get("memory_gb")
+        print(
+            f"{name:24} {row['ms']:10,.1f} {row['tokens_per_s']:10,.0f} {row['tokens_per_s'] / base:8.2f}x "
+            f"{f'{share:.0%}' if share else '':>10} {f'{mfu:.0%}' if mfu else '':>6} "
+            f"{f'{memory:.1f} GB' if memory else '':>9}"
+        )
+
+
+def draw_ladder(result: dict, path: str) -> None:
+    """Bars of tokens/s, one a rung."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--chart needs matplotlib: pip install matplotlib") from None
+    names, rows = list(result["rows"]), list(result["rows"].values())
+    base = rows[0]["tokens_per_s"]
+    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(names, [row["tokens_per_s"] for row in rows], color="#0072b2")
+    axes.bar_label(bars, [f" {row['ms']:,.0f} ms, {row['tokens_per_s'] / base:.1f}x" for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("tokens/s")
+    axes.set_title(
+        f"GPT-2 124M, {result['batch_size']} x {result['block_size']} tokens: {result['device']}", loc="left"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,31 +433,63 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sample.add_argument("--prompt_tokens", type=int, default=16, help="length of each (default: %(default)s)")
     sample.add_argument("--max_tokens", type=int, default=256, help="new tokens (default: %(default)s)")
 
-    for bench in (score, sample):
+    steps_benches = add_steps_benches(benches)
+    for bench in (score, sample, *steps_benches):
         bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
         bench.add_argument("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="(default: %(default)s)")
-    for bench in (tokenize, score, sample):
+    for bench in (tokenize, score, sample, *steps_benches):
         bench.add_argument("--rounds", type=int, default=3, help="how often all is measured (default: %(default)s)")
         bench.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 1:
+    if arguments.bench != "show" and arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
     return arguments
 
 
+def add_steps_benches(benches) -> list[argparse.ArgumentParser]:
+    steps = benches.add_parser("train", help="a training step of GPT-2 124M, against transformers'")
+    steps.add_argument("--compile", action="store_true", help="also with torch.compile, both")
+    steps.add_argument("--fp32", action="store_true", help="also transformers' in float32")
+    ladder = benches.add_parser("ladder", help="the same step with one speed-up after the other")
+    show = benches.add_parser("show", help="the table of a result that was printed with --json")
+    show.add_argument("file", help="with that JSON object")
+    for bench in (ladder, show):
+        bench.add_argument("--chart", metavar="FILE", help="also draw a ladder, as .svg or .png (needs matplotlib)")
+    for bench in (steps, ladder):
+        bench.add_argument("--batch_size", type=int, default=4, help="sequences a step (default: %(default)s)")
+        bench.add_argument("--block_size", type=int, default=1024, help="tokens in each (default: %(default)s)")
+        bench.add_argument("--n_layer", type=int, default=12, help="blocks; 12 is 124M's (default: %(default)s)")
+        bench.add_argument("--steps", type=int, default=3, help="that are timed, in a round (default: %(default)s)")
+    return [steps, ladder]
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    measure, show = {
+    benches = {
         "tokenize": (bench_tokenize, show_tokenize),
         "hellaswag": (bench_hellaswag, show_hellaswag),
         "sample": (bench_sample, show_sample),
-    }[arguments.bench]
+        "train": (bench_train, show_steps),
+        "ladder": (bench_ladder, show_steps),
+    }
     try:
-        result = measure(arguments)
+        if arguments.bench == "show":
+            result = json.loads(Path(arguments.file).read_text())
+        else:
+            result = dict(bench=arguments.bench) | benches[arguments.bench][0](arguments)
+        if getattr(arguments, "chart", None):
+            draw_ladder(result, arguments.chart)
+        show = benches[result["bench"]][1]
+    except KeyError:
+        print(f"bench.py: {arguments.file}: not a result of bench.py --json", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(result)) if arguments.json else show(result)
+    if arguments.bench != "show" and arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
 
 
 if __name__ == "__main__":

@@ -804,8 +804,8 @@ def diverged_message(step: int, config: TrainConfig) -> str:
     saved = "are good: go on from the last" if checkpoints(config.out_dir) else "are none yet: start again"
     return (
         f"the gradient was not finite {MAX_SKIPPED} steps in a row, up to step {step:,}. The checkpoints in "
-        f"{config.out_dir} {saved} with a lower learning_rate (now {config.learning_rate:g}), "
-        "more warmup_steps, or --dtype=fp32"
+        f"{config.out_dir} {saved} with --resume_anyway=True and a lower learning_rate (now "
+        f"{config.learning_rate:g}), more warmup_steps, or --dtype=fp32"
     )
 
 

@@ -22,7 +22,7 @@ HOUSE = {
     "sample": {"runtime", "data", "model", "web"},
     "hellaswag": {"runtime", "data", "model"},
     "train": {"checkpoint", "configurator", "runtime", "data", "model", "hellaswag"},
-    "bench": {"runtime", "data", "model", "hellaswag"},
+    "bench": {"runtime", "data", "model", "hellaswag", "train"},
 }
 HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
 HEAVY |= {"pyarrow", "flask", "werkzeug"}

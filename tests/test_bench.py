@@ -1,0 +1,63 @@
+"""bench.py runs what people run, and prints what it measured. (What it measures is no test's business.)"""
+
+import dataclasses
+import json
+
+import pytest
+
+import bench
+import train
+
+
+def run(capsys, *argv: str) -> dict:
+    bench.main([*argv, "--json", "--rounds", "1", "--device", "cpu"])
+    return json.loads(capsys.readouterr().out)
+
+
+TINY = ("--n_layer", "1", "--batch_size", "1", "--block_size", "8", "--steps", "1", "--dtype", "fp32")
+
+
+def test_the_ladder_ends_at_the_defaults():
+    """Nothing but the number of micro-steps is left to change at the top, and each rung changes something."""
+    fields = {field.name: field.default for field in dataclasses.fields(train.TrainConfig)}
+    top = {}
+    for changed in bench.LADDER.values():
+        assert any(top.get(name) != value for name, value in changed.items())
+        top |= changed
+    assert top.pop("accumulate") == 4 and set(top) <= set(fields)
+    assert {name: value for name, value in top.items() if fields[name] not in (value, "auto")} == {}
+
+
+def test_a_step_against_transformers(capsys):
+    result = run(capsys, "train", *TINY)
+    assert set(result["rows"]) == {"ours", "transformers"} and result["matmul_flops"] > 0
+    ours = result["rows"]["ours"]
+    assert ours["tokens_per_s"] == pytest.approx(8000 / ours["ms"]) and 0 < ours["of_matmul"] < 2
+    bench.show_steps(result)
+    assert "1 x 8 tokens" in capsys.readouterr().out
+
+
+def test_the_ladder_is_drawn(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "LADDER", {name: bench.LADDER[name] for name in ("float32", "TF32", "bf16 autocast")})
+    pytest.importorskip("matplotlib")
+    result = run(capsys, "ladder", *TINY, "--chart", str(tmp_path / "ladder.svg"))
+    assert list(result["rows"]) == ["float32", "bf16 autocast"]  # TF32 is for GPUs
+    assert "bf16 autocast" in (tmp_path / "ladder.svg").read_text()
+    (tmp_path / "ladder.json").write_text(json.dumps(result))
+    bench.main(["show", str(tmp_path / "ladder.json"), "--chart", str(tmp_path / "again.svg")])
+    assert "bf16 autocast" in capsys.readouterr().out and (tmp_path / "again.svg").exists()
+
+
+def test_generation_against_transformers(capsys):
+    result = run(capsys, "sample", "--max_tokens", "2", "--prompt_tokens", "2", "--dtype", "fp32")
+    assert result["ratio"] > 0
+
+
+def test_mistakes_are_one_line(capsys, tmp_path):
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        bench.main(["show", str(tmp_path / "no.json")])
+    assert "no.json: not a result of bench.py --json" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        run(capsys, "train", "--block_size", "0", "--batch_size", "1")
+    assert exit_.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("bench.py: ")
