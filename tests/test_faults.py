@@ -377,13 +377,9 @@ def test_starting_over_moves_nothing_but_the_run(config, tmp_path):
 
 def workers(process: subprocess.Popen) -> list[int]:
     """The processes that torchrun has started and that train.py runs in."""
-    run = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [
-        pid
-        for pid in map(int, run.stdout.split())
-        if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        and b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    run = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
+    rows = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
+    return [int(pid) for pid, parent, *args in rows if int(parent) == process.pid and " train.py " in args[0]]
 
 
 PAIR = ("--standalone", "--nproc_per_node=2")
