@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 import data
 import runtime
 import train
-from model import GPT, GPTConfig, checkpoints
+from model import GPT, Block, GPTConfig, checkpoints
 from train import accumulation, learning_rate_at
 
 
@@ -80,11 +80,15 @@ def test_micro_batches_equal_one_large_batch(config, tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
-def test_recomputed_blocks_are_those_not_kept(config, tmp_path):
-    """To the last bit, dropout included."""
+def test_recomputed_blocks_are_those_not_kept(config, tmp_path, monkeypatch):
+    """To the last bit, dropout included; each block runs twice a step then."""
     settings = dict(dropout=0.2, checkpoint_every=12)
+    forward, calls = Block.forward, []
+    monkeypatch.setattr(Block, "forward", lambda self, *inputs: calls.append(1) or forward(self, *inputs))
     kept = losses(config(out_dir=str(tmp_path / "kept"), **settings))
+    once = len(calls)
     assert losses(config(out_dir=str(tmp_path / "again"), recompute=True, **settings)) == kept
+    assert len(calls) - once == 2 * once
     assert_same_weights(tmp_path / "kept", tmp_path / "again")
 
 
@@ -357,6 +361,18 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeyp
     assert "step 3 | gradient not finite" in capsys.readouterr().out
     assert [record["skipped"] for record in metrics(run.out_dir)] == [0, 0, 0, 1, 1]
     assert metrics(run.out_dir)[3]["loss"] is None and "NaN" not in (Path(run.out_dir) / "metrics.jsonl").read_text()
+
+
+def test_a_loss_that_jumps_is_noted(config, monkeypatch, capsys):
+    usual = [3.0 + 0.01 * (i % 7) for i in range(60)]
+    assert train.spike(3.5, usual) == "the loss jumped to 3.5000 from about 3.0290"
+    assert train.spike(3.07, usual) == train.spike(3.5, usual[:40]) == train.spike(float("nan"), usual) == ""
+    assert train.spike(3.5, [*usual, float("nan")])  # a skipped step does not blind it
+    run = config(max_steps=3)
+    monkeypatch.setattr(train, "spike", lambda loss, recent: "the loss jumped" if len(recent) == 1 else "")
+    train.train(run)
+    assert "step 1 | NOTE: the loss jumped" in capsys.readouterr().out
+    assert [(record["step"], record["text"]) for record in metrics(run.out_dir, "note")] == [(1, "the loss jumped")]
 
 
 def test_a_run_that_diverges_stops_with_advice(config, monkeypatch, capsys):
