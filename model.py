@@ -302,7 +302,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     ROWS = 8192  # of logits at once, 0.8 GB in bf16
-    ROWS_IN_CACHE = 32  # of them in float32 at once, on a CPU: 6 MB
+    IN_CACHE = 6_500_000  # bytes of them in float32 at once, on a CPU: 32 rows of GPT-2's
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets) -> torch.Tensor:
@@ -337,7 +337,7 @@ class HeadLoss(torch.autograd.Function):
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The sum of the cross entropies of logits (N, PV), float32; the logits are overwritten by its gradient."""
     in_slices = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    rows = HeadLoss.ROWS_IN_CACHE if in_slices else len(logits)
+    rows = max(1, HeadLoss.IN_CACHE // (4 * logits.size(1))) if in_slices else len(logits)
     total = torch.zeros((), device=logits.device)
     for some, target in zip(logits.split(rows), targets[:, None].split(rows)):
         log_p = F.log_softmax(some, dim=-1, dtype=torch.float32)

@@ -139,8 +139,8 @@ def test_loss_at_initialisation_is_that_of_knowing_nothing():
 def test_the_loss_in_pieces_is_the_loss(monkeypatch, device, dtype, pad_vocab):
     """Loss and all gradients, against cross_entropy over the whole logits; pieces that do not divide the rows."""
     monkeypatch.setattr(HeadLoss, "ROWS", 10)
-    monkeypatch.setattr(HeadLoss, "ROWS_IN_CACHE", 3)
     model = make_toy(pad_vocab=pad_vocab).to(device)
+    monkeypatch.setattr(HeadLoss, "IN_CACHE", 3 * 4 * model.config.padded_vocab_size)
     x, y = ids(2, 16).to(device), ids(2, 16, seed=1).to(device)
     found = []
     for in_pieces in (True, False):
