@@ -26,7 +26,7 @@ import data
 from model import GPT, GPTConfig, checkpoints
 
 # What a run writes into its folder; no other file there is ever moved.
-OURS = re.compile(r"step_\d+|metrics\.jsonl|wandb_id$|tensorboard$")
+OURS = re.compile(r"step_\d+|metrics\.jsonl|(wandb_id|tensorboard|profile\.txt|trace\.json)$")
 
 FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
 

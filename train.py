@@ -35,6 +35,7 @@ import checkpoint
 import configurator
 import data
 import hellaswag
+import report
 import runtime
 from model import GPT, GPTConfig, checkpoints
 from runtime import Runtime
@@ -101,11 +102,12 @@ class TrainConfig:
     compile: Literal["auto", True, False] = "auto"  # auto: where a compiler is and the run is long enough to pay
     tf32: bool = True  # on NVIDIA: products of float32 matrices with a 10-bit mantissa
     timeout: int = 120  # seconds that processes wait for one of them, after the first step, before the run ends
+    profile: int = 0  # this many steps, from the third on, through torch's profiler: out_dir/profile.txt and trace.json
 
     def mistakes(self) -> list[str]:
         """What is wrong with these values, one sentence each. `accumulation` finds what depends on the machine."""
         at_least = dict(batch_size=1, total_batch_size=1, keep_checkpoints=0, eval_tokens=1, sample_tokens=1, timeout=1)
-        at_least |= dict(hellaswag_limit=0)
+        at_least |= dict(hellaswag_limit=0, profile=0)
         at_least |= dict.fromkeys(("warmup_steps", "cooldown_steps", "max_steps", "seed"), 0)
         at_least |= {field.name: 0 for field in dataclasses.fields(self) if field.name.endswith("_every")}
         at_least |= dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip"), 0)
@@ -124,6 +126,10 @@ class TrainConfig:
             )
         if self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             wrong.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; set both")
+        if self.profile and self.profile + 2 > self.max_steps:
+            wrong.append(
+                f"profile {self.profile} begins with the third step: max_steps must be {self.profile + 2} at least"
+            )
         return wrong + model_config(self, vocab_size=1).mistakes()
 
 
@@ -240,6 +246,7 @@ def train(config: TrainConfig) -> dict:
     micro_steps = ((s, k, machine.rank) for s in range(start_step, config.max_steps) for k in range(n_accumulate))
     coming = data.prefetch(batches.batch, micro_steps, machine.device)
     val_loss, train_seconds, steps_timed = None, 0.0, 0
+    waiting = Stopwatch()  # for data, the log and checkpoints: what a step should not notice
     skipped, skipped_in_a_row = 0, 0
     recent = collections.deque(maxlen=SPIKE_WINDOW)  # losses
 
@@ -252,6 +259,7 @@ def train(config: TrainConfig) -> dict:
         Console(config, start_step, machine.is_main) as console,
         StopSignal(machine.is_main) as stop,  # until all is written: torchrun and others send a signal twice
         checkpoint.Saver(out_dir, config.keep_checkpoints, console.saved) as saver,
+        profiler(config, machine) as profile,
     ):
         for step in range(start_step, config.max_steps + 1):
             # What was due at a checkpoint's step was done before it was saved: it is not done twice.
@@ -279,7 +287,8 @@ def train(config: TrainConfig) -> dict:
                 if machine.is_main:
                     state = dict(step=step, val_loss=val_loss if evaluated else None, train_tokens=windows.n_tokens)
                     state |= dict(settings=dataclasses.asdict(config))
-                    saver.save(raw_model, tokenizer, optimizer, scaler, state)
+                    with waiting:
+                        saver.save(raw_model, tokenizer, optimizer, scaler, state)
             saver.check()
             if stopping or step == config.max_steps:
                 break
@@ -295,7 +304,8 @@ def train(config: TrainConfig) -> dict:
             for k in range(n_accumulate):
                 if config.dropout:
                     seed_dropout(config.seed, step, k, machine.rank)
-                x, y = next(coming)  # (B, T) each
+                with waiting:
+                    x, y = next(coming)  # (B, T) each
                 # Ranks average their gradients once, with the last piece.
                 alone = machine.world_size > 1 and k < n_accumulate - 1
                 with model.no_sync() if alone else contextlib.nullcontext():
@@ -316,6 +326,8 @@ def train(config: TrainConfig) -> dict:
             # ======== END OF TRAINING ========
 
             console.tick()
+            if profile:
+                profile.step()
             skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
             if skipped_in_a_row:
                 skipped += 1
@@ -332,10 +344,12 @@ def train(config: TrainConfig) -> dict:
                     tokens_per_s=config.total_batch_size / seconds,
                     mfu=share_of_peak(flops_per_step / seconds, machine),
                     ms=1000 * seconds,
+                    waited_ms=1000 * waiting.lap() / steps_timed,  # a step, since the last record
                     memory_gb=machine.peak_memory(),
                 )
-                log("train", step, **record)
-                console.step(step, record)
+                with waiting:
+                    log("train", step, **record)
+                    console.step(step, record)
                 if jump := spike(record["loss"], recent):
                     log("note", step, text=jump)
                     console.line(f"step {step:,} | NOTE: {jump}")
@@ -503,6 +517,41 @@ def sample_text(model: GPT, tokenizer: data.Tokenizer, config: TrainConfig, mach
         return tokenizer.decode(prompt + model.generate([prompt], config.sample_tokens, **options)[0])
 
 
+class Stopwatch:
+    """`with watch:` adds the time its block takes; `watch.lap()` returns the sum, in seconds, and starts anew."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.seconds += time.perf_counter() - self.start
+
+    def lap(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def profiler(config: TrainConfig, machine: Runtime) -> contextlib.AbstractContextManager:
+    """torch's profiler for the steps that `profile` asks for, else nothing; the first two only warm up.
+
+    It writes profile.txt, the operators by the time they took, and trace.json, for ui.perfetto.dev, into out_dir.
+    """
+    if not (config.profile and machine.is_main):
+        return contextlib.nullcontext()
+    order = "self_cpu_time_total" if machine.device.type == "cpu" else "self_device_time_total"
+
+    def write(found: torch.profiler.profile) -> None:
+        table = found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=50)
+        (Path(config.out_dir) / "profile.txt").write_text(table)
+        found.export_chrome_trace(str(Path(config.out_dir) / "trace.json"))
+
+    steps = torch.profiler.schedule(wait=1, warmup=1, active=config.profile, repeat=1)
+    return torch.profiler.profile(schedule=steps, on_trace_ready=write)
+
+
 class Console:
     """What a person sees: a progress bar on a terminal, plain lines in a file; nothing from ranks above 0."""
 
@@ -594,21 +643,10 @@ def cut_metrics(path: Path, step: int) -> None:
     # At the checkpoint's own step all was done but the training.
     kept = [
         record
-        for record in read_metrics(path)
+        for record in report.read_metrics(path)
         if record["step"] < step or (record["step"] == step and record["kind"] not in ("train", "note"))
     ]
     data.write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl, without a line that is not whole; none if there is no such file."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and {"step", "kind"} <= record.keys():
-                records.append(record)
-    return records
 
 
 def check_packages(config: TrainConfig) -> None:
@@ -722,7 +760,7 @@ def restarted(config: TrainConfig) -> bool:
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
-    runs = [record for record in read_metrics(Path(config.out_dir) / "metrics.jsonl") if record["kind"] == "run"]
+    runs = [record for record in report.read_metrics(Path(config.out_dir) / "metrics.jsonl") if record["kind"] == "run"]
     began = bool(runs) and runs[-1].get("job") == os.environ.get("TORCHELASTIC_RUN_ID")
     return began and (config.resume == "never" or bool(checkpoints(config.out_dir)))
 

@@ -19,6 +19,7 @@ import torch
 from conftest import clean_environment, flags, losses, metrics, toy_config, weights
 
 import checkpoint
+import report
 import train
 from model import checkpoints
 
@@ -118,7 +119,7 @@ def test_terminated_at_random_moments(config, straight, tmp_path):
 
 
 def runs_begun(out_dir: str) -> list[dict]:
-    return [record for record in train.read_metrics(Path(out_dir) / "metrics.jsonl") if record["kind"] == "run"]
+    return [record for record in report.read_metrics(Path(out_dir) / "metrics.jsonl") if record["kind"] == "run"]
 
 
 def test_a_full_disk(config, straight, tmp_path):

@@ -17,12 +17,14 @@ HOUSE = {
     "data": set(),
     "model": set(),
     "web": set(),
-    "checkpoint": {"data", "model"},
+    "report": set(),
+    "plot": {"report"},
+    "checkpoint": {"data", "model", "report"},
     "fineweb": {"data"},
     "sample": {"runtime", "data", "model", "web"},
     "hellaswag": {"runtime", "data", "model"},
-    "train": {"checkpoint", "configurator", "runtime", "data", "model", "hellaswag"},
-    "bench": {"runtime", "data", "model", "hellaswag", "train"},
+    "train": {"checkpoint", "report", "plot", "configurator", "runtime", "data", "model", "hellaswag"},
+    "bench": {"runtime", "data", "model", "hellaswag", "train", "report"},
 }
 HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
 HEAVY |= {"pyarrow", "flask", "werkzeug"}
@@ -92,7 +94,7 @@ def test_functions_are_short_and_scripts_have_a_main(name):
         if (name, function.name) != ("train", "train"):
             body = function.body[1:] if ast.get_docstring(function) else function.body
             assert not body or function.end_lineno - body[0].lineno < 40, f"{name}.{function.name}"
-    if name not in ("configurator", "runtime", "model", "web", "checkpoint"):
+    if name not in ("configurator", "runtime", "model", "web", "report", "checkpoint"):
         assert "main" in {function.name for function in functions}
 
 

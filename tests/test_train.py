@@ -2,6 +2,7 @@
 what people and machines do to it."""
 
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -105,7 +106,7 @@ def test_the_loss_falls_and_every_line_is_logged(config):
     curve = metrics(run.out_dir)
     assert [record["step"] for record in curve] == list(range(60))
     assert abs(curve[0]["loss"] - math.log(257)) < 0.1 and curve[-1]["loss"] < 3.6
-    assert set(curve[0]) == set("step kind loss lr grad_norm skipped tokens_per_s mfu ms memory_gb".split())
+    assert set(curve[0]) == set("step kind loss lr grad_norm skipped tokens_per_s mfu ms waited_ms memory_gb".split())
     assert [record["step"] for record in metrics(run.out_dir, "val")] == [0, 20, 40, 60]
     assert [record["step"] for record in metrics(run.out_dir, "sample")] == [30, 60]
     assert [record["step"] for record in metrics(run.out_dir, "checkpoint")] == [30, 60]
@@ -170,8 +171,28 @@ def test_watching_does_not_change_training(config, tmp_path):
 def without_times(out_dir) -> list[dict]:
     """metrics.jsonl but for what differs between two equal runs."""
     records = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
-    dropped = {"ms", "tokens_per_s", "mfu", "memory_gb"}
+    dropped = {"ms", "waited_ms", "tokens_per_s", "mfu", "memory_gb"}
     return [{k: v for k, v in r.items() if k not in dropped} for r in records if r["kind"] != "run"]
+
+
+def test_the_profiler_writes_its_table_and_trace(config):
+    c = config(max_steps=6, profile=2)
+    train.train(c)
+    trace = json.loads((Path(c.out_dir) / "trace.json").read_text())["traceEvents"]
+    assert {event["name"] for event in trace if event["name"].startswith("ProfilerStep")} == {
+        "ProfilerStep#2",
+        "ProfilerStep#3",
+    }
+    assert "aten::mm" in (Path(c.out_dir) / "profile.txt").read_text()
+
+
+def test_waiting_is_all_but_the_computing(config, monkeypatch):
+    """On a clock that ticks when it is read, each of two batches, the log, and a checkpoint takes a second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    c = config(max_steps=4, batch_size=2, checkpoint_every=2)
+    train.train(c)
+    assert [record["waited_ms"] for record in metrics(c.out_dir)] == [2000, 3000, 4000, 3000]
 
 
 def test_resumed_equals_straight(config, tmp_path):
