@@ -4,7 +4,9 @@
     python bench.py tokenize text.parquet --workers 8      files of text, .jsonl or .parquet
     python bench.py hellaswag --data tasks.jsonl           the score's batches against one task at a time
     python bench.py sample --batch 32                      generation against transformers'
-    python bench.py train --batch_size 8                   a training step against transformers'
+    python bench.py train --batch_size 8                   a training step against transformers', and what it waits for
+    python bench.py train --profile out/profile            the same, and torch's profiler over our steps
+    python bench.py memory                                 which batch of which GPT-2 fits into which GPU: estimates
     python bench.py ladder --chart ladder.svg              what each of a step's speed-ups brings, one after the other
     python bench.py show results/cpu/ladder.json           the table of a result printed with --json
 
@@ -15,7 +17,9 @@ import argparse
 import copy
 import functools
 import json
+import math
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,9 +35,10 @@ import torch.nn.functional as F
 
 import data
 import hellaswag
+import report
 import runtime
 import train
-from model import GPT, GPTConfig, resolve
+from model import GPT, SIZES, GPTConfig, HeadLoss, resolve
 from runtime import Runtime
 
 
@@ -263,27 +268,29 @@ def steps_of_train(arguments: argparse.Namespace, folder: Path, accumulate: int 
         data.write_shard(folder / "tokens_train_000001.bin", tokens)
     settings |= dict(data_dir=folder, out_dir=folder / "run", resume="never", batch_size=B, block_size=T)
     settings |= dict(total_batch_size=B * T * accumulate, max_steps=n_steps, warmup_steps=0, device=arguments.device)
-    settings |= dict(eval_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0, n_layer=arguments.n_layer)
+    settings = dict(eval_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0) | settings
+    settings |= dict(n_layer=arguments.n_layer)
     command = [sys.executable, str(Path(train.__file__)), *(f"--{name}={value}" for name, value in settings.items())]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise ValueError(f"train.py ended with {run.returncode}: {(run.stderr.splitlines() or ['?'])[-1]}")
-    records = train.read_metrics(folder / "run" / "metrics.jsonl")
+    records = report.read_metrics(folder / "run" / "metrics.jsonl")
     timed = [record for record in records if record["kind"] == "train"][1:]
     ms = statistics.median(record["ms"] for record in timed)
     flops = records[0]["flops_per_token"] * B * T * accumulate / (ms / 1000)
     found = dict(ms=ms, tokens_per_s=B * T * accumulate / (ms / 1000), flops=flops, mfu=timed[-1]["mfu"])
-    return found | dict(memory_gb=max(record["memory_gb"] for record in timed))
+    found["memory_gb"] = max(record["memory_gb"] for record in timed)
+    waits = [record["waited_ms"] for record in timed]
+    return found | dict(waited_ms=statistics.median(waits), longest_wait_ms=max(waits))
 
 
 def steps_of_transformers(arguments: argparse.Namespace, machine: Runtime, dtype: torch.dtype, compiled: bool) -> dict:
     """The same steps as most people write them: GPT2LMHeadModel, autocast, fused AdamW, clipping."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     B, T = arguments.batch_size, arguments.block_size
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    config = AutoConfig.for_model("gpt2", n_layer=arguments.n_layer, n_positions=T, **no_dropout)
-    model = AutoModelForCausalLM.from_config(config).to(machine.device).train()
+    on_gpu = machine.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(machine.device)
+    model = gpt2_of_transformers(T, arguments.n_layer).to(machine.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
     forward = torch.compile(model) if compiled else model
     seconds = []
@@ -301,7 +308,8 @@ def steps_of_transformers(arguments: argparse.Namespace, machine: Runtime, dtype
         machine.synchronize()
         seconds.append(time.perf_counter() - start)
     ms = 1000 * statistics.median(seconds[1:])
-    return dict(ms=ms, tokens_per_s=B * T / (ms / 1000))
+    memory = dict(memory_gb=machine.peak_memory()) if on_gpu else {}  # a CPU's is that of all that ran here before
+    return dict(ms=ms, tokens_per_s=B * T / (ms / 1000)) | memory
 
 
 def matmul_rate(machine: Runtime) -> float:
@@ -332,7 +340,22 @@ def bench_train(arguments: argparse.Namespace) -> dict:
             runs["transformers, compiled"] = functools.partial(theirs, machine.dtype, compiled=True)
         if arguments.fp32:
             runs["transformers, float32"] = functools.partial(theirs, torch.float32, compiled=False)
-        return measured(runs, arguments, machine) | {"baseline": "transformers"}
+        result = measured(runs, arguments, machine) | {"baseline": "transformers"}
+
+        # Two more of our runs: one that saves, and, if wanted, one under the profiler.
+        saving = ours(compile=False, checkpoint_every=arguments.steps)
+        if arguments.profile:
+            keep_profile(ours, arguments, Path(folder) / "run")
+    return result | {"checkpoint_wait_ms": saving["longest_wait_ms"]}
+
+
+def keep_profile(ours: Callable, arguments: argparse.Namespace, run: Path) -> None:
+    """profile.txt and trace.json of a run of its own, into arguments.profile."""
+    ours(compile=arguments.compile, profile=max(1, arguments.steps - 1))
+    arguments.profile.mkdir(parents=True, exist_ok=True)
+    for name in ("profile.txt", "trace.json"):
+        shutil.copy(run / name, arguments.profile / name)
+    say((run / "profile.txt").read_text())
 
 
 def bench_ladder(arguments: argparse.Namespace) -> dict:
@@ -386,6 +409,14 @@ def show_steps(result: dict) -> None:
         )
 
 
+def show_train(result: dict) -> None:
+    show_steps(result)
+    ours, saving = result["rows"]["ours"], result["checkpoint_wait_ms"]
+    every = train.TrainConfig.checkpoint_every
+    print(f"waiting for data and the log: {ours['waited_ms']:.2f} ms, {ours['waited_ms'] / ours['ms']:.3%} of a step")
+    print(f"waiting for a checkpoint: {saving:,.0f} ms, {saving / (every * ours['ms']):.3%} of {every:,} steps")
+
+
 def draw_ladder(result: dict, path: str) -> None:
     """Bars of tokens/s, one a rung."""
     try:
@@ -406,6 +437,107 @@ def draw_ladder(result: dict, path: str) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory: what a step needs of it, counted on any machine, and so which batch fits into which GPU
+
+CARDS_GB = (24, 80, 141)
+USABLE = 0.9  # of them; the rest is CUDA's own, and gaps between tensors
+TYPICAL_MFU = 0.4  # to tell tokens/s: what others reach with GPT-2 124M on an H100
+
+
+def bytes_kept(model: torch.nn.Module, loss_of: Callable, idx: torch.Tensor) -> int:
+    """What autograd keeps of a forward pass under bf16 autocast until the backward pass, besides the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}  # the storage's address -> bytes: some tensors are kept several times
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, idx)  # held, or all would be freed while it is counted
+    assert loss.requires_grad
+    return sum(size for address, size in kept.items() if address not in parameters)
+
+
+def bytes_a_sequence(build: Callable[[int], torch.nn.Module], loss_of: Callable, n_layer: int, T: int) -> dict:
+    """What each sequence adds: to the blocks, and to one of them; from one and two blocks, one and two sequences."""
+    of_sequence = []
+    for layers in (1, 2):
+        model = build(layers)
+        one, two = (bytes_kept(model, loss_of, torch.zeros(B, T, dtype=torch.int64)) for B in (1, 2))
+        of_sequence.append(two - one)
+    block = of_sequence[1] - of_sequence[0]
+    return dict(sequence=of_sequence[0] + (n_layer - 1) * block, block=block)
+
+
+def our_loss(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    return model(idx, idx)
+
+
+def their_loss(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
+    return model(idx, labels=idx).loss
+
+
+def gpt2_of_transformers(T: int, n_layer: int) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=n_layer, n_positions=T, **no_dropout))
+
+
+def memory_of(name: str, T: int) -> dict:
+    """Estimates for one of GPT-2's sizes: bytes that are there for any batch, and bytes for each sequence of it."""
+    shape, C = SIZES[name], SIZES[name]["n_embd"]
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**shape, block_size=T))
+    # Weights, gradients and AdamW's two means in float32, weights in bf16; the head's gradient, and its logits at work.
+    padded = model.config.padded_vocab_size
+    fixed = 18 * model.num_params() + 4 * padded * C + (2 + 4) * padded * HeadLoss.ROWS
+
+    def build(layers: int) -> GPT:
+        return GPT(GPTConfig(**shape | dict(n_layer=layers), block_size=T))
+
+    kept = bytes_a_sequence(build, our_loss, shape["n_layer"], T)
+    # Computed again, a block keeps what came in, float32, and one at a time has all of it.
+    again = kept["sequence"] - (shape["n_layer"] - 1) * kept["block"] + shape["n_layer"] * 4 * T * C
+    batches = {
+        kind: {str(card): largest_batch(USABLE * card * 1e9 - fixed, size) for card in CARDS_GB}
+        for kind, size in (("kept", kept["sequence"]), ("recomputed", again))
+    }
+    speed = TYPICAL_MFU * runtime.PEAK_FLOPS["H100"] / model.flops_per_token(T)
+    return dict(fixed=fixed, kept=kept["sequence"], recomputed=again, batches=batches, tokens_per_s=speed)
+
+
+def largest_batch(room: float, sequence: float) -> int:
+    """The largest power of two of sequences for which there is room; 0 if there is none for one."""
+    return 2 ** int(math.log2(room / sequence)) if room >= sequence else 0
+
+
+def bench_memory(arguments: argparse.Namespace) -> dict:
+    T = arguments.block_size
+    rows = {}
+    for name in SIZES:
+        rows[name] = memory_of(name, T)
+        say(f"{name} {rows[name]['kept'] / 1e6:,.0f} MB a sequence")
+    theirs = bytes_a_sequence(functools.partial(gpt2_of_transformers, T), their_loss, SIZES["gpt2"]["n_layer"], T)
+    return dict(block_size=T, rows=rows, transformers=theirs["sequence"])
+
+
+def show_memory(result: dict) -> None:
+    print(f"Estimates for {result['block_size']:,} tokens a sequence in bf16, AdamW, {USABLE:.0%} of a GPU's memory")
+    print(f"{'':12} {'always':>9} {'a sequence':>12}  largest batch_size:", end="")
+    print("".join(f"{card:>7} GB" for card in CARDS_GB), f"{'tokens/s':>10}")
+    for name, row in result["rows"].items():
+        # To compute the blocks once more makes four passes of what was three (a backward pass being two).
+        for kind, label, slower in (("kept", name, 1), ("recomputed", "  recompute", 3 / 4)):
+            print(f"{label:12} {row['fixed'] / 1e9:6.1f} GB {row[kind] / 1e6:9,.0f} MB {'':20}", end="")
+            print("".join(f"{batch or '-':>10}" for batch in row["batches"][kind].values()), end="")
+            print(f"{row['tokens_per_s'] * slower:>11,.0f}")
+    print(f"tokens/s are {TYPICAL_MFU:.0%} of an H100's or H200's data sheet. ", end="")
+    print(f"transformers' gpt2 keeps {result['transformers'] / 1e6:,.0f} MB a sequence")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +573,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         bench.add_argument("--rounds", type=int, default=3, help="how often all is measured (default: %(default)s)")
         bench.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     arguments = parser.parse_args(argv)
-    if arguments.bench != "show" and arguments.rounds < 1:
+    if getattr(arguments, "rounds", 1) < 1:
         parser.error("--rounds must be at least 1")
     return arguments
 
@@ -450,7 +582,14 @@ def add_steps_benches(benches) -> list[argparse.ArgumentParser]:
     steps = benches.add_parser("train", help="a training step of GPT-2 124M, against transformers'")
     steps.add_argument("--compile", action="store_true", help="also with torch.compile, both")
     steps.add_argument("--fp32", action="store_true", help="also transformers' in float32")
+    about_profile = (
+        "also write torch's profiler's table and trace of our step there, with --compile of the compiled one"
+    )
+    steps.add_argument("--profile", metavar="FOLDER", type=Path, help=about_profile)
     ladder = benches.add_parser("ladder", help="the same step with one speed-up after the other")
+    memory = benches.add_parser("memory", help="estimates: which batch of which GPT-2 fits into which GPU")
+    memory.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence (default: %(default)s)")
+    memory.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     show = benches.add_parser("show", help="the table of a result that was printed with --json")
     show.add_argument("file", help="with that JSON object")
     for bench in (ladder, show):
@@ -469,8 +608,9 @@ def main(argv: list[str] | None = None) -> None:
         "tokenize": (bench_tokenize, show_tokenize),
         "hellaswag": (bench_hellaswag, show_hellaswag),
         "sample": (bench_sample, show_sample),
-        "train": (bench_train, show_steps),
+        "train": (bench_train, show_train),
         "ladder": (bench_ladder, show_steps),
+        "memory": (bench_memory, show_memory),
     }
     try:
         if arguments.bench == "show":

@@ -1,9 +1,11 @@
 """bench.py runs what people run, and prints what it measured. (What it measures is no test's business.)"""
 
 import dataclasses
+import functools
 import json
 
 import pytest
+import torch
 
 import bench
 import train
@@ -33,8 +35,10 @@ def test_a_step_against_transformers(capsys):
     assert set(result["rows"]) == {"ours", "transformers"} and result["matmul_flops"] > 0
     ours = result["rows"]["ours"]
     assert ours["tokens_per_s"] == pytest.approx(8000 / ours["ms"]) and 0 < ours["of_matmul"] < 2
-    bench.show_steps(result)
-    assert "1 x 8 tokens" in capsys.readouterr().out
+    bench.show_train(result)
+    shown = capsys.readouterr().out
+    assert "1 x 8 tokens" in shown and "waiting for a checkpoint" in shown
+    assert 0 <= ours["waited_ms"] <= ours["longest_wait_ms"] < result["checkpoint_wait_ms"]
 
 
 def test_the_ladder_is_drawn(capsys, monkeypatch, tmp_path):
@@ -51,6 +55,38 @@ def test_the_ladder_is_drawn(capsys, monkeypatch, tmp_path):
 def test_generation_against_transformers(capsys):
     result = run(capsys, "sample", "--max_tokens", "2", "--prompt_tokens", "2", "--dtype", "fp32")
     assert result["ratio"] > 0
+
+
+def test_what_autograd_keeps_is_counted_to_the_byte():
+    """A linear layer keeps its input, once though seen twice, and its parameters are not counted."""
+    linear = torch.nn.Linear(8, 4, bias=False).to(torch.bfloat16)
+    x = torch.randn(16, 8, dtype=torch.bfloat16)
+    assert bench.bytes_kept(linear, lambda model, x: (model(x) + model(x)).sum(), x) == 2 * x.numel()
+
+
+def test_memory_counts_no_logits(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SIZES", {"gpt2": dict(n_layer=3, n_head=2, n_embd=16)})
+    bench.main(["memory", "--block_size", "8", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    row = result["rows"]["gpt2"]
+    assert row["recomputed"] < row["kept"] < 8 * 50257 < result["transformers"]
+    assert row["batches"]["kept"]["24"] == bench.largest_batch(0.9 * 24e9 - row["fixed"], row["kept"])
+    bench.show_memory(result)
+    assert "recompute" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("room, batch", [(9.9, 0), (10, 1), (39.9, 2), (40, 4), (-1, 0)])
+def test_the_largest_batch_is_a_power_of_two(room, batch):
+    assert bench.largest_batch(room, 10) == batch
+
+
+def test_the_profiler_s_files_are_kept(tmp_path):
+    arguments = bench.parse_arguments(
+        ["train", *TINY[:-4], "--steps", "3", "--dtype", "fp32", "--profile", str(tmp_path)]
+    )
+    ours = functools.partial(bench.steps_of_train, arguments, tmp_path, dtype="fp32")
+    bench.keep_profile(ours, arguments, tmp_path / "run")
+    assert "aten::mm" in (tmp_path / "profile.txt").read_text() and (tmp_path / "trace.json").exists()
 
 
 def test_mistakes_are_one_line(capsys, tmp_path):
