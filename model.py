@@ -196,6 +196,20 @@ class Step:
     logits: torch.Tensor  # (B, V) float32, from which they were chosen: before penalty, temperature and the rest
 
 
+class Linear(nn.Linear):
+    """Without initial weights: `init_weights` draws GPT-2's, and drawing torch's first would take as long again."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Likewise."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what came before."""
 
@@ -205,8 +219,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.flash = config.flash
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
@@ -270,8 +284,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -354,19 +368,16 @@ class GPT(nn.Module):
         if wrong := config.mistakes():
             raise ValueError("; ".join(wrong))
         self.config = config
-        # Without memory at first, or torch would draw initial weights of its own, only to have them overwritten.
-        with torch.device("meta"):
-            self.transformer = nn.ModuleDict(
-                dict(
-                    wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                    wpe=nn.Embedding(config.block_size, config.n_embd),
-                    drop=nn.Dropout(config.dropout),
-                    h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                    ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-                )
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
-            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.to_empty(device=torch.get_default_device())
+        )
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # what reads a token in also predicts it: one tensor
 
         # Rows that only round the vocabulary up get a logit of -inf here, added inside the matmul: softmax gives them

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import clean_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -156,6 +157,12 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch, device, dtype, pad_vocab):
         assert (grad - reference).norm() < rounding * reference.norm()
     with torch.no_grad():
         assert torch.equal(model(x, y), loss) or dtype != torch.float32
+
+
+def test_building_a_model_does_not_load_the_compiler():
+    """Whose import takes longer than a small model's first sample."""
+    script = "import sys, model; model.GPT(model.GPTConfig(n_layer=1)); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], env=clean_environment()).returncode == 0
 
 
 def test_initialisation_is_gpt2s():
