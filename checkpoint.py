@@ -1,6 +1,7 @@
 """A run's folder: one process at a time writes to it, and its checkpoints are written aside and checked before use.
 
-out_dir/step_0001000/ is a Hugging Face model folder (config.json, model.safetensors, the tokenizer's files) and beside:
+out_dir/step_0001000/ is a Hugging Face model folder (config.json, model.safetensors, the tokenizer's files, and in
+README.md the model's card) and beside:
 
     train_state.pt   what the optimizer and fp16's scaler remember; loads with weights_only=True
     settings.json    step, val_loss (null if not evaluated then), settings, train_tokens, and the other files' SHA-256
@@ -23,10 +24,11 @@ import torch
 import torch.nn as nn
 
 import data
+import report
 from model import GPT, GPTConfig, checkpoints
 
 # What a run writes into its folder; no other file there is ever moved.
-OURS = re.compile(r"step_\d+|metrics\.jsonl|(wandb_id|tensorboard|profile\.txt|trace\.json)$")
+OURS = re.compile(r"step_\d+|metrics\.jsonl|(wandb_id|tensorboard|(report|loss|training|profile|trace)\.\w+)$")
 
 FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
 
@@ -258,6 +260,7 @@ def write(folder: Path, config: GPTConfig, weights: dict, tokenizer: data.Tokeni
         GPT.write_pretrained(aside, config, weights)
         data.save_tokenizer(tokenizer, aside, config.block_size)
         torch.save(memory, aside / "train_state.pt")
+        (aside / "README.md").write_text(report.card(folder.parent, state["step"]), encoding="utf-8")
         sums = {name: sha256(aside / name) for name in FILES if name != "settings.json"}
         (aside / "settings.json").write_text(json.dumps(state | dict(sha256=sums), indent=2) + "\n")
         for path in (*aside.iterdir(), aside):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ import checkpoint
 import configurator
 import data
 import hellaswag
+import plot
 import report
 import runtime
 from model import GPT, GPTConfig, checkpoints
@@ -92,6 +94,7 @@ class TrainConfig:
     sample_tokens: int = 64  # how long it is
     checkpoint_every: int = 1_000  # a checkpoint; best a multiple of eval_every, so that each has its validation loss
     keep_checkpoints: int = 2  # how many of the newest to keep, besides the best by validation loss; 0 keeps all
+    report: bool = True  # at the end, report.md and pictures of the curves in out_dir; plot.py draws them at any time
     wandb: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project: str = "reproduce-gpt2"  # the run's name there is out_dir's
     tensorboard: bool = False  # also log to out_dir for TensorBoard (pip install tensorboard)
@@ -242,7 +245,7 @@ def train(config: TrainConfig) -> dict:
         if config.checkpoint_every:
             checkpoint.check_space(out_dir, checkpoint.bytes_needed(raw_model))
     log = Log(config, start_step, machine)
-    log("run", start_step, **run_facts(config, machine, raw_model, compiled))
+    log("run", start_step, **run_facts(config, machine, raw_model, compiled), **text_facts(config, tokenizer, windows))
     micro_steps = ((s, k, machine.rank) for s in range(start_step, config.max_steps) for k in range(n_accumulate))
     coming = data.prefetch(batches.batch, micro_steps, machine.device)
     val_loss, train_seconds, steps_timed = None, 0.0, 0
@@ -268,13 +271,13 @@ def train(config: TrainConfig) -> dict:
             if evaluated:
                 val_loss = evaluate(raw_model, val_windows, val_places, config.batch_size, machine)
                 log("val", step, loss=val_loss)
-                console.line(f"step {step:,} | val loss {val_loss:.4f}")
+                console.score(step, "val loss", val_loss)
 
             untrained = step == 0 and config.init_from == "scratch"  # it guesses, and its text is a screen of noise
             if fresh and tasks and due(config.hellaswag_every, step) and not untrained:
                 score = hellaswag.evaluate(raw_model, tokenizer, machine, tasks)
                 log("hellaswag", step, **score)
-                console.line(f"step {step:,} | hellaswag {score['acc_norm']:.4f} of {score['n']:,}")
+                console.score(step, "hellaswag", score["acc_norm"], f" of {score['n']:,}")
 
             if fresh and due(config.sample_every, step) and machine.is_main and not untrained:
                 text = sample_text(raw_model, tokenizer, config, machine)
@@ -365,6 +368,8 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 9. What came of it ------------------------------------------------------------------------------------------
     machine.close()
+    if config.report and machine.is_main and not stopping:
+        say(f"report: {plot.write_report(out_dir, say)}")
     say(stopped_message(stopping, step, config) if stopping else closing_message(config, val_loss))
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
 
@@ -561,7 +566,9 @@ class Console:
         self.max_steps, self.is_main = config.max_steps, is_main
         self.on_terminal = sys.stdout.isatty() and config.log_every > 0
         hidden = not (is_main and self.on_terminal)
-        self.bar = tqdm(total=config.max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=hidden)
+        self.scores = {}  # the last of each
+        form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=config.max_steps, initial=start_step, bar_format=form, dynamic_ncols=True, disable=hidden)
 
     def __enter__(self) -> "Console":
         return self
@@ -576,6 +583,11 @@ class Console:
             except BrokenPipeError:  # Ctrl-C has ended the tee behind us too; there is yet a checkpoint to be saved
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    def score(self, step: int, name: str, value: float, more: str = "") -> None:
+        """What an evaluation found: a line, and from then on a part of the bar."""
+        self.scores[name] = f"{name} {value:.4f}"
+        self.line(f"step {step:,} | {self.scores[name]}{more}")
+
     def saved(self, step: int, folder: Path) -> None:
         self.line(f"step {step:,} | saved {folder}")
 
@@ -587,7 +599,8 @@ class Console:
         """Show one training record (the dict that goes to metrics.jsonl)."""
         speed = f"{record['tokens_per_s']:,.0f} tok/s" + (f" | mfu {record['mfu']:.1%}" if record["mfu"] else "")
         if self.on_terminal:
-            self.bar.set_postfix_str(f"loss {record['loss']:.4f} | {speed}", refresh=False)
+            parts = [f"loss {record['loss']:.4f}", *self.scores.values(), speed]
+            self.bar.set_postfix_str(" | ".join(parts), refresh=False)
         else:
             minutes_left = (self.max_steps - 1 - step) * record["ms"] / 60_000
             self.line(
@@ -674,12 +687,33 @@ def run_facts(config: TrainConfig, machine: Runtime, model: GPT, compiled: bool)
         flops_per_token=model.flops_per_token(config.block_size),
         device=machine.device_name(),
         dtype=str(machine.dtype).removeprefix("torch."),
+        command=command_of(config, machine.world_size),
         compiled=compiled,
         world_size=machine.world_size,
         job=os.environ.get("TORCHELASTIC_RUN_ID"),
         commit=commit,
         versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
     )
+
+
+def text_facts(config: TrainConfig, tokenizer: data.Tokenizer, windows: data.Windows) -> dict:
+    """What the run reads, and what it was made of."""
+    meta = data.read_meta(config.data_dir)
+    source = {name: value for name, value in meta.get("source", {}).items() if not isinstance(value, (dict, list))}
+    facts = dict(train_tokens=windows.n_tokens, documents=meta.get("documents"), source=source)
+    return dict(tokenizer=tokenizer.name, data=facts)
+
+
+def command_of(config: TrainConfig, world_size: int) -> str:
+    """The command that runs this again, without the files of settings it may have come from."""
+    defaults, of_one_start = TrainConfig(), ("resume", "resume_anyway")
+    changed = [name for name, value in vars(config).items() if value != getattr(defaults, name)]
+    settings = [shlex.quote(f"--{name}={getattr(config, name)}") for name in changed if name not in of_one_start]
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    place = f"--nnodes={world_size // local_size} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+    place = "--standalone" if world_size == local_size else place
+    launcher = "python" if world_size == 1 else f"torchrun {place} --nproc_per_node={local_size}"
+    return " ".join([launcher, "train.py", *settings])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def toy_config(data_dir: Path, out_dir: Path, **settings) -> train.TrainConfig:
         sample_every=0,
         checkpoint_every=0,
         eval_tokens=512,
+        report=False,
         device="cpu",
         dtype="fp32",
         compile=False,

@@ -18,7 +18,7 @@ HOUSE = {
     "model": set(),
     "web": set(),
     "report": set(),
-    "plot": {"report"},
+    "plot": {"model", "report"},
     "checkpoint": {"data", "model", "report"},
     "fineweb": {"data"},
     "sample": {"runtime", "data", "model", "web"},

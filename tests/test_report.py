@@ -1,0 +1,140 @@
+"""A run's report and a checkpoint's card say what metrics.jsonl says, and the command in them makes the same run."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import metrics
+from huggingface_hub import ModelCard
+
+import configurator
+import report
+import train
+from model import checkpoints
+
+RUN = dict(
+    step=0,
+    kind="run",
+    settings=dict(data_dir="shards/tale", total_batch_size=1000, max_steps=30, sample_prompt="Once"),
+    parameters=1234,
+    flops_per_token=2,
+    tokenizer="gpt2",
+    data=dict(train_tokens=5000, source=dict(dataset="someone/tales")),
+    device="cuda:0, NVIDIA H200",
+    dtype="bfloat16",
+    compiled=True,
+    world_size=2,
+    commit="abc",
+    command="python train.py --max_steps=30",
+    versions=dict(torch="2.13.0"),
+)
+
+
+def a_run(folder: Path, *records: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def steps(*losses: float, every: int = 10) -> list[dict]:
+    """A record at step 0 and at every so many steps, each step an hour long."""
+    values = dict(ms=3.6e6, tokens_per_s=100.0, mfu=0.5)
+    return [dict(step=every * i, kind="train", loss=loss, **values) for i, loss in enumerate(losses)]
+
+
+def test_a_report_says_what_the_metrics_say(tmp_path):
+    vals = [dict(step=step, kind="val", loss=loss) for step, loss in ((0, 9.0), (10, 3.25), (20, 3.5))]
+    others = [dict(step=20, kind="hellaswag", acc_norm=0.2612, n=10042), dict(step=7, kind="note", text="it jumped")]
+    text = report.write(a_run(tmp_path / "tale", RUN, *steps(9, 4, 3.4321), *vals, *others)).read_text()
+    assert text.startswith("# tale\n\nA GPT of 1,234 parameters, trained on shards/tale (gpt2 tokens).\n")
+    for line in (
+        "| steps | 21 of 30 |",
+        "| tokens | 21,000 |",
+        "| training loss | 3.4321 at the last step |",
+        "| validation loss | 3.5000 at the last, 3.2500 at best (step 10) |",
+        "| HellaSwag | 0.2612 of 10,042 (acc_norm; GPT-2: 0.2955) |",
+        "| computed | 4.2e+04 FLOPs |",
+        "| 10 | 3.2500 |  |",
+        "| 20 | 3.5000 | 0.2612 |",
+        "* step 7: it jumped",
+        "python train.py --max_steps=30",
+        "| machine | 2 x cuda:0, NVIDIA H200 |",
+        "| precision | bfloat16, compiled |",
+        "| text | train_tokens: 5000, dataset: someone/tales |",
+        "total_batch_size = 1000",
+    ):
+        assert f"\n{line}\n" in text
+    # 21 steps of an hour, on two devices at 3 dollars.
+    hours = "21.00 hours of training (evaluation not counted) on 2 x cuda:0, NVIDIA H200, 100 tokens/s, 50.0% of"
+    assert hours in text and "about $126.00 if one costs $3.00 an hour" in text
+    assert "![" not in text  # no picture was drawn
+
+
+def test_pictures_that_are_there_are_shown(tmp_path):
+    (a_run(tmp_path, RUN, *steps(1.0)) / "loss.svg").write_text("<svg/>")
+    assert re.findall(r"!\[.*\]\((.*)\)", report.write(tmp_path).read_text()) == ["loss.svg"]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [dict(step=0, kind="run")],
+        [dict(step=0, kind="run", settings={}), *steps(1.0)],
+        [dict(step=3, kind="train", loss=None, ms=1.0), dict(step=3, kind="val"), dict(step=4, kind="sample")],
+        [RUN, dict(step=0, kind="train", loss=1.0, ms=1.0), dict(step=1, kind="hellaswag", acc_norm=0.3)],
+    ],
+)
+def test_what_is_lacking_is_left_out(tmp_path, records):
+    text = report.write(a_run(tmp_path / "run", *records)).read_text()
+    assert text.startswith("# run\n") and "None" not in text.split("<details>")[0]
+    assert ModelCard(report.card(tmp_path / "run", 5)).data.library_name == "transformers"
+
+
+def test_long_curves_are_thinned_but_keep_their_ends_and_the_best(tmp_path):
+    vals = [dict(step=step, kind="val", loss=1.0 if step == 137 else 2.0) for step in range(500)]
+    text = report.write(a_run(tmp_path, RUN, *steps(1.0), *vals)).read_text()
+    shown = [int(step) for step in re.findall(r"^\| (\d+) \| [12]\.0000", text, re.MULTILINE)]
+    assert {0, 137, 499} <= set(shown) and len(shown) == report.ROWS + 1 and shown == sorted(shown)
+
+
+def test_any_text_stands_in_its_block(tmp_path):
+    text = "```python\n| x |\n````"
+    shown = report.write(a_run(tmp_path, RUN, dict(step=1, kind="sample", text=text))).read_text()
+    assert f"\n`````text\n{text}\n`````\n" in shown
+
+
+def test_a_card_is_the_hub_s(tmp_path):
+    """huggingface_hub reads its header; it tells of nothing after its checkpoint."""
+    scores = [dict(step=step, kind="hellaswag", acc_norm=score, n=4) for step, score in ((10, 0.25), (20, 0.5))]
+    card = ModelCard(report.card(a_run(tmp_path / "tale", RUN, *steps(9, 4, 3), *scores), 10))
+    assert card.data.datasets == ["someone/tales"] and card.data.pipeline_tag == "text-generation"
+    result = card.data.eval_results[0]
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("hellaswag", "acc_norm", 0.25)
+    assert "| steps | 1 of 30 |" in card.text and "0.5000" not in card.text and "write('Once'," in card.text
+
+
+def test_a_run_ends_with_its_report(config, capsys):
+    c = config(report=True, eval_every=4, sample_every=6, checkpoint_every=4, keep_checkpoints=0)
+    train.train(c)
+    out_dir = Path(c.out_dir)
+    assert f"report: {out_dir}/report.md" in capsys.readouterr().out
+    text = (out_dir / "report.md").read_text()
+    shown = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(shown) == 2 and all((out_dir / picture).stat().st_size > 1000 for picture in shown)
+    last = metrics(c.out_dir, "val")[-1]["loss"]
+    assert f"{last:.4f} at the last" in text and "After 6 steps:" in text
+    for folder, n_steps in zip(checkpoints(out_dir), (4, 8, 12)):
+        assert f"| steps | {n_steps} of 12 |" in (folder / "README.md").read_text()
+
+
+def test_the_command_makes_the_same_run(config, monkeypatch):
+    c = config(max_steps=1, warmup_steps=0, sample_prompt='it\'s $HOME and "more"', out_dir="out/a b")
+    words = shlex.split(train.command_of(c, world_size=1))
+    assert words[:2] == ["python", "train.py"]
+    assert configurator.configure(train.TrainConfig, words[2:]) == c
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train.command_of(c, 4).startswith("torchrun --standalone --nproc_per_node=4 train.py --")
+    assert "--nnodes=2 " in train.command_of(c, 8) and "--nproc_per_node=4 " in train.command_of(c, 8)
