@@ -619,17 +619,18 @@ def main(argv: list[str] | None = None) -> None:
             result = dict(bench=arguments.bench) | benches[arguments.bench][0](arguments)
         if getattr(arguments, "chart", None):
             draw_ladder(result, arguments.chart)
-        show = benches[result["bench"]][1]
-    except KeyError:
-        print(f"bench.py: {arguments.file}: not a result of bench.py --json", file=sys.stderr)
+        if arguments.bench != "show" and arguments.json:
+            print(json.dumps(result))
+        else:
+            benches[result["bench"]][1](result)
+    except KeyError as error:
+        if arguments.bench != "show":
+            raise
+        print(f"bench.py: {arguments.file}: not a result of bench.py --json, it has no {error}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
-    if arguments.bench != "show" and arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
 
 
 if __name__ == "__main__":
