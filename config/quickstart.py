@@ -11,26 +11,26 @@ makes the shards (the Makefile has the command), and then does
 data_dir = "shards/stdlib"
 out_dir = "out/quickstart"
 
-n_layer = 4
+n_layer = 3
 n_head = 2
 n_embd = 128
 block_size = 128
 flash = False  # at this size a CPU is faster with the (T, T) matrix written out
 
-batch_size = 8
+batch_size = 16
 total_batch_size = batch_size * block_size
 
-learning_rate = 4e-3
+learning_rate = 5.5e-3
 min_lr = 0.0
 warmup_steps = 200
-max_steps = 4_000
+max_steps = 2_300
 beta2 = 0.99  # small batches are noisy: remember longer
 
-log_every = 50
-eval_every = 2_000
+log_every = 25
+eval_every = 575
 hellaswag_every = 0
 eval_tokens = 1_000_000  # all there are
-checkpoint_every = 2_000
-sample_every = 2_000
+checkpoint_every = 1_150
+sample_every = 1_150
 sample_prompt = "def "
 sample_tokens = 120
