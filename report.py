@@ -76,7 +76,9 @@ def cost(steps: list[dict], run: dict) -> list[str]:
         text += f", {sorted(mfu)[len(mfu) // 2]:.1%} of the data sheet's FLOP/s"
     if kind in DOLLARS_PER_HOUR:
         price = DOLLARS_PER_HOUR[kind]
-        text += f"; about ${hours * devices * price:,.2f} if one costs ${price:.2f} an hour"
+        dollars = hours * devices * price
+        paid = f"about ${dollars:,.2f}" if dollars >= 0.01 else "less than a cent"
+        text += f"; {paid} if one costs ${price:.2f} an hour"
     return ["", text + "."]
 
 
