@@ -1,7 +1,12 @@
 """Device, precision and compilation: each choice and its reason."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import clean_environment
 
 import runtime
 from runtime import choose_compile, choose_device, choose_dtype
@@ -130,3 +135,18 @@ def test_restarts_over_several_machines_need_a_store_for_each(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert isinstance(runtime.meeting_place(4, 2), torch.distributed.HashStore)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they do")
+def test_freed_memory_is_kept():
+    """Tensors of 200 MB, one after the other: their pages are faults the first time only."""
+    script = """
+import resource, torch, runtime
+runtime.start("cpu")
+faults = []
+for _ in range(3):
+    torch.ones(50_000_000)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+assert faults[2] - faults[1] < 1000, faults
+"""
+    subprocess.run([sys.executable, "-c", script], env=clean_environment(), check=True)
