@@ -14,6 +14,7 @@ The table goes to the standard output, how far things are to the standard error.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -262,9 +263,9 @@ LADDER = {
 def steps_of_train(arguments: argparse.Namespace, folder: Path, accumulate: int = 1, **settings) -> dict:
     """`python train.py` with these settings on random tokens: medians over its steps but the first."""
     B, T = arguments.batch_size, arguments.block_size
-    n_steps = 1 + arguments.steps
+    n_steps = settings.pop("max_steps", 1 + arguments.steps)
     if not (folder / "tokens_train_000001.bin").exists():
-        tokens = np.random.default_rng(0).integers(0, 50257, 4 * (B * n_steps + 2) * T, dtype=np.uint16)
+        tokens = np.random.default_rng(0).integers(0, 50257, 4 * (B * n_steps + 4) * T, dtype=np.uint16)
         data.write_shard(folder / "tokens_train_000001.bin", tokens)
     settings |= dict(data_dir=folder, out_dir=folder / "run", resume="never", batch_size=B, block_size=T)
     settings |= dict(total_batch_size=B * T * accumulate, max_steps=n_steps, warmup_steps=0, device=arguments.device)
@@ -330,6 +331,8 @@ def bench_train(arguments: argparse.Namespace) -> dict:
     machine = runtime.start(arguments.device, arguments.dtype)
     dtype = next(name for name, value in runtime.DTYPES.items() if value == machine.dtype)
     say("; ".join(machine.notes))
+    if arguments.profile:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         ours = functools.partial(steps_of_train, arguments, Path(folder), dtype=dtype)
         theirs = functools.partial(steps_of_transformers, arguments, machine)
@@ -342,17 +345,20 @@ def bench_train(arguments: argparse.Namespace) -> dict:
             runs["transformers, float32"] = functools.partial(theirs, torch.float32, compiled=False)
         result = measured(runs, arguments, machine) | {"baseline": "transformers"}
 
-        # Two more of our runs: one that saves, and, if wanted, one under the profiler.
-        saving = ours(compile=False, checkpoint_every=arguments.steps)
-        if arguments.profile:
-            keep_profile(ours, arguments, Path(folder) / "run")
-    return result | {"checkpoint_wait_ms": saving["longest_wait_ms"]}
+        # Two more of our runs, one that saves and one under the profiler; if they fail, what was measured is not lost.
+        try:
+            saving = ours(compile=False, checkpoint_every=arguments.steps)
+            result["checkpoint_wait_ms"] = saving["longest_wait_ms"]
+            if arguments.profile:
+                keep_profile(ours, arguments, Path(folder) / "run")
+        except (ValueError, OSError) as error:
+            say(f"NOTE: {error}")
+    return result
 
 
 def keep_profile(ours: Callable, arguments: argparse.Namespace, run: Path) -> None:
     """profile.txt and trace.json of a run of its own, into arguments.profile."""
-    ours(compile=arguments.compile, profile=max(1, arguments.steps - 1))
-    arguments.profile.mkdir(parents=True, exist_ok=True)
+    ours(compile=arguments.compile, profile=arguments.steps, max_steps=arguments.steps + 2)
     for name in ("profile.txt", "trace.json"):
         shutil.copy(run / name, arguments.profile / name)
     say((run / "profile.txt").read_text())
@@ -411,10 +417,12 @@ def show_steps(result: dict) -> None:
 
 def show_train(result: dict) -> None:
     show_steps(result)
-    ours, saving = result["rows"]["ours"], result["checkpoint_wait_ms"]
-    every = train.TrainConfig.checkpoint_every
-    print(f"waiting for data and the log: {ours['waited_ms']:.2f} ms, {ours['waited_ms'] / ours['ms']:.3%} of a step")
-    print(f"waiting for a checkpoint: {saving:,.0f} ms, {saving / (every * ours['ms']):.3%} of {every:,} steps")
+    ours, saving, every = result["rows"]["ours"], result.get("checkpoint_wait_ms"), train.TrainConfig.checkpoint_every
+    if "waited_ms" in ours:  # older results have neither
+        share = ours["waited_ms"] / ours["ms"]
+        print(f"waiting for data and the log: {ours['waited_ms']:.2f} ms, {share:.3%} of a step")
+    if saving is not None:
+        print(f"waiting for a checkpoint: {saving:,.0f} ms, {saving / (every * ours['ms']):.3%} of {every:,} steps")
 
 
 def draw_ladder(result: dict, path: str) -> None:
@@ -602,6 +610,22 @@ def add_steps_benches(benches) -> list[argparse.ArgumentParser]:
     return [steps, ladder]
 
 
+def read_result(file: Path) -> dict:
+    """What --json printed; ValueError if the file has something else."""
+    with contextlib.suppress(ValueError):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(result, dict) and result.get("bench") in (
+            "tokenize",
+            "hellaswag",
+            "sample",
+            "train",
+            "ladder",
+            "memory",
+        ):
+            return result
+    raise ValueError(f"{file}: not a result of bench.py --json")
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     benches = {
@@ -614,7 +638,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     try:
         if arguments.bench == "show":
-            result = json.loads(Path(arguments.file).read_text())
+            result = read_result(Path(arguments.file))
         else:
             result = dict(bench=arguments.bench) | benches[arguments.bench][0](arguments)
         if getattr(arguments, "chart", None):
@@ -623,11 +647,6 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(result))
         else:
             benches[result["bench"]][1](result)
-    except KeyError as error:
-        if arguments.bench != "show":
-            raise
-        print(f"bench.py: {arguments.file}: not a result of bench.py --json, it has no {error}", file=sys.stderr)
-        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -28,7 +28,9 @@ import report
 from model import GPT, GPTConfig, checkpoints
 
 # What a run writes into its folder; no other file there is ever moved.
-OURS = re.compile(r"step_\d+|metrics\.jsonl|(wandb_id|tensorboard|(report|loss|training|profile|trace)\.\w+)$")
+OURS = re.compile(
+    r"step_\d+|metrics\.jsonl|(wandb_id|tensorboard|report\.md|(loss|training)\.(svg|png)|profile\.txt|trace\.json)$"
+)
 
 FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
 
@@ -260,7 +262,7 @@ def write(folder: Path, config: GPTConfig, weights: dict, tokenizer: data.Tokeni
         GPT.write_pretrained(aside, config, weights)
         data.save_tokenizer(tokenizer, aside, config.block_size)
         torch.save(memory, aside / "train_state.pt")
-        (aside / "README.md").write_text(report.card(folder.parent, state["step"]), encoding="utf-8")
+        (aside / "README.md").write_bytes(card_of(folder.parent, state["step"]))
         sums = {name: sha256(aside / name) for name in FILES if name != "settings.json"}
         (aside / "settings.json").write_text(json.dumps(state | dict(sha256=sums), indent=2) + "\n")
         for path in (*aside.iterdir(), aside):
@@ -272,6 +274,15 @@ def write(folder: Path, config: GPTConfig, weights: dict, tokenizer: data.Tokeni
         raise OSError(
             f"{folder} could not be written ({error}); is the disk full? Earlier checkpoints are good"
         ) from error
+
+
+def card_of(out_dir: Path, step: int) -> bytes:
+    """The checkpoint's card; a line in its place if it cannot be written, for no card is worth a checkpoint."""
+    try:
+        card = report.card(out_dir, step)
+    except Exception as error:
+        card = f"Step {step:,}. The card could not be made: {type(error).__name__}: {error}\n"
+    return card.encode(errors="replace")
 
 
 def fsync(path: Path) -> None:

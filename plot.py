@@ -22,7 +22,7 @@ import report
 
 # What others report, a token of GPT-2's vocabulary: a loss on any other vocabulary cannot be compared with it.
 GPT2_LOSS = 3.292  # OpenAI's 124M on FineWeb-Edu's validation tokens, as build-nanogpt has it
-GPT2_HELLASWAG, GPT3_HELLASWAG = 0.2955, 0.337  # acc_norm of the 124M models: build-nanogpt, the paper on GPT-3
+GPT3_HELLASWAG = 0.337  # acc_norm of its 124M, from the paper on GPT-3
 # llm.c's 124M on FineWeb, 524,288 tokens a step: its validation loss after so many steps.
 LLMC_BATCH, LLMC_STEPS = 524_288, (250, 500, 1000, 2000, 4000, 8000, 12000, 16000, 19560)
 LLMC_LOSSES = (6.171, 5.374, 4.317, 3.859, 3.618, 3.443, 3.351, 3.288, 3.272)
@@ -67,23 +67,25 @@ def read_run(folder: Path, name: str) -> Run:
     """A run's curves; ValueError if there is nothing to draw."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
-        near = sorted({str(f.parent) for at in (folder, folder.parent) for f in at.glob("*/metrics.jsonl")})
-        near = f"; there is one in {', '.join(near)}" if near else ""
+        places = [folder.parent / "metrics.jsonl"]  # of a checkpoint, or of the file itself
+        places += [found for at in (folder, folder.parent) for found in at.glob("*/metrics.jsonl")]
+        near = ", ".join(sorted({str(place.parent) for place in places if place.is_file()}))
+        near = f"; there is one in {near}" if near else ""
         raise ValueError(
             f"{folder}: no metrics.jsonl here; train.py writes one: python train.py ... --out_dir={folder}{near}"
         )
-    records = [r for r in report.read_metrics(file) if type(r["step"]) is int and 0 <= r["step"] < 2**53]
+    records = [record for record in report.read_metrics(file) if 0 <= record["step"] < 2**53]
     curves = {f"{kind} {key}": series(records, kind, key) for kind, keys in KEYS.items() for key in keys}
     if not np.isfinite(curves["train loss"][1]).any():
-        raise ValueError(f"{folder}: the run has not logged a step yet (train.py's log_every says when it will)")
+        raise ValueError(f"{folder}: no step was logged (train.py's log_every says when one is)")
 
-    begun = [r for r in records if r["kind"] == "run" and isinstance(r.get("settings"), dict)]
-    batches = {r["step"]: r["settings"].get("total_batch_size") for r in begun}
-    batches = {step: tokens for step, tokens in batches.items() if type(tokens) is int and 0 < tokens < 2**53}
+    begun, batches = report.of_kind(records, "run", "settings"), report.batch_sizes(records)
     if not batches:
         raise ValueError(f"{file}: no record of kind run says how many tokens a step has; is its first line lost?")
     # A training record is written after the update of its step, the others before.
-    curves = {at: (tokens_seen(batches, n + at.startswith("train")), values) for at, (n, values) in curves.items()}
+    curves = {
+        at: (report.tokens_seen(batches, n + at.startswith("train")), values) for at, (n, values) in curves.items()
+    }
     # Older runs do not say which tokenizer they had; HellaSwag was on with GPT-2's only.
     unsaid = "gpt2" if begun[-1]["settings"].get("hellaswag_every") else "bytes"
     gpt2_tokens = begun[-1].get("tokenizer", unsaid) == "gpt2"
@@ -100,13 +102,6 @@ def series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.nda
     found = {step: math.nan if value is None else value for step, value in sorted(found.items())}
     found = {step: value for step, value in found.items() if type(value) in (int, float) and not abs(value) > 1e300}
     return np.array(list(found), dtype=float), np.array(list(found.values()), dtype=float)
-
-
-def tokens_seen(batches: dict[int, int], updates: np.ndarray) -> np.ndarray:
-    """Tokens (n) after so many updates (n). `batches` has the tokens a step, by the step at which the run went on."""
-    starts = [0, *sorted(batches)[1:]]
-    sizes = [batches[step] for step in sorted(batches)]
-    return sum(n * np.clip(updates - a, 0, b - a) for n, a, b in zip(sizes, starts, [*starts[1:], math.inf]))
 
 
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -149,7 +144,7 @@ def loss_figure(runs: list[Run]):
             draw_marked(axes, *run.curves["hellaswag acc_norm"], i, None)
         axes.set_ylabel("HellaSwag, acc_norm")
         if any(run.gpt2_tokens for run in runs):
-            draw_reference(axes, GPT2_HELLASWAG, "GPT-2 124M")
+            draw_reference(axes, report.GPT2_HELLASWAG, "GPT-2 124M")
             draw_reference(axes, GPT3_HELLASWAG, "GPT-3 124M")
     finish(figure, runs)
     return figure
@@ -355,7 +350,7 @@ def style():
         import matplotlib
     except ImportError:
         raise ValueError("pictures need matplotlib, which is not installed here: pip install matplotlib") from None
-    return matplotlib.rc_context(STYLE)
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})  # whatever a user has set for other pictures
 
 
 def save(figure, path: Path) -> Path:
@@ -375,7 +370,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     about_weights = "instead: gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder"
     parser.add_argument("--weights", metavar="MODEL", help=about_weights)
     parser.add_argument("--report", action="store_true", help="also write report.md, into the folder of each run")
-    about_out = "where the pictures go (default: the first run's folder, the model's, or for one from the hub this one)"
+    about_out = "where the pictures go (default: the folder of the run or model, or for one from the hub this one)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=about_out)
     return parser.parse_args(argv)
 
@@ -383,11 +378,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
-        if bool(arguments.runs) == bool(arguments.weights):
+        if len(arguments.runs) > 1 and not arguments.out:
+            raise ValueError("several runs in one picture: say where it goes, with --out FOLDER")
+        if bool(arguments.runs) == bool(arguments.weights) or (arguments.weights and arguments.report):
             raise ValueError("what is to be drawn? python plot.py out/RUN ..., or python plot.py --weights MODEL")
         if arguments.weights:
             here = Path(arguments.weights)
-            written = draw_weights(arguments.weights, arguments.out or (here if here.is_dir() else Path()))
+            # Not into a checkpoint, which is whole as it is.
+            beside = here.parent if here.name.startswith("step_") else here
+            written = draw_weights(arguments.weights, arguments.out or (beside if here.is_dir() else Path()))
             print(HOW_TO_READ)
         else:
             written = draw_curves(arguments.runs, arguments.out or arguments.runs[0])

@@ -6,7 +6,13 @@ and `checkpoint`. What a record lacks, because it is old or damaged, the report 
 
 import contextlib
 import json
+import math
+import re
 from pathlib import Path
+
+import numpy as np
+
+import data
 
 # What an hour of one device costs, in dollars: a guess at what one pays for renting it, to be replaced by your own.
 DOLLARS_PER_HOUR = {"cuda": 3.0, "cpu": 0.1}
@@ -16,6 +22,9 @@ GPT2_HELLASWAG = 0.2955
 
 # So many rows a table of a report has at most.
 ROWS = 12
+
+# Of the values of a record that are no numbers.
+TYPES = {"settings": (dict,), "text": (str,)}
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -30,75 +39,97 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def of_kind(records: list[dict], kind: str, *names: str) -> list[dict]:
-    """The records of that kind in which these values are there, and not null."""
-    return [record for record in records if record["kind"] == kind and all(record.get(n) is not None for n in names)]
+    """The records of that kind in which these values are there, and of their type: a number, or else as TYPES says."""
+
+    def whole(record: dict) -> bool:
+        return all(type(record.get(name)) in TYPES.get(name, (int, float)) for name in names)
+
+    return [record for record in records if record["kind"] == kind and whole(record)]
+
+
+def batch_sizes(records: list[dict]) -> dict[int, int]:
+    """Tokens a step, by the step at which a run was started or went on. (A batch may change with --resume_anyway.)"""
+    found = {r["step"]: r["settings"].get("total_batch_size") for r in of_kind(records, "run", "settings")}
+    return {step: tokens for step, tokens in found.items() if type(tokens) is int and 0 < tokens < 2**53}
+
+
+def tokens_seen(batches: dict[int, int], updates):
+    """Tokens after so many updates (an int or an array), by `batch_sizes`; before the first start, with its batch."""
+    starts = [0, *sorted(batches)[1:]]
+    sizes = [batches[step] for step in sorted(batches)]
+    return sum(n * np.clip(updates - a, 0, b - a) for n, a, b in zip(sizes, starts, [*starts[1:], math.inf]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The parts: each a list of lines of Markdown, none where there is nothing to say
 
 
-def summary(records: list[dict], run: dict) -> list[str]:
-    """One sentence, and a table of what came of it."""
-    settings, steps = run.get("settings", {}), of_kind(records, "train", "loss", "ms")
-    if not steps:
-        return ["No step was logged."]
-    n_steps = steps[-1]["step"] + 1
-    tokens = n_steps * settings.get("total_batch_size", 0)
+def summary(records: list[dict], run: dict, n_steps: int) -> list[str]:
+    """One sentence, and a table of what came of n_steps."""
+    settings, steps = run.get("settings", {}), of_kind(records, "train", "loss")
+    tokens = int(tokens_seen(batch_sizes(records), n_steps))
     rows = {"steps": f"{n_steps:,} of {settings.get('max_steps', n_steps):,}", "tokens": f"{tokens:,}"}
-    rows["training loss"] = f"{steps[-1]['loss']:.4f} at the last step"
+    if steps:
+        rows["training loss"] = f"{steps[-1]['loss']:.4f} (step {steps[-1]['step']:,})"
     if vals := of_kind(records, "val", "loss"):
         best = min(vals, key=lambda record: record["loss"])
-        rows["validation loss"] = (
-            f"{vals[-1]['loss']:.4f} at the last, {best['loss']:.4f} at best (step {best['step']:,})"
-        )
+        rows["validation loss"] = f"{vals[-1]['loss']:.4f} (step {vals[-1]['step']:,})"
+        rows["validation loss"] += f", at best {best['loss']:.4f} (step {best['step']:,})" if best != vals[-1] else ""
     if scores := of_kind(records, "hellaswag", "acc_norm"):
-        last = scores[-1]
-        rows["HellaSwag"] = f"{last['acc_norm']:.4f} of {last.get('n', 0):,} (acc_norm; GPT-2: {GPT2_HELLASWAG})"
+        of = f" of {scores[-1]['n']:,}" if "n" in scores[-1] else ""
+        rows["HellaSwag"] = f"{scores[-1]['acc_norm']:.4f}{of} (acc_norm; GPT-2: {GPT2_HELLASWAG})"
     if "flops_per_token" in run:
         rows["computed"] = f"{run['flops_per_token'] * tokens:.3g} FLOPs"
-    what = f"A GPT of {run['parameters']:,} parameters" if "parameters" in run else "A GPT"
-    text = f"{what}, trained on {settings.get('data_dir', 'some text')} ({run.get('tokenizer', 'gpt2')} tokens)."
-    return [text, *table(("", ""), rows.items()), *cost(steps, run)]
+    text = f"A GPT of {run['parameters']:,} parameters" if "parameters" in run else "A GPT"
+    if (begun := settings.get("init_from", "scratch")) != "scratch":
+        text += f", begun from {begun}"
+    text += f", trained on {settings.get('data_dir', 'some text')}"
+    text += f" ({run['tokenizer']} tokens)." if "tokenizer" in run else "."
+    return [text, *table(("", ""), rows.items()), *cost(records, run)]
 
 
-def cost(steps: list[dict], run: dict) -> list[str]:
+def cost(records: list[dict], run: dict) -> list[str]:
     """Hours of training and of devices, and what those may have cost."""
-    # Each record has the mean of the steps since the one before.
-    before = [-1, *(record["step"] for record in steps[:-1])]
-    hours = sum(record["ms"] * (record["step"] - last) for record, last in zip(steps, before)) / 3.6e6
-    devices, kind = run.get("world_size", 1), str(run.get("device", "")).split(":")[0].split(",")[0]
-    speed = sorted(record["tokens_per_s"] for record in of_kind(steps, "train", "tokens_per_s"))
-    where = f"{devices} x {run.get('device', 'an unknown device')}"
-    text = f"{hours:.2f} hours of training (evaluation not counted) on {where}"
-    text += f", {speed[len(speed) // 2]:,.0f} tokens/s" if speed else ""
-    if mfu := [record["mfu"] for record in of_kind(steps, "train", "mfu")]:
-        text += f", {sorted(mfu)[len(mfu) // 2]:.1%} of the data sheet's FLOP/s"
-    if kind in DOLLARS_PER_HOUR:
-        price = DOLLARS_PER_HOUR[kind]
-        dollars = hours * devices * price
-        paid = f"about ${dollars:,.2f}" if dollars >= 0.01 else "less than a cent"
+    hours = device_hours = 0.0
+    last, devices = -1, 1
+    for record in records:
+        if record["kind"] == "run":  # goes on at its step, on as many processes as it has
+            last, devices = record["step"] - 1, record.get("world_size", 1)
+        elif of_kind([record], "train", "ms"):  # the mean of the steps since the record before
+            hours += record["ms"] * (record["step"] - last) / 3.6e6
+            device_hours += devices * record["ms"] * (record["step"] - last) / 3.6e6
+            last = record["step"]
+    if not hours:
+        return []
+    text = f"{hours:.2f} hours of training (evaluation not counted) on {machine(run)}"
+    for name, words in (("tokens_per_s", "{:,.0f} tokens/s"), ("mfu", "{:.1%} of the data sheet's FLOP/s")):
+        if values := sorted(record[name] for record in of_kind(records, "train", name)):
+            text += ", " + words.format(values[len(values) // 2])
+    if price := DOLLARS_PER_HOUR.get(re.split("[:,]", str(run.get("device")))[0]):
+        paid = f"about ${device_hours * price:,.2f}" if device_hours * price >= 0.01 else "less than a cent"
         text += f"; {paid} if one costs ${price:.2f} an hour"
     return ["", text + "."]
 
 
+def machine(run: dict) -> str:
+    name = re.sub(r"^\w+:\d+, ", "", str(run.get("device", "an unknown device")))  # "cuda:0, ": of the main process
+    return f"{run.get('world_size', 1)} x {name}"
+
+
 def curve_table(records: list[dict]) -> list[str]:
     """Validation loss and HellaSwag by step: the first, the last, the best, and some between."""
-    found = {}
-    for kind, name in (("val", "loss"), ("hellaswag", "acc_norm")):
-        for record in of_kind(records, kind, name):
-            found.setdefault(record["step"], {})[kind] = record[name]
-    if not found:
+    vals = {record["step"]: record["loss"] for record in of_kind(records, "val", "loss")}
+    scores = {record["step"]: record["acc_norm"] for record in of_kind(records, "hellaswag", "acc_norm")}
+    columns = {name: found for name, found in (("validation loss", vals), ("HellaSwag", scores)) if found}
+    if not columns:
         return []
-    steps = sorted(found)
+    steps = sorted({*vals, *scores})
     evenly = {steps[round(i * (len(steps) - 1) / (ROWS - 1))] for i in range(ROWS)}
-    vals = {step: row["val"] for step, row in found.items() if "val" in row}
     shown = sorted(evenly | ({min(vals, key=vals.get)} if vals else set()))
     rows = [
-        [f"{step:,}", *(f"{found[step][k]:.4f}" if k in found[step] else "" for k in ("val", "hellaswag"))]
-        for step in shown
+        [f"{step:,}", *(f"{found[step]:.4f}" if step in found else "" for found in columns.values())] for step in shown
     ]
-    return ["", "## Validation", *table(("step", "validation loss", "HellaSwag"), rows)]
+    return ["", "## Validation", *table(("step", *columns), rows)]
 
 
 def samples(records: list[dict]) -> list[str]:
@@ -107,7 +138,7 @@ def samples(records: list[dict]) -> list[str]:
     chosen = [found[i] for i in sorted({round(i * (len(found) - 1) / 3) for i in range(4)})] if found else []
     lines = ["", "## Samples"] if chosen else []
     for record in chosen:
-        lines += ["", f"After {record['step']:,} steps:", "", *fenced(record["text"])]
+        lines += ["", f"After {record['step']:,} steps:", "", *fenced(data.printable(record["text"]))]
     return lines
 
 
@@ -120,7 +151,7 @@ def how(run: dict) -> list[str]:
     """The command, what it ran on, and every setting."""
     facts = {
         "commit": run.get("commit"),
-        "machine": f"{run.get('world_size', 1)} x {run['device']}" if "device" in run else None,
+        "machine": machine(run) if "device" in run else None,
         "precision": f"{run['dtype']}{', compiled' if run.get('compiled') else ''}" if "dtype" in run else None,
         "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
         "text": ", ".join(f"{name}: {value}" for name, value in flat(run.get("data", {})).items()),
@@ -147,12 +178,13 @@ def write(run: Path) -> Path:
     """report.md in a run's folder, with the pictures that are there; returns its path. OSError if it cannot."""
     records = read_metrics(run / "metrics.jsonl")
     started = last_run(records)
-    pictures = [f"![{name}]({name}.svg)" for name in ("loss", "training") if (run / f"{name}.svg").exists()]
-    lines = [f"# {run.resolve().name}", "", *summary(records, started)]
-    for picture in pictures:
-        lines += ["", picture]
+    # A step's loss is that of the update which follows it; what is measured at a step comes before.
+    n_steps = max((record["step"] + (record["kind"] == "train") for record in records), default=0)
+    lines = [f"# {run.resolve().name}", "", *summary(records, started, n_steps)]
+    for name in ("loss", "training"):
+        lines += ["", f"![{name}]({name}.svg)"] if (run / f"{name}.svg").exists() else []
     lines += [*curve_table(records), *samples(records), *notes(records), *how(started)]
-    (run / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (run / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
     return run / "report.md"
 
 
@@ -164,8 +196,7 @@ print(write({prompt!r}, max_new_tokens=50)[0]["generated_text"])"""
 
 
 def card(run: Path, step: int) -> str:
-    """README.md for the checkpoint of that step: the same, up to there, behind the header that the hub reads."""
-    # The loss of a step is that of the update which follows it.
+    """README.md for the checkpoint of that step: the same up to there, behind the header that the hub reads."""
     records = [
         record
         for record in read_metrics(run / "metrics.jsonl")
@@ -173,16 +204,18 @@ def card(run: Path, step: int) -> str:
     ]
     started, name = last_run(records), run.resolve().name
     prompt = started.get("settings", {}).get("sample_prompt", "Hello")
-    lines = [*header(records, name, started.get("data", {}).get("source", {})), "", f"# {name}", ""]
-    lines += [*summary(records, started), "", *fenced(USE.format(prompt=prompt), "python")]
+    lines = [*header(records, name, started), "", f"# {name}", "", *summary(records, started, step)]
+    lines += ["", *fenced(USE.format(prompt=prompt), "python")]
     return "\n".join([*lines, *curve_table(records), *samples(records), *how(started)]) + "\n"
 
 
-def header(records: list[dict], name: str, source: dict) -> list[str]:
+def header(records: list[dict], name: str, run: dict) -> list[str]:
     """The card's data in YAML (JSON is YAML too): https://huggingface.co/docs/hub/model-cards."""
     content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
-    if "dataset" in source:
-        content["datasets"] = [source["dataset"]]
+    if dataset := run.get("data", {}).get("source", {}).get("dataset"):
+        content["datasets"] = [dataset]
+    if (begun := str(run.get("settings", {}).get("init_from"))).startswith("gpt2"):
+        content["base_model"] = f"openai-community/{begun}"
     if scores := of_kind(records, "hellaswag", "acc_norm"):
         content["model-index"] = [
             {
@@ -196,7 +229,7 @@ def header(records: list[dict], name: str, source: dict) -> list[str]:
                 ],
             }
         ]
-    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in content.items()), "---"]
+    return ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()), "---"]
 
 
 def last_run(records: list[dict]) -> dict:

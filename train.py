@@ -129,10 +129,6 @@ class TrainConfig:
             )
         if self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             wrong.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; set both")
-        if self.profile and self.profile + 2 > self.max_steps:
-            wrong.append(
-                f"profile {self.profile} begins with the third step: max_steps must be {self.profile + 2} at least"
-            )
         return wrong + model_config(self, vocab_size=1).mistakes()
 
 
@@ -262,7 +258,7 @@ def train(config: TrainConfig) -> dict:
         Console(config, start_step, machine.is_main) as console,
         StopSignal(machine.is_main) as stop,  # until all is written: torchrun and others send a signal twice
         checkpoint.Saver(out_dir, config.keep_checkpoints, console.saved) as saver,
-        profiler(config, machine) as profile,
+        profiler(config, machine, start_step) as profile,
     ):
         for step in range(start_step, config.max_steps + 1):
             # What was due at a checkpoint's step was done before it was saved: it is not done twice.
@@ -369,7 +365,7 @@ def train(config: TrainConfig) -> dict:
     # ---- 9. What came of it ------------------------------------------------------------------------------------------
     machine.close()
     if config.report and machine.is_main and not stopping:
-        say(f"report: {plot.write_report(out_dir, say)}")
+        say(f"report: {report_of(out_dir, say)}")
     say(stopped_message(stopping, step, config) if stopping else closing_message(config, val_loss))
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
 
@@ -539,14 +535,18 @@ class Stopwatch:
         return seconds
 
 
-def profiler(config: TrainConfig, machine: Runtime) -> contextlib.AbstractContextManager:
+def profiler(config: TrainConfig, machine: Runtime, start_step: int) -> contextlib.AbstractContextManager:
     """torch's profiler for the steps that `profile` asks for, else nothing; the first two only warm up.
 
     It writes profile.txt, the operators by the time they took, and trace.json, for ui.perfetto.dev, into out_dir.
+    ValueError if so many steps are not to come.
     """
+    steps_left = config.max_steps - start_step
+    if config.profile and config.profile + 2 > steps_left:
+        raise ValueError(f"profile {config.profile} begins with the third step, but {steps_left} are left to be done")
     if not (config.profile and machine.is_main):
         return contextlib.nullcontext()
-    order = "self_cpu_time_total" if machine.device.type == "cpu" else "self_device_time_total"
+    order = "self_device_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
 
     def write(found: torch.profiler.profile) -> None:
         table = found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=50)
@@ -566,7 +566,7 @@ class Console:
         self.max_steps, self.is_main = config.max_steps, is_main
         self.on_terminal = sys.stdout.isatty() and config.log_every > 0
         hidden = not (is_main and self.on_terminal)
-        self.scores = {}  # the last of each
+        self.latest, self.scores = [], {}  # what the bar tells: of the last step, and of the last evaluations
         form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=config.max_steps, initial=start_step, bar_format=form, dynamic_ncols=True, disable=hidden)
 
@@ -586,7 +586,11 @@ class Console:
     def score(self, step: int, name: str, value: float, more: str = "") -> None:
         """What an evaluation found: a line, and from then on a part of the bar."""
         self.scores[name] = f"{name} {value:.4f}"
+        self.show_parts()
         self.line(f"step {step:,} | {self.scores[name]}{more}")
+
+    def show_parts(self) -> None:
+        self.bar.set_postfix_str(" | ".join([*self.latest, *self.scores.values()]), refresh=False)
 
     def saved(self, step: int, folder: Path) -> None:
         self.line(f"step {step:,} | saved {folder}")
@@ -599,8 +603,8 @@ class Console:
         """Show one training record (the dict that goes to metrics.jsonl)."""
         speed = f"{record['tokens_per_s']:,.0f} tok/s" + (f" | mfu {record['mfu']:.1%}" if record["mfu"] else "")
         if self.on_terminal:
-            parts = [f"loss {record['loss']:.4f}", *self.scores.values(), speed]
-            self.bar.set_postfix_str(" | ".join(parts), refresh=False)
+            self.latest = [f"loss {record['loss']:.4f}", speed]
+            self.show_parts()
         else:
             minutes_left = (self.max_steps - 1 - step) * record["ms"] / 60_000
             self.line(
@@ -662,6 +666,14 @@ def cut_metrics(path: Path, step: int) -> None:
     data.write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
+def report_of(out_dir: Path, say) -> Path | str:
+    """Where the report is. Whatever keeps it from being made, the run itself is done."""
+    try:
+        return plot.write_report(out_dir, say)
+    except Exception as error:
+        return f"none ({type(error).__name__}: {error}); try python plot.py --report {out_dir}"
+
+
 def check_packages(config: TrainConfig) -> None:
     """Find out now whether the loggers that are wanted, which requirements.txt does not install, are there."""
     for package in ("wandb", "tensorboard"):
@@ -706,7 +718,9 @@ def text_facts(config: TrainConfig, tokenizer: data.Tokenizer, windows: data.Win
 
 def command_of(config: TrainConfig, world_size: int) -> str:
     """The command that runs this again, without the files of settings it may have come from."""
-    defaults, of_one_start = TrainConfig(), ("resume", "resume_anyway")
+    defaults, of_one_start = TrainConfig(), {"resume_anyway"}
+    if config.resume == "never" or Path(config.resume).resolve().parent == Path(config.out_dir).resolve():
+        of_one_start.add("resume")
     changed = [name for name, value in vars(config).items() if value != getattr(defaults, name)]
     settings = [shlex.quote(f"--{name}={getattr(config, name)}") for name in changed if name not in of_one_start]
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -845,6 +859,7 @@ def finished_message(step: int, config: TrainConfig) -> str:
     return (
         f"{config.out_dir} is finished: it has {step:,} steps, max_steps is {config.max_steps:,}{best_note(config)}.\n"
         f"  to sample from it:  python sample.py --model {config.out_dir}\n"
+        f"  to look at it:      python plot.py --report {config.out_dir}\n"
         f"  to train on:        the same command with --max_steps={2 * step} --resume_anyway=True\n"
         f"  to start over:      the same command with --resume=never"
     )

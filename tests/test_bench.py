@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,11 +83,27 @@ def test_the_largest_batch_is_a_power_of_two(room, batch):
 
 def test_the_profiler_s_files_are_kept(tmp_path):
     arguments = bench.parse_arguments(
-        ["train", *TINY[:-4], "--steps", "3", "--dtype", "fp32", "--profile", str(tmp_path)]
+        ["train", *TINY[:-4], "--steps", "1", "--dtype", "fp32", "--profile", str(tmp_path)]
     )
     ours = functools.partial(bench.steps_of_train, arguments, tmp_path, dtype="fp32")
     bench.keep_profile(ours, arguments, tmp_path / "run")
     assert "aten::mm" in (tmp_path / "profile.txt").read_text() and (tmp_path / "trace.json").exists()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(bench.__file__).parent / "results").glob("*/*.json")), ids=lambda f: f.name
+)
+def test_committed_results_are_shown(capsys, file):
+    bench.main(["show", str(file)])
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+@pytest.mark.parametrize("content", ["[]", "x", '{"bench": "foo"}', "{}"])
+def test_what_is_no_result_is_refused(capsys, tmp_path, content):
+    (tmp_path / "odd.json").write_text(content)
+    with pytest.raises(SystemExit):
+        bench.main(["show", str(tmp_path / "odd.json")])
+    assert capsys.readouterr().err == f"bench.py: {tmp_path}/odd.json: not a result of bench.py --json\n"
 
 
 def test_mistakes_are_one_line(capsys, tmp_path):

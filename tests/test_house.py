@@ -17,7 +17,7 @@ HOUSE = {
     "data": set(),
     "model": set(),
     "web": set(),
-    "report": set(),
+    "report": {"data"},
     "plot": {"model", "report"},
     "checkpoint": {"data", "model", "report"},
     "fineweb": {"data"},

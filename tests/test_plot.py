@@ -459,8 +459,10 @@ def test_weights_from_the_command_line(tiny, tmp_path, capsys):
     tiny.save_pretrained(tmp_path / "run" / "step_0000002")
     plot.main(["--weights", str(tmp_path / "run")])
     assert capsys.readouterr().out.splitlines() == [plot.HOW_TO_READ, str(tmp_path / "run" / "weights.png")]
+    plot.main(["--weights", str(tmp_path / "run" / "step_0000002")])  # beside a checkpoint, not into it
+    assert capsys.readouterr().out.splitlines()[1] == str(tmp_path / "run" / "weights.png")
     first = (tmp_path / "run" / "weights.png").read_bytes()
-    plot.main(["--weights", str(tmp_path / "run"), "--out", str(tmp_path / "new" / "folder")])
+    plot.main(["--weights", str(tmp_path / "run" / "step_0000002"), "--out", str(tmp_path / "new" / "folder")])
     assert (tmp_path / "new" / "folder" / "weights.png").read_bytes() == first
 
 
@@ -468,19 +470,19 @@ def test_weights_from_the_command_line(tiny, tmp_path, capsys):
 # The command
 
 
-def test_pictures_go_to_the_first_runs_folder_or_out(tmp_path, capsys):
+def test_pictures_go_to_the_runs_folder_or_out(tmp_path, capsys):
     runs = [write(tmp_path / name, begun(), trained(0)) for name in ("one", "two")]
-    plot.main([str(run) for run in runs])
+    plot.main([str(runs[0])])
     names = ("loss.svg", "loss.png", "training.svg", "training.png")
     assert capsys.readouterr().out.splitlines() == [str(runs[0] / name) for name in names]
-    plot.main([str(runs[1]), "--out", str(tmp_path / "new" / "folder")])
+    plot.main([*map(str, runs), "--out", str(tmp_path / "new" / "folder")])
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
     assert [path.name for path in runs[1].iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_report_stands_beside_the_pictures(tmp_path, capsys):
     runs = [write(tmp_path / name, begun(), trained(0, ms=1.0)) for name in ("one", "two")]
-    plot.main(["--report", *map(str, runs)])
+    plot.main(["--report", *map(str, runs), "--out", str(tmp_path / "both")])
     assert capsys.readouterr().out.splitlines()[-2:] == [str(run / "report.md") for run in runs]
     assert "![loss](loss.svg)" in (runs[1] / "report.md").read_text()
 
@@ -489,18 +491,25 @@ def test_a_report_is_written_where_nothing_can_be_drawn(tmp_path):
     told = []
     run = write(tmp_path / "run", begun(), validated(0, 3.5))
     assert "| 0 | 3.5000 |" in plot.write_report(run, told.append).read_text()
-    assert len(told) == 1 and "has not logged a step yet" in told[0]
+    assert len(told) == 1 and "no step was logged" in told[0]
 
 
 MISTAKES = {
     "nothing": (["out/nothing"], "out/nothing: no metrics.jsonl here; .* --out_dir=out/nothing; there is one in out/b"),
     "runs above": (["out"], "out: no metrics.jsonl here; .* is one in out/begun, out/empty, out/good, out/h"),
-    "no step yet": (["out/begun"], r"out/begun: the run has not logged a step yet"),
-    "empty": (["out/good", "out/empty"], "out/empty: the run has not logged a step yet"),
-    "only nulls": (["out/nulls"], "out/nulls: the run has not logged a step yet"),
+    "no step yet": (["out/begun"], r"out/begun: no step was logged"),
+    "empty": (["out/good", "out/empty", "--out", "x"], "out/empty: no step was logged"),
+    "only nulls": (["out/nulls"], "out/nulls: no step was logged"),
     "no first line": (["out/headless"], "out/headless/metrics.jsonl: no record of kind run"),
     "nothing named": ([], "what is to be drawn.*python plot.py out/RUN"),
     "both": (["out/good", "--weights", "gpt2"], "what is to be drawn"),
+    "nowhere": (["out/good", "out/begun"], "several runs in one picture: say where it goes, with --out FOLDER"),
+    "the file": (
+        ["out/good/metrics.jsonl"],
+        "out/good/metrics.jsonl: no metrics.jsonl here.*there is one in out/good$",
+    ),
+    "a checkpoint": (["out/good/step_0000001"], ".*there is one in out/good$"),
+    "a report of weights": (["--weights", "gpt2", "--report"], "what is to be drawn"),
     "no such model": (["--weights", "out/nope"], "out/nope: no such folder; in out there are"),
     "no model": (["--weights", "out/begun"], "out/begun: no config.json in this folder"),
     "a file": (["out/good", "--out", "file"], "file/loss.svg cannot be written .*--out"),

@@ -176,6 +176,8 @@ def without_times(out_dir) -> list[dict]:
 
 
 def test_the_profiler_writes_its_table_and_trace(config):
+    with pytest.raises(ValueError, match="profile 5 begins with the third step, but 6 are left"):
+        train.train(config(max_steps=6, profile=5))
     c = config(max_steps=6, profile=2)
     train.train(c)
     trace = json.loads((Path(c.out_dir) / "trace.json").read_text())["traceEvents"]
