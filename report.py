@@ -160,7 +160,7 @@ def how(run: dict) -> list[str]:
     lines += ["", *fenced(run["command"])] if "command" in run else []
     lines += table(("", ""), ((name, fact) for name, fact in facts.items() if fact)) if any(facts.values()) else []
     if settings := "\n".join(f"{name} = {value!r}" for name, value in run.get("settings", {}).items()):
-        lines += ["", "<details><summary>All settings</summary>", "", *fenced(settings, "python"), "", "</details>"]
+        lines += ["", "<details><summary>All settings</summary>", "", *fenced(settings), "", "</details>"]
     return lines
 
 
