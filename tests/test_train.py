@@ -299,7 +299,9 @@ def test_a_finished_run_says_so_and_can_go_on(config, capsys):
 def test_starting_over_moves_the_old_run_aside(config, tmp_path):
     run = config(checkpoint_every=6)
     train.train(run)
+    (Path(run.out_dir) / "training.log").write_text("the user's own")
     train.train(config(checkpoint_every=6, resume="never", max_steps=6))
+    assert (Path(run.out_dir) / "training.log").exists()
     assert [folder.name for folder in checkpoints(run.out_dir)] == ["step_0000006"]
     assert [folder.name for folder in checkpoints(tmp_path / "run.old1")] == ["step_0000006", "step_0000012"]
 
