@@ -370,7 +370,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     about_weights = "instead: gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder"
     parser.add_argument("--weights", metavar="MODEL", help=about_weights)
     parser.add_argument("--report", action="store_true", help="also write report.md, into the folder of each run")
-    about_out = "where the pictures go (default: the folder of the run or model, or for one from the hub this one)"
+    about_out = "where the pictures go (default: the run's or model's folder; of several runs, the one above)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=about_out)
     return parser.parse_args(argv)
 
@@ -378,8 +378,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
-        if len(arguments.runs) > 1 and not arguments.out:
-            raise ValueError("several runs in one picture: say where it goes, with --out FOLDER")
         if bool(arguments.runs) == bool(arguments.weights) or (arguments.weights and arguments.report):
             raise ValueError("what is to be drawn? python plot.py out/RUN ..., or python plot.py --weights MODEL")
         if arguments.weights:
@@ -389,7 +387,11 @@ def main(argv: list[str] | None = None) -> None:
             written = draw_weights(arguments.weights, arguments.out or (beside if here.is_dir() else Path()))
             print(HOW_TO_READ)
         else:
-            written = draw_curves(arguments.runs, arguments.out or arguments.runs[0])
+            # Of several runs, beside them all: the pictures in a run's folder are its own.
+            first = arguments.runs[0]
+            written = draw_curves(
+                arguments.runs, arguments.out or (first if len(arguments.runs) == 1 else first.parent)
+            )
             written += [write_report(run) for run in arguments.runs] if arguments.report else []
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)

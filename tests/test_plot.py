@@ -475,6 +475,8 @@ def test_pictures_go_to_the_runs_folder_or_out(tmp_path, capsys):
     plot.main([str(runs[0])])
     names = ("loss.svg", "loss.png", "training.svg", "training.png")
     assert capsys.readouterr().out.splitlines() == [str(runs[0] / name) for name in names]
+    plot.main([*map(str, runs)])
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
     plot.main([*map(str, runs), "--out", str(tmp_path / "new" / "folder")])
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
     assert [path.name for path in runs[1].iterdir()] == ["metrics.jsonl"]
@@ -503,7 +505,6 @@ MISTAKES = {
     "no first line": (["out/headless"], "out/headless/metrics.jsonl: no record of kind run"),
     "nothing named": ([], "what is to be drawn.*python plot.py out/RUN"),
     "both": (["out/good", "--weights", "gpt2"], "what is to be drawn"),
-    "nowhere": (["out/good", "out/begun"], "several runs in one picture: say where it goes, with --out FOLDER"),
     "the file": (
         ["out/good/metrics.jsonl"],
         "out/good/metrics.jsonl: no metrics.jsonl here.*there is one in out/good$",
