@@ -28,6 +28,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -311,8 +312,11 @@ def steps_of_transformers(arguments: argparse.Namespace, machine: Runtime, dtype
 
 def in_a_process_of_its_own(function: Callable, *arguments) -> dict:
     """As a user would run it: its memory is its own, and nothing is set that our scripts set."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenExecutor:
+            raise ValueError("a process was killed; if for want of memory, take a smaller --batch_size") from None
 
 
 def matmul_rate(machine: Runtime) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def test_a_step_against_transformers(capsys):
     shown = capsys.readouterr().out
     assert "1 x 8 tokens" in shown and "waiting for a checkpoint" in shown
     assert 0 <= ours["waited_ms"] <= ours["longest_wait_ms"] < result["checkpoint_wait_ms"]
+
+
+def test_a_killed_process_is_one_line():
+    with pytest.raises(ValueError, match=r"a process was killed.*smaller --batch_size"):
+        bench.in_a_process_of_its_own(os._exit, 9)
 
 
 def test_the_ladder_is_drawn(capsys, monkeypatch, tmp_path):
