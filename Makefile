@@ -12,7 +12,7 @@ STDLIB = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib
 
 quickstart: $(BIN)/installed
 	@echo "== 1/3  shards: the source of Python's standard library, a token for each byte"
-	@$(BIN)/python data.py "$(STDLIB)" --out shards/stdlib --tokenizer bytes --glob '*.py' \
+	@$(BIN)/python prepare.py "$(STDLIB)" --out shards/stdlib --tokenizer bytes --glob '*.py' \
 		--exclude site-packages --exclude dist-packages --exclude test --exclude tests --exclude idle_test
 	@echo "== 2/3  training: config/quickstart.py"
 	@$(BIN)/python train.py config/quickstart.py

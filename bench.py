@@ -37,6 +37,7 @@ import torch.nn.functional as F
 
 import data
 import hellaswag
+import prepare
 import report
 import runtime
 import train
@@ -53,7 +54,7 @@ def say(line: str) -> None:
 
 
 def documents_of(files: list[Path], column: str) -> list[str]:
-    parts = (part for piece in data.pieces_of(files, column) for part, _ in piece.documents())
+    parts = (part for piece in prepare.pieces_of(files, column) for part, _ in piece.documents())
     return [part.decode("utf-8", errors="replace") for part in parts]
 
 
@@ -69,33 +70,33 @@ def plain_tiktoken(files: list[Path], column: str) -> tuple[float, float]:
 
 def side_by_side(files: list[Path], column: str, n: int) -> float:
     """Seconds of that loop in n processes at once: the most that this machine's cores can give to n workers."""
-    with multiprocessing.get_context(data.START_METHOD).Pool(n) as pool:
+    with multiprocessing.get_context(prepare.START_METHOD).Pool(n) as pool:
         times = pool.starmap(plain_tiktoken, [(files, column)] * n, chunksize=1)
     return statistics.mean(end - start for start, end in times)
 
 
 def shard(files: list[Path], column: str, workers: int) -> tuple[float, int]:
     """Seconds from files to fsynced shards, without the start of the workers; and the tokens."""
-    with tempfile.TemporaryDirectory() as folder, data.tokenising("gpt2", workers) as tokenise_all:
-        warm = list(tokenise_all(data.Texts(1, [(b"warm", True)]) for _ in range(8 * workers)))
+    with tempfile.TemporaryDirectory() as folder, prepare.tokenising("gpt2", workers) as tokenise_all:
+        warm = list(tokenise_all(prepare.Texts(1, [(b"warm", True)]) for _ in range(8 * workers)))
         assert len(warm) == 8 * workers
         (Path(folder) / "progress").mkdir()
-        section = data.Section(
+        section = prepare.Section(
             Path(folder) / "progress" / "all.json",
             {"train": lambda n: Path(folder) / f"bench_train_{n:06d}.bin"},
             {"train": 100_000_000},
         )
-        route, _ = data.split_for(files, 0.0, 0)
+        route, _ = prepare.split_for(files, 0.0, 0)
         size = sum(path.stat().st_size for path in files)
         start = time.time()
-        with data.Bar(size, f"{workers} workers") as bar:
-            section.write(data.pieces_of(files, column), tokenise_all, route, bar)
+        with prepare.Bar(size, f"{workers} workers") as bar:
+            section.write(prepare.pieces_of(files, column), tokenise_all, route, bar)
         return time.time() - start, sum(row["tokens"] for row in section.record["shards"]["train"])
 
 
 def bench_tokenize(arguments: argparse.Namespace) -> dict:
     files = [Path(path) for path in arguments.files] or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    column, workers = arguments.text_column, arguments.workers or data.available_cpus()
+    column, workers = arguments.text_column, arguments.workers or prepare.available_cpus()
     megabytes = sum(len(text.encode()) for text in documents_of(files, column)) / 1e6
     say(f"{len(files)} files, {megabytes:.1f} MB of text, {arguments.rounds} rounds")
     rounds = []

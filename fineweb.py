@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import prepare
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "karpathy/fineweb-edu-100B-gpt2-token-shards"
@@ -259,7 +260,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep_downloads", action="store_true", help="leave the dataset's files in the hub's cache")
     parser.add_argument("--pretokenized", action="store_true", help="fetch ready-made shards of GPT-2's tokens instead")
     arguments = parser.parse_args(argv)
-    data.check_amounts(parser, arguments)
+    prepare.check_amounts(parser, arguments)
     part = re.fullmatch(r"(\d+)/(\d+)", arguments.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
         parser.error(f"--part={arguments.part}: it must be like 1/4, 2/4, 3/4 or 4/4")
@@ -314,7 +315,7 @@ class Job:
         return range(part - 1, len(self.files), parts)
 
     def record(self, i: int) -> dict:
-        return data.Section.read(self.record_path(i), ())
+        return prepare.Section.read(self.record_path(i), ())
 
     def record_path(self, i: int) -> Path:
         return self.out / "progress" / f"{i:06d}.json"
@@ -330,7 +331,7 @@ class Job:
 
     def discard(self, i: int) -> None:
         """Remove what was downloaded; what lies in the hub's cache stays."""
-        data.open_parquet.cache_clear()  # an open file would keep its place on the disk
+        prepare.open_parquet.cache_clear()  # an open file would keep its place on the disk
         shutil.rmtree(self.out / "downloads" / f"{i:06d}", ignore_errors=True)
 
 
@@ -339,10 +340,10 @@ def tokenise_files(job: Job) -> None:
     arguments, records = job.arguments, {i: job.record(i) for i in job.mine}
     missing = [i for i, record in records.items() if not record["complete"]]
     paths = job.fetched(missing, ahead=not arguments.max_tokens)  # where an end is set, the next may not be needed
-    workers, left = arguments.workers or data.available_cpus(), arguments.max_tokens or sys.maxsize
+    workers, left = arguments.workers or prepare.available_cpus(), arguments.max_tokens or sys.maxsize
     with (
-        data.tokenising("gpt2", workers) as tokenise_all,
-        data.Bar(sum(job.files[i].size for i in job.mine), arguments.out) as bar,
+        prepare.tokenising("gpt2", workers) as tokenise_all,
+        prepare.Bar(sum(job.files[i].size for i in job.mine), arguments.out) as bar,
     ):
         for i, record in records.items():
             file = job.files[i]
@@ -351,8 +352,8 @@ def tokenise_files(job: Job) -> None:
             elif left:
                 bar.say(f"{file.path}, {file.size / 1e9:.2f} GB ({i + 1} of {len(job.files)} files)")
                 section = section_of(job, i)
-                pieces = data.pieces_of([next(paths)], arguments.text_column)
-                route = functools.partial(data.split_by_position, val_tokens=arguments.shard_tokens if i == 0 else 0)
+                pieces = prepare.pieces_of([next(paths)], arguments.text_column)
+                route = functools.partial(prepare.split_by_position, val_tokens=arguments.shard_tokens if i == 0 else 0)
                 section.write(pieces, tokenise_all, route, bar, limit=left)
                 record = section.record
                 job.discard(i)
@@ -360,13 +361,13 @@ def tokenise_files(job: Job) -> None:
             left -= n_tokens(record)
 
 
-def section_of(job: Job, i: int) -> data.Section:
+def section_of(job: Job, i: int) -> prepare.Section:
     """Where the shards of file i go. The first three digits of their number are i; more, if there are as many files."""
     file = f"{i:0{max(3, len(str(len(job.files) - 1)))}d}"
     path_of = {"train": lambda n: job.out / f"{job.out.name}_train_{file}{n + 1:03d}.bin"}
     if i == 0:
         path_of["val"] = lambda n: job.out / f"{job.out.name}_val_{file}{n:03d}.bin"
-    return data.Section(job.record_path(i), path_of, dict.fromkeys(path_of, job.arguments.shard_tokens))
+    return prepare.Section(job.record_path(i), path_of, dict.fromkeys(path_of, job.arguments.shard_tokens))
 
 
 def n_tokens(record: dict) -> int:
@@ -376,7 +377,7 @@ def n_tokens(record: dict) -> int:
 def take_shards(job: Job) -> None:
     """This machine's part of the ready-made shards, each checked before it gets its name."""
     missing = [i for i in job.mine if not job.record(i)["complete"]]
-    with data.Bar(sum(job.files[i].size for i in job.mine), job.arguments.out) as bar:
+    with prepare.Bar(sum(job.files[i].size for i in job.mine), job.arguments.out) as bar:
         bar.skip(sum(job.files[i].size for i in job.mine if i not in missing), 0, 0)
         for i, path in zip(missing, job.fetched(missing, ahead=True, own=True)):
             tokens = data.open_shard(path).tokens  # header and size
@@ -410,7 +411,7 @@ def shard_hub_dataset(arguments: argparse.Namespace) -> None:
     names = ["dataset", "revision", "max_tokens", "pretokenized"]
     names += [] if arguments.pretokenized else ["name", "text_column", "shard_tokens"]
     options = {name: getattr(arguments, name) for name in names}
-    with data.prepared(out, options, alone=arguments.part[1] == 1) as meta:
+    with prepare.prepared(out, options, alone=arguments.part[1] == 1) as meta:
         if meta["complete"]:
             print(f"{arguments.out}: already made from {arguments.dataset}")
         else:
@@ -447,7 +448,7 @@ def finish(job: Job, source: dict) -> None:
             f"{job.arguments.out}: all {n:,} tokens are in the first shard, which is for validation; delete the folder "
             f"and run again with --shard_tokens={max(1, n // 20)}"
         )
-    meta = data.finish_folder(job.out, data.get_tokenizer("gpt2"), source, done)
+    meta = prepare.finish_folder(job.out, data.get_tokenizer("gpt2"), source, done)
     shutil.rmtree(job.out / "downloads", ignore_errors=True)
     print(
         f"{job.arguments.out}: {meta['documents']:,} documents, {meta['tokens']['train']:,} training and "

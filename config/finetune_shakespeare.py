@@ -1,6 +1,6 @@
 """Fine-tune OpenAI's GPT-2 (124M) on Shakespeare.
 
-    python data.py tinyshakespeare.txt --out shards/shakespeare_gpt2 --val_fraction 0.1
+    python prepare.py tinyshakespeare.txt --out shards/shakespeare_gpt2 --val_fraction 0.1
     python train.py config/finetune_shakespeare.py                  fetches 0.5 GB from the Hugging Face hub, once
     python sample.py --model out/finetune_shakespeare/step_00000NN -p "ROMEO:"   the best; train.py names it
 

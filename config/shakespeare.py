@@ -1,6 +1,6 @@
 """A small GPT from scratch on the works of Shakespeare, a token for each byte.
 
-    python data.py tinyshakespeare.txt --out shards/shakespeare --tokenizer bytes --val_fraction 0.1
+    python prepare.py tinyshakespeare.txt --out shards/shakespeare --tokenizer bytes --val_fraction 0.1
     python train.py config/shakespeare.py
     python sample.py --model out/shakespeare -p "ROMEO:" -m 300
 

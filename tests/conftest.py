@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
+import prepare
 import train
 from model import checkpoints
 
@@ -40,7 +40,7 @@ def text_file(tmp_path_factory) -> Path:
 def shards(text_file, tmp_path_factory) -> Path:
     """Byte shards of that text, several small ones, so that windows come from more than one file."""
     out = tmp_path_factory.mktemp("shards") / "tale"
-    data.main([str(text_file), "--out", str(out), "--tokenizer", "bytes", "--shard_tokens", "20000"])
+    prepare.main([str(text_file), "--out", str(out), "--tokenizer", "bytes", "--shard_tokens", "20000"])
     return out
 
 

@@ -164,7 +164,7 @@ def fails(hub, out: Path, *options: str, **more) -> str:
 
 
 def command(out: Path, *options: str, name="tiny", before="") -> list[str]:
-    script = f"import sys, fineweb, data\nfineweb.WAITS = (0, 0, 0)\n{before}\nfineweb.main(sys.argv[1:])"
+    script = f"import sys, fineweb, data, prepare\nfineweb.WAITS = (0, 0, 0)\n{before}\nfineweb.main(sys.argv[1:])"
     plain = [] if "--pretokenized" in options else ["--name", name, "--shard_tokens", "9000"]
     return [sys.executable, "-c", script, "--dataset", DATASET, "--out", str(out), "--workers", "1", *plain, *options]
 
@@ -246,9 +246,9 @@ def test_shards_are_those_of_a_plain_loop(hub, tmp_path, reference):
     assert again.returncode == 0 and "already made" in again.stdout and not at(hub).asked
 
 
-@pytest.mark.parametrize("workers, before", [(2, ""), (4, ""), (2, "data.START_METHOD = 'forkserver'")])
+@pytest.mark.parametrize("workers, before", [(2, ""), (4, ""), (2, "prepare.START_METHOD = 'forkserver'")])
 def test_any_number_of_workers_makes_the_same_bytes(hub, tmp_path, reference, workers, before):
-    run = fetch(hub, tmp_path / "out", "--workers", str(workers), before=f"data.ROWS_BYTES = 20_000\n{before}")
+    run = fetch(hub, tmp_path / "out", "--workers", str(workers), before=f"prepare.ROWS_BYTES = 20_000\n{before}")
     assert run.returncode == 0, run.stderr
     assert_made(tmp_path / "out", reference)
 
@@ -332,12 +332,12 @@ def test_killed_at_ten_moments(hub, tmp_path, reference):
     at(hub).delay = 0.02  # a download takes a tenth of a second, and a piece of 2 kB some time too
     slow = """
 import time
-data.ROWS_BYTES, plain = 2000, data.tokenise
-data.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"""
+prepare.ROWS_BYTES, plain = 2000, prepare.tokenise
+prepare.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"""
     progress = []
     for attempt, moment in enumerate(["downloading", 1, 2, 3, "downloading", 1, 2, 1, 3, 2]):
         workers = ["--workers", "2"] if attempt in (2, 5) else []
-        before = "data.ROWS_BYTES = 2000" if workers else slow
+        before = "prepare.ROWS_BYTES = 2000" if workers else slow
         process = subprocess.Popen(command(out, *workers, before=before), **streams(hub, out))
         wait_for(moment, out, process)
         time.sleep(rng.uniform(0, 0.05))
@@ -350,7 +350,7 @@ data.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"""
     while workers_of(out) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not workers_of(out)
-    run = fetch(hub, out, before="data.ROWS_BYTES = 2000")
+    run = fetch(hub, out, before="prepare.ROWS_BYTES = 2000")
     assert run.returncode == 0, run.stderr
     assert_made(out, reference)
 
@@ -438,7 +438,7 @@ data.os.fsync = full"""
 
 def test_a_worker_that_dies_is_one_line(hub, tmp_path, reference):
     out = tmp_path / "out"
-    killed = "data.start_worker = data.os.abort"
+    killed = "prepare.start_worker = prepare.os.abort"
     assert "a worker process was killed (was memory short?)" in fails(hub, out, "--workers", "2", before=killed)
     assert fetch(hub, out).returncode == 0
     assert_made(out, reference)
@@ -447,12 +447,12 @@ def test_a_worker_that_dies_is_one_line(hub, tmp_path, reference):
 def test_a_program_that_cuts_other_pieces_goes_on_right(hub, tmp_path, reference):
     """A record speaks of pieces of the input; where they are of another size now, its file is begun again."""
     out = tmp_path / "out"
-    process = subprocess.Popen(command(out, before="data.ROWS_BYTES = 2000"), **streams(hub, out))
+    process = subprocess.Popen(command(out, before="prepare.ROWS_BYTES = 2000"), **streams(hub, out))
     while len(bytes_of(out)) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
-    assert fetch(hub, out, before="data.ROWS_BYTES = 50_000").returncode == 0
+    assert fetch(hub, out, before="prepare.ROWS_BYTES = 50_000").returncode == 0
     assert_made(out, reference)
 
 

@@ -20,11 +20,12 @@ HOUSE = {
     "report": {"data"},
     "plot": {"model", "report"},
     "checkpoint": {"data", "model", "report"},
-    "fineweb": {"data"},
+    "prepare": {"data"},
+    "fineweb": {"data", "prepare"},
     "sample": {"runtime", "data", "model", "web"},
     "hellaswag": {"runtime", "data", "model"},
     "train": {"checkpoint", "report", "plot", "configurator", "runtime", "data", "model", "hellaswag"},
-    "bench": {"runtime", "data", "model", "hellaswag", "train", "report"},
+    "bench": {"runtime", "data", "model", "prepare", "hellaswag", "train", "report"},
 }
 HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
 HEAVY |= {"pyarrow", "flask", "werkzeug"}
@@ -94,12 +95,12 @@ def test_functions_are_short_and_scripts_have_a_main(name):
         if (name, function.name) != ("train", "train"):
             body = function.body[1:] if ast.get_docstring(function) else function.body
             assert not body or function.end_lineno - body[0].lineno < 40, f"{name}.{function.name}"
-    if name not in ("configurator", "runtime", "model", "web", "report", "checkpoint"):
+    if name not in ("configurator", "runtime", "data", "model", "web", "report", "checkpoint"):
         assert "main" in {function.name for function in functions}
 
 
 def test_the_quickstart_is_what_readme_promises():
     """`make -n` reads the Makefile without doing anything."""
     run = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True)
-    for command in ("data.py", "train.py config/quickstart.py", "sample.py --model out/quickstart"):
+    for command in ("prepare.py", "train.py config/quickstart.py", "sample.py --model out/quickstart"):
         assert command in run.stdout

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import data
+import prepare
 import runtime
 import train
 from model import GPT, Block, GPTConfig, checkpoints
@@ -428,7 +429,7 @@ def fails(capsys, *argv: str) -> str:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(data_dir="nowhere"), "make shards with: python data.py TEXT --out nowhere"),
+        (dict(data_dir="nowhere"), "or python prepare.py TEXT --out nowhere"),
         (dict(total_batch_size=96), "These fit: batch_size 1, 3; or total_batch_size 128"),
         (dict(total_batch_size=100), "These fit: total_batch_size 128"),
         (dict(n_head=5), "n_embd 32 is not divisible by n_head 5: n_head could be 2, 4, 8"),
@@ -485,7 +486,7 @@ def test_damaged_shards(config, tmp_path, shards, capsys):
 @pytest.fixture
 def other_text(text_file, tmp_path) -> Path:
     out = tmp_path / "other"
-    data.main([str(text_file), "--out", str(out), "--tokenizer", "bytes", "--val_fraction", "0.3"])
+    prepare.main([str(text_file), "--out", str(out), "--tokenizer", "bytes", "--val_fraction", "0.3"])
     return out
 
 
