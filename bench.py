@@ -36,12 +36,14 @@ import torch
 import torch.nn.functional as F
 
 import data
+import generate
 import hellaswag
+import model as gpt
 import prepare
 import report
 import runtime
 import train
-from model import GPT, SIZES, GPTConfig, HeadLoss, resolve
+from model import GPT, SIZES, GPTConfig
 from runtime import Runtime
 
 
@@ -157,9 +159,9 @@ def one_at_a_time(model: GPT, tasks: list[hellaswag.Rendered], machine: Runtime)
 
 def bench_hellaswag(arguments: argparse.Namespace) -> dict:
     machine = runtime.start(arguments.device, arguments.dtype)
-    model = GPT.from_pretrained(resolve(arguments.model)) if arguments.model else GPT(GPTConfig())
+    model = GPT.from_pretrained(arguments.model) if arguments.model else GPT(GPTConfig())
     model = model.to(machine.device).eval()
-    packed = copy.deepcopy(model).pack(machine.dtype)  # as hellaswag.py has it
+    packed = generate.pack(copy.deepcopy(model), machine.dtype)  # as hellaswag.py has it
     tokenizer = data.get_tokenizer(model.config.vocab_size)
     tasks = hellaswag.examples(arguments.data, arguments.limit)
     rendered = [hellaswag.render(task, tokenizer, model.config.block_size) for task in tasks]
@@ -202,20 +204,20 @@ def bench_sample(arguments: argparse.Namespace) -> dict:
     prompts = idx.tolist()
 
     def generate_ours(n: int) -> None:
-        ours.generate(prompts, n, temperature=0)
+        generate.generate(ours, prompts, n, temperature=0)
 
     def generate_theirs(n: int) -> None:
         theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
 
     both = {"ours": generate_ours, "transformers": generate_theirs}
     rounds, n = [], arguments.max_tokens
-    for generate in both.values():
-        generate(2)
+    for write in both.values():
+        write(2)
     for _ in range(arguments.rounds):
         row = {}
-        for name, generate in both.items():
-            row[f"{name}, tokens/s"] = arguments.batch * n / seconds_of(generate, n, machine)
-            row[f"{name}, first token, ms"] = 1000 * seconds_of(generate, 1, machine)
+        for name, write in both.items():
+            row[f"{name}, tokens/s"] = arguments.batch * n / seconds_of(write, n, machine)
+            row[f"{name}, first token, ms"] = 1000 * seconds_of(write, 1, machine)
         rounds.append(row | {"ratio": row["ours, tokens/s"] / row["transformers, tokens/s"]})
         say("  ".join(f"{name} {value:.2f}" for name, value in rounds[-1].items()))
     return {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
@@ -230,12 +232,12 @@ def the_same_model(machine: Runtime) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype)
-    return ours.to(machine.device).eval().pack(machine.dtype), theirs.to(machine.device).eval()
+    return generate.pack(ours.to(machine.device).eval(), machine.dtype), theirs.to(machine.device).eval()
 
 
-def seconds_of(generate: Callable[[int], None], n: int, machine: Runtime) -> float:
+def seconds_of(write: Callable[[int], None], n: int, machine: Runtime) -> float:
     start = time.perf_counter()
-    generate(n)
+    write(n)
     machine.synchronize()
     return time.perf_counter() - start
 
@@ -510,7 +512,7 @@ def memory_of(name: str, T: int) -> dict:
         model = GPT(GPTConfig(**shape, block_size=T))
     # Weights, gradients and AdamW's two means in float32, weights in bf16; the head's gradient, and its logits at work.
     padded = model.config.padded_vocab_size
-    fixed = 18 * model.num_params() + 4 * padded * C + (2 + 4) * padded * HeadLoss.ROWS
+    fixed = 18 * model.num_params() + 4 * padded * C + (2 + 4) * padded * gpt.ROWS
 
     def build(layers: int) -> GPT:
         return GPT(GPTConfig(**shape | dict(n_layer=layers), block_size=T))

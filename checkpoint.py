@@ -24,8 +24,10 @@ import torch
 import torch.nn as nn
 
 import data
+import pretrained
 import report
-from model import GPT, GPTConfig, checkpoints
+from model import GPT, GPTConfig
+from pretrained import checkpoints
 
 # What a run writes into its folder; no other file there is ever moved.
 OURS = re.compile(
@@ -206,7 +208,7 @@ class Saver:
         check_space(self.out_dir, bytes_needed(model))
         folder = self.out_dir / f"step_{state['step']:07d}"
         memory = dict(optimizer=copied(optimizer.state_dict()["state"]), scaler=scaler.state_dict())
-        content = (folder, model.config, model.hf_state(), tokenizer, memory, state)
+        content = (folder, model.config, model.weights(), tokenizer, memory, state)
         self.thread = threading.Thread(target=self.write, args=content, daemon=True)
         self.thread.start()
 
@@ -259,7 +261,7 @@ def write(folder: Path, config: GPTConfig, weights: dict, tokenizer: data.Tokeni
     """
     aside = folder.with_name(f".{folder.name}.tmp")
     try:
-        GPT.write_pretrained(aside, config, weights)
+        pretrained.write(aside, config, weights)
         data.save_tokenizer(tokenizer, aside, config.block_size)
         torch.save(memory, aside / "train_state.pt")
         (aside / "README.md").write_bytes(card_of(folder.parent, state["step"]))

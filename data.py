@@ -299,7 +299,7 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     if not paths:
         what = f"no {split} shards in {folder}" if folder.is_dir() else f"no folder {folder} in {Path.cwd()}"
         raise ValueError(
-            f"data_dir: {what}; make shards with: python prepare.py TEXT --out {folder} (or make quickstart)"
+            f"data_dir: {what}; make shards with python fineweb.py, or with python prepare.py TEXT --out {folder}"
         )
     meta = read_meta(folder)
     if not meta.get("complete", True):

@@ -45,8 +45,10 @@ import torch
 import torch.nn.functional as F
 
 import data
+import generate
 import runtime
-from model import GPT, resolve
+from model import GPT
+from pretrained import resolve
 from runtime import Runtime
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
@@ -240,9 +242,9 @@ def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.
     same = part[:, :, None] == part[:, None, :]
     mask = before & (same | (part[:, None, :] == 0))  # (B, T, T): what came before in its own part, or in the context
     with machine.autocast():
-        hidden = model.hidden(idx, layout=(position, mask[:, None])).flatten(0, 1)[predicted_at]  # (N, C)
+        hidden = model.hidden(idx, position, mask[:, None]).flatten(0, 1)[predicted_at]  # (N, C)
         losses = [
-            F.cross_entropy(model.padded_logits(some).float(), target, reduction="none")
+            F.cross_entropy(model.logits(some).float(), target, reduction="none")
             for some, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
         ]
     losses = torch.cat(losses).cpu().double().numpy()  # (N)
@@ -350,7 +352,9 @@ def hellaswag(arguments: argparse.Namespace) -> None:
     if machine.is_main:
         print(f"model: {source}, {model.num_params():,} parameters; {', '.join(machine.notes)}", file=sys.stderr)
     start = time.perf_counter()
-    result = evaluate(model.pack(machine.dtype), tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main)
+    result = evaluate(
+        generate.pack(model, machine.dtype), tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main
+    )
     seconds = time.perf_counter() - start
     if machine.is_main:
         result = {"model": str(source), "style": "completion"} | result | {"seconds": seconds}

@@ -329,7 +329,8 @@ def cosines(rows: np.ndarray) -> np.ndarray:
 
 def draw_weights(name: str, out: Path) -> list[Path]:
     """Draw the embeddings of a model, named as for sample.py, into out/weights.png; returns that file."""
-    from model import GPT, resolve
+    from model import GPT
+    from pretrained import resolve
 
     with style():
         source = resolve(name)

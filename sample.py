@@ -24,9 +24,11 @@ from pathlib import Path
 import torch
 
 import data
+import generate
 import runtime
 import web
-from model import GPT, GPTConfig, checkpoints, resolve
+from model import GPT, GPTConfig
+from pretrained import checkpoints, resolve
 
 HELLO = "Hello, I'm a language model,"
 BOLD, LIKELY, UNLIKELY = "1", "38;5;33", "38;5;208"  # ANSI's codes: bold; blue and orange, which most eyes tell apart
@@ -196,7 +198,7 @@ def complete(
     """Continue all prompts as one batch, into the completions; yield what can be shown of each after each token."""
     end_of_text = completions[0].tokenizer.end_of_text
     options = {name: getattr(arguments, name) for name in SAMPLING}
-    for step in model.stream(prompts, arguments.max_tokens, seeds, end_of_text, **options):
+    for step in generate.stream(model, prompts, arguments.max_tokens, seeds, end_of_text, **options):
         logprobs = step.logits.log_softmax(dim=-1) if arguments.logprobs or arguments.json else None
         new = []
         for b, (completion, token) in enumerate(zip(completions, step.tokens)):
@@ -222,7 +224,7 @@ def sample(arguments: argparse.Namespace) -> None:
     machine = runtime.start(arguments.device, arguments.dtype)
     model, description = load_model(arguments.model)
     tokenizer = data.get_tokenizer(model.config.vocab_size)
-    model = model.to(machine.device).pack(machine.dtype)
+    model = generate.pack(model.to(machine.device), machine.dtype)
     print(f"model: {description}; {', '.join(machine.notes)}", file=sys.stderr)
     if arguments.interactive:
         write_together(model, tokenizer, "".join(prompts) if arguments.prompt else "", arguments)

@@ -35,11 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import configurator
 import data
+import generate
 import hellaswag
 import plot
 import report
 import runtime
-from model import GPT, GPTConfig, checkpoints
+from model import GPT, GPTConfig
+from pretrained import checkpoints
 from runtime import Runtime
 
 
@@ -227,9 +229,6 @@ def train(config: TrainConfig) -> dict:
     compiled, compile_note = runtime.choose_compile(config.compile, machine.device, seconds)
     model = torch.compile(raw_model) if compiled else raw_model
     if machine.world_size > 1:
-        # The one buffer is a constant, and need not be sent around at each step.
-        constants = [name for name, _ in model.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     for note in (*machine.notes, f"compile: {compile_note}"):
@@ -515,7 +514,7 @@ def sample_text(model: GPT, tokenizer: data.Tokenizer, config: TrainConfig, mach
     prompt = prompt[-model.config.block_size :]
     options = dict(top_k=50, seeds=[config.seed], stop_token=tokenizer.end_of_text)
     with machine.autocast():
-        return tokenizer.decode(prompt + model.generate([prompt], config.sample_tokens, **options)[0])
+        return tokenizer.decode(prompt + generate.generate(model, [prompt], config.sample_tokens, **options)[0])
 
 
 class Stopwatch:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import prepare
 import train
-from model import checkpoints
+from model import GPT, GPTConfig
+from pretrained import checkpoints
 
 # The same examples each time: a test that fails here fails elsewhere too.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -23,6 +24,31 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 TOY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
+
+
+TOY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
+
+
+def make_toy(**changes) -> GPT:
+    """A toy whose weights are larger than GPT-2's at init, so that mistakes show and no two logits nearly tie."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**(TOY | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("wte.weight"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        model.transformer.wte.weight[: model.config.vocab_size].mul_(10)
+    return model.eval()
+
+
+@pytest.fixture
+def toy() -> GPT:
+    return make_toy()
+
+
+def ids(*shape: int, vocab_size: int = 257, seed: int = 0) -> torch.Tensor:
+    """Random token ids, int64."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="session")

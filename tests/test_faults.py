@@ -21,7 +21,7 @@ from conftest import clean_environment, flags, losses, metrics, toy_config, weig
 import checkpoint
 import report
 import train
-from model import checkpoints
+from pretrained import checkpoints
 
 ROOT = Path(__file__).parent.parent
 

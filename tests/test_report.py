@@ -14,7 +14,7 @@ import configurator
 import plot
 import report
 import train
-from model import checkpoints
+from pretrained import checkpoints
 
 RESULTS = [file.parent for file in (Path(__file__).parent.parent / "results").glob("*/metrics.jsonl")]
 

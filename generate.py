@@ -1,0 +1,317 @@
+"""Inference: a model continues token ids, with a KV cache, packed weights, and a CUDA graph for the one-token step.
+
+pack(model, dtype)                        ready for inference only, with its matrix products in dtype
+stream(model, prompts, n, ...)            a Step for each new token, all prompts as one batch
+generate(model, prompts, n, ...)          the same, whole
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPT
+
+GRAPH_FROM = 32  # new tokens; for fewer, capturing a CUDA graph does not pay
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+class KVCache:
+    """Keys and values of all tokens so far, so that a new token costs the work of one token.
+
+    Prompts of different lengths are aligned at their right ends: the first `pad[b]` columns of row b are empty.
+    """
+
+    def __init__(self, n_layer: int, capacity: int, pad: torch.Tensor | None = None, dtype: torch.dtype | None = None):
+        self.capacity = capacity  # columns that are allocated at each layer's first use
+        self.dtype = dtype  # of keys and values; None: what the layer computes in
+        self.length = 0  # columns filled; the same in every layer between two forward passes
+        self.pad = pad  # (B,) int64, or None when all rows start at column 0
+        self.layers = [None] * n_layer  # each (2, B, nh, capacity, hs): keys and values
+        self.column = None  # (1,) int64 on the device: where the next token goes, when a CUDA graph writes it
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append k and v (B, nh, T, hs); returns the layer's keys and values so far, (B, nh, past + T, hs) each."""
+        B, nh, T, hs = k.shape
+        if self.layers[layer] is None:
+            # Zeros, because 0 x NaN is NaN behind a mask too.
+            self.layers[layer] = k.new_zeros(2, B, nh, self.capacity, hs, dtype=self.dtype)
+        if self.column is not None:
+            self.layers[layer][0].index_copy_(2, self.column, k)
+            self.layers[layer][1].index_copy_(2, self.column, v)
+            return self.layers[layer][0], self.layers[layer][1]
+        stored = self.layers[layer][:, :, :, : self.length + T]  # a view
+        stored[0, :, :, self.length :] = k
+        stored[1, :, :, self.length :] = v
+        return stored[0], stored[1]
+
+    def positions(self, T: int, device: torch.device) -> torch.Tensor:
+        """Positions of the next T tokens: (T) when all rows are aligned at the left, else (B, T)."""
+        column = torch.arange(self.length, self.length + T, device=device)
+        return column if self.pad is None else (column - self.pad[:, None]).clamp(min=0)
+
+    def mask(self, T: int, device: torch.device) -> torch.Tensor | None:
+        """The columns that each of the next T tokens may see, (B or 1, 1, T, past + T) bool; None if plain causal."""
+        if self.pad is None and (self.length == 0 or T == 1):
+            return None
+        query = torch.arange(self.length, self.length + T, device=device)[:, None]
+        key = torch.arange(self.length + T, device=device)[None, :]
+        mask = (key <= query)[None]
+        if self.pad is not None:
+            # An empty column sees itself: a softmax over nothing is 0/0, and its NaN would spread.
+            mask = mask & (key >= self.pad[:, None, None]) | (key == query)
+        return mask[:, None]
+
+
+def forward_cached(model: GPT, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Token ids (B, T) that continue the cache -> logits (B, V) of the last one."""
+    T = idx.size(1)
+    x = model.hidden(idx, cache.positions(T, idx.device), cache.mask(T, idx.device), cache)
+    cache.length += T
+    return model.logits(x[:, -1])
+
+
+class TokenGraph:
+    """The forward pass of one token a row, behind a filled cache, as a CUDA graph.
+
+    In a small model, one token is some 200 kernels that run faster than Python launches them; a graph launches all of
+    them at once. A graph repeats the same work on the same memory, so it attends over the whole capacity of the cache,
+    with a mask over what is not filled, and reads the next column from a tensor.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, B: int):
+        device = model.transformer.wte.weight.device
+        self.model, self.cache, self.graph = model, cache, None
+        self.idx = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        cache.column = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def forward(self) -> torch.Tensor:
+        """self.idx (B, 1) at cache.column -> logits (B, V). Repeating it writes the same column again."""
+        column, pad = self.cache.column, self.cache.pad
+        key = torch.arange(self.cache.capacity, device=column.device)
+        position, mask = column[None], (key <= column)[None]  # (1, 1), (1, capacity)
+        if pad is not None:
+            position, mask = column - pad[:, None], mask & (key >= pad[:, None])  # (B, 1), (B, capacity)
+        x = self.model.hidden(self.idx, position, mask[:, None, None], self.cache)
+        return self.model.logits(x[:, -1])
+
+    def capture(self) -> None:
+        # Kernels set things up at their first calls, which must not be recorded: warm up on a side stream.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.forward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.forward()
+
+    def __call__(self, idx: torch.Tensor) -> torch.Tensor:
+        """The next token of each row (B, 1) -> logits (B, V)."""
+        self.idx.copy_(idx)
+        self.cache.column.fill_(self.cache.length)
+        self.cache.length += 1
+        if not self.idx.is_cuda:  # nothing to capture, but the same arithmetic
+            return self.forward()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.logits.clone()  # the next replay overwrites them
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packed weights
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear for inference: weights in the dtype of the product and, on a CPU in bf16, in oneDNN's blocked layout.
+
+    F.linear gets row-major weights and reorders all of them for each product; for the few rows of one token that costs
+    as much as the product. The ops are private: torch has no public equivalent.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        weight = linear.weight.detach().to(dtype)
+        self.blocked = weight.device.type == "cpu" and dtype == torch.bfloat16 and onednn_multiplies_bf16()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.blocked else weight
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.dtype)
+        if self.blocked:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+def onednn_multiplies_bf16() -> bool:
+    ops, names = torch.ops.mkldnn, ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    has_ops = torch.backends.mkldnn.is_available() and all(hasattr(ops, name) for name in names)
+    return has_ops and ops._is_mkldnn_bf16_supported()
+
+
+def pack(model: GPT, dtype: torch.dtype) -> GPT:
+    """Replace all Linear layers by PackedLinear, in place; returns the model.
+
+    It computes what it would under autocast to dtype. A packed model cannot be moved, trained or saved.
+    """
+    for part in (model, *(part for block in model.transformer.h for part in (block.attn, block.mlp))):
+        for name, child in part.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(part, name, PackedLinear(child, dtype))
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Choosing a token
+
+
+def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Make tokens that are already in the text less likely (CTRL, Keskar et al. 2019, section 4.1).
+
+    logits (B, V), seen (B, V) bool -> (B, V): divided by the penalty where positive, else multiplied by it.
+    """
+    if penalty == 1:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def restrict(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
+    """Logits (B, V) with -inf for every token that one of the three filters removes; they apply in this order.
+
+    top_k   keeps the k most likely tokens; 0 keeps all
+    top_p   keeps the fewest tokens that together have this probability (nucleus, Holtzman et al. 2019); 1 keeps all
+    min_p   keeps tokens with at least this share of the top token's probability (Nguyen et al. 2024); 0 keeps all
+    """
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        p = F.softmax(sorted_logits, dim=-1)
+        out = p.cumsum(dim=-1) - p >= top_p  # the more likely tokens already reach top_p without this one
+        out[:, 0] = False  # the top token always stays
+        logits = logits.masked_fill(out.gather(1, order.argsort(dim=-1)), float("-inf"))
+    if min_p > 0:
+        least = logits.max(dim=-1, keepdim=True).values + math.log(min_p)
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return logits
+
+
+def sample(
+    logits: torch.Tensor, draw: torch.Tensor, temperature: float = 1.0, top_k=0, top_p=1.0, min_p=0.0
+) -> torch.Tensor:
+    """One token for each row: logits (B, V) and uniform numbers in [0, 1) (B,) -> ids (B,) int64.
+
+    temperature divides the logits, and 0 always takes the most likely token; for the others see `restrict`. The draw
+    becomes a token by inverting the cumulative distribution: a row's token depends on its own logits and number only.
+    """
+    if temperature < 1e-6:
+        return logits.argmax(dim=-1)
+    logits = restrict(logits / temperature, top_k, top_p, min_p)
+    cdf = F.softmax(logits, dim=-1).cumsum(dim=-1)  # (B, V)
+    # The first token whose cumulative probability exceeds the draw's share of the total (rounded, it need not be 1).
+    return torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+class Step(NamedTuple):
+    """One new token for each row of a batch."""
+
+    tokens: list[int | None]  # None where a row has ended
+    logits: torch.Tensor  # (B, V) float32, before penalty, temperature and filters
+
+
+@torch.no_grad()
+def stream(
+    model: GPT, prompts, max_new_tokens: int, seeds=None, stop_token=None, repetition_penalty=1.0, **sampling
+) -> Iterator[Step]:
+    """Continue each prompt (a list of token ids); yield a Step for each new token.
+
+    seeds                one for each prompt: a row's text depends on its own seed, not on the rows beside it (in bf16,
+                         a batch of another shape rounds differently, and near ties may fall differently)
+    stop_token           a row ends with this id (usually end of text)
+    repetition_penalty   see `penalize`; 1 is none
+    sampling             temperature, top_k, top_p, min_p: see `sample`
+
+    The context of a token is the block_size tokens before it. Raises ValueError for a prompt that is empty or longer
+    than block_size, and for weights that give NaN.
+    """
+    block_size, device = model.config.block_size, model.transformer.wte.weight.device
+    for prompt in prompts:
+        if not 0 < len(prompt) <= block_size:
+            raise ValueError(f"a prompt of {len(prompt)} tokens: this model takes 1 to {block_size}; shorten it")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]  # always on the CPU
+
+    rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
+    seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
+    for mask, row in zip(seen, rows):
+        mask[row] = True
+    cache, was_training = None, model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            # 1. Compute what the cache lacks: the last token, or everything at first and whenever the cache is full.
+            # Positions are learned, so once the window slides every cached key stands at a wrong position.
+            if cache is None or cache.length == block_size:
+                cache, logits = prefill(model, [row[-block_size:] for row in rows], max_new_tokens)
+                decode_one_token = decoder(model, cache, len(rows), max_new_tokens)
+            else:
+                logits = decode_one_token(torch.tensor([row[-1:] for row in rows]).to(device))  # (B, V)
+            logits = logits.float()
+            if logits.isnan().any():
+                raise ValueError("the model's logits are NaN: it is damaged, or its training diverged")
+
+            # 2. Choose, 3. remember, 4. hand over.
+            draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(device)  # (B)
+            chosen = sample(penalize(logits, seen, repetition_penalty), draws, **sampling)  # (B)
+            seen.scatter_(1, chosen[:, None], True)
+            chosen = chosen.tolist()
+            for row, token in zip(rows, chosen):
+                row.append(token)
+            yield Step([None if done else token for done, token in zip(ended, chosen)], logits)
+            ended = [done or token == stop_token for done, token in zip(ended, chosen)]
+            if all(ended):
+                return
+    finally:
+        model.train(was_training)
+
+
+def prefill(model: GPT, rows: list[list[int]], max_new_tokens: int) -> tuple[KVCache, torch.Tensor]:
+    """A cache filled with the rows, aligned at their right ends, and the logits (B, V) behind them."""
+    device, longest = model.transformer.wte.weight.device, max(map(len, rows))
+    idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)  # (B, longest)
+    pad = torch.tensor([longest - len(row) for row in rows])
+    # With a single query in bf16, a CPU's fused attention takes three times as long over bf16 keys as over float32.
+    dtype = torch.float32 if is_packed(model) and device.type == "cpu" else None
+    capacity = min(model.config.block_size, longest + max_new_tokens)
+    cache = KVCache(model.config.n_layer, capacity, pad.to(device) if pad.any() else None, dtype)
+    return cache, forward_cached(model, idx, cache)
+
+
+def decoder(model: GPT, cache: KVCache, B: int, max_new_tokens: int):
+    """The function from each row's next token (B, 1) to logits (B, V)."""
+    if is_packed(model) and model.transformer.wte.weight.is_cuda and max_new_tokens >= GRAPH_FROM:
+        return TokenGraph(model, cache, B)
+    return functools.partial(forward_cached, model, cache=cache)
+
+
+def is_packed(model: GPT) -> bool:
+    return isinstance(model.lm_head, PackedLinear)
+
+
+def generate(model: GPT, prompts, max_new_tokens: int, **options) -> list[list[int]]:
+    """The continuations that `stream` yields, whole: one list of new token ids for each prompt."""
+    steps = [step.tokens for step in stream(model, prompts, max_new_tokens, **options)]
+    return [[tokens[b] for tokens in steps if tokens[b] is not None] for b in range(len(prompts))]

@@ -1,0 +1,273 @@
+"""Models as files: Hugging Face folders and the hub, a run's checkpoints, and the checkpoints of nanoGPT.
+
+`read` gives a shape and tensors, `write` takes them; neither knows the network. Inside this project a tensor has the
+name of its parameter in model.py, such as transformer.h.0.attn.c_attn.weight, and nn.Linear's orientation (out, in).
+GPT-2's files hold those matrices as (in, out): its authors wrote the layers as one-dimensional convolutions.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SHAPE = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+
+# What config.json may say otherwise and model.py does not do.
+ONLY = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
+
+
+def is_conv1d(name: str) -> bool:
+    return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names -> folders
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoints of a run's folder (step_0000100, step_0000200, ...), oldest first; empty if there are none."""
+    folders = [path for path in Path(run).glob("step_*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+
+
+def resolve(name: str | Path) -> str | Path:
+    """A run's folder -> its newest checkpoint; any other name of a model stays as it is."""
+    return checkpoints(name)[-1] if checkpoints(name) else name
+
+
+def locate(name: str | Path) -> Path:
+    """The folder or file behind a name; a hub id is fetched into the hub's cache. ValueError if there is none."""
+    path = Path(resolve(name))
+    if path.exists():
+        return path
+    if re.fullmatch(r"gpt2(-medium|-large|-xl)?", str(name)):
+        return fetch(f"openai-community/{name}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir():
+        return fetch(str(name))
+    runs = ", ".join(sorted(str(folder) for folder in path.parent.glob("*") if checkpoints(folder)))
+    runs = runs or ", ".join(sorted(str(folder) for folder in Path("out").glob("*") if checkpoints(folder)))
+    raise ValueError(
+        f"{name}: no such model; name gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id such as user/model, or a folder"
+        + (f" (there are {runs})" if runs else "")
+    )
+
+
+def fetch(repo: str) -> Path:
+    """A model of the hub as a folder in the hub's cache: its safetensors or, where it has none, its pickled weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        for suffix in ("safetensors", "bin"):
+            patterns = ["config.json", f"*.{suffix}", f"*.{suffix}.index.json"]
+            folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns="*/*"))
+            if any((folder / file).exists() for file in WEIGHTS):
+                break
+        return folder
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{repo}: not a folder here, and not fetched from the Hugging Face hub ({type(error).__name__}: {reason})"
+        ) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(name: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The shape (fields of GPTConfig) and the tensors of a model, checked against each other before anything is built.
+
+    Raises ValueError when files are missing, damaged, or not those of a GPT-2.
+    """
+    path = locate(name)
+    if path.is_file():
+        shape, state = read_nanogpt(path)
+        transposed = False
+    else:
+        shape, state = read_config(path / "config.json"), read_folder(path)
+        transposed = True
+    if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
+        raise ValueError(f"{path}: not a table of names and tensors")
+
+    # Some files have names without "transformer.", attention's triangle of ones as a buffer, or the tied head again.
+    state = {("" if n.startswith(("transformer.", "lm_head.")) else "transformer.") + n: t for n, t in state.items()}
+    state = {n: t for n, t in state.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
+    head, embedding = state.pop("lm_head.weight", None), state.get("transformer.wte.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise ValueError(f"{path}: lm_head differs from the token embedding; GPT-2 shares one matrix for both")
+    if transposed:
+        state = {n: t.t() if is_conv1d(n) else t for n, t in state.items()}
+    check(shape, state, path)
+    return shape, state
+
+
+def check(shape: dict, state: dict[str, torch.Tensor], path: Path) -> None:
+    """ValueError unless the tensors are those of a GPT-2 of this shape. Zero biases may be left over without bias."""
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+    if len(layers) != shape["n_layer"]:
+        raise ValueError(f"{path}: n_layer is {shape['n_layer']}, but the file has the tensors of {len(layers)} layers")
+    expected = parameter_shapes(shape)
+    for name, size in expected.items():
+        if name not in state:
+            raise ValueError(f"{path}: the tensor {name} is missing; is it a whole GPT-2 checkpoint?")
+        if tuple(state[name].shape) != size:
+            raise ValueError(
+                f"{path}: {name} has the shape {tuple(state[name].shape)}, but config.json makes it {size}"
+            )
+    extra = [n for n, t in state.items() if n not in expected and (shape["bias"] or not n.endswith("bias") or t.any())]
+    if extra:
+        raise ValueError(f"{path}: {extra[0]} has no place in a GPT-2 ({len(extra)} such tensors)")
+
+
+def parameter_shapes(shape: dict) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name -> its shape in nn.Linear's orientation."""
+    V, T, n_layer, _, C = (shape[name] for name in SHAPE)
+    shapes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C), "transformer.ln_f.weight": (C,)}
+    for layer in range(n_layer):
+        block = f"transformer.h.{layer}."
+        shapes |= {f"{block}{norm}.weight": (C,) for norm in ("ln_1", "ln_2")}
+        shapes |= {f"{block}attn.c_attn.weight": (3 * C, C), f"{block}attn.c_proj.weight": (C, C)}
+        shapes |= {f"{block}mlp.c_fc.weight": (4 * C, C), f"{block}mlp.c_proj.weight": (C, 4 * C)}
+    if shape["bias"]:
+        with_bias = {name: size for name, size in shapes.items() if "wte" not in name and "wpe" not in name}
+        shapes |= {name.removesuffix("weight") + "bias": size[:1] for name, size in with_bias.items()}
+    return shapes
+
+
+def read_config(file: Path) -> dict:
+    """config.json -> shape. ValueError for what GPT-2 can be told to do differently and model.py does not do."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent}: no config.json in this folder; a checkpoint has it beside model.safetensors")
+    try:
+        hf = json.loads(file.read_text())
+        shape = {name: hf["n_positions" if name == "block_size" else name] for name in SHAPE}
+        if not all(type(size) is int and size > 0 for size in shape.values()):
+            raise TypeError(f"sizes are not positive integers: {shape}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
+    for name, value in ONLY.items():
+        if hf.get(name, value) not in (value, 4 * hf["n_embd"] if name == "n_inner" else value):
+            raise ValueError(f"{file}: {name} is {hf[name]!r}; this model is GPT-2 with {value!r} only")
+    return shape | dict(bias=bool(hf.get("bias", True)))
+
+
+def read_folder(folder: Path) -> dict:
+    """All tensors of a folder. Large models come in parts, with a list of which tensor is where."""
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"{folder}: no {WEIGHTS[0]} in this folder; a checkpoint has config.json and model.safetensors"
+        )
+    if file.suffix != ".json":
+        return read_file(file)
+    try:
+        parts = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a list of parts ({type(error).__name__}: {error})") from None
+    return {name: tensor for part in parts for name, tensor in read_file(folder / part).items()}
+
+
+def read_file(file: Path) -> dict:
+    """The content of a .safetensors or pickled file. Nothing in a pickle is executed."""
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # build-nanogpt pickles an object of its class GPTConfig; a namespace stands in for it.
+        with torch.serialization.safe_globals([(SimpleNamespace, "__main__.GPTConfig")]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        if needs := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{file}: needs the pickled object {needs[1]}; refused, it could run code") from None
+        raise ValueError(
+            f"{file}: not a file of weights, damaged, or half copied ({type(error).__name__}); copy it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not a table of tensors")
+    return content
+
+
+def read_nanogpt(file: Path) -> tuple[dict, dict]:
+    """Shape and tensors of nanoGPT's ckpt.pt or build-nanogpt's model_*.pt.
+
+    nanoGPT computes the exact GELU where GPT-2, and so model.py, has the tanh form.
+    """
+    content = read_file(file)
+    try:
+        options = dict(content["model_args"] if "model_args" in content else vars(content["config"]))
+        shape = {name: options[name] for name in SHAPE} | dict(bias=bool(options.get("bias", True)))
+        state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: not a checkpoint of nanoGPT ({type(error).__name__}: {error}); for weights alone, name their "
+            "folder, with config.json"
+        ) from None
+    if shape["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
+        shape["vocab_size"] = 50257
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            if name in state:
+                state[name] = state[name][:50257]
+    return shape, state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write(folder: str | Path, config, weights: dict[str, torch.Tensor]) -> None:
+    """Write config.json and model.safetensors as transformers' GPT2LMHeadModel does. `config` is a GPTConfig.
+
+    transformers' GPT-2 always has biases: those that the model lacks are written as zeros.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.t().contiguous() if is_conv1d(name) else value for name, value in weights.items()}
+    if not config.bias:
+        linears = {name: value for name, value in weights.items() if "wte" not in name and "wpe" not in name}
+        state |= {name.removesuffix("weight") + "bias": torch.zeros(len(value)) for name, value in linears.items()}
+    (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors gives access to the owner only
+
+
+def hf_config(config) -> dict:
+    """GPTConfig -> what transformers expects in config.json."""
+    end_of_text = config.vocab_size - 1  # the last id in every tokenizer of this project, as in GPT-2's
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "bias": config.bias,  # this project's own: False means that the biases in the file are all zero
+    }

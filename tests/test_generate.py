@@ -1,0 +1,267 @@
+"""Generation: cached equals uncached, packed equals plain, and the filters equal those of transformers."""
+
+import pytest
+import torch
+from conftest import ids, make_toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from generate import (
+    KVCache,
+    TokenGraph,
+    forward_cached,
+    generate,
+    onednn_multiplies_bf16,
+    pack,
+    penalize,
+    prefill,
+    restrict,
+    sample,
+    stream,
+)
+from model import GPT, GPTConfig
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")),
+]
+
+
+@torch.no_grad()
+def generate_plainly(
+    model: GPT, prompt: list[int], n: int, seed: int, stop_token=None, repetition_penalty=1.0, **options
+) -> list[int]:
+    """One row, no cache: the whole context through the network for each token."""
+    generator = torch.Generator().manual_seed(seed)
+    row = list(prompt)
+    for _ in range(n):
+        draw = torch.rand((), generator=generator)
+        logits = model(torch.tensor([row[-model.config.block_size :]]))[:, -1]
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, row] = True
+        logits = penalize(logits, seen, repetition_penalty)
+        row.append(sample(logits, draw[None], **options).item())
+        if row[-1] == stop_token:
+            break
+    return row[len(prompt) :]
+
+
+SAMPLERS = [
+    dict(temperature=0),
+    dict(temperature=1.0),
+    dict(temperature=0.8, top_k=5),
+    dict(temperature=3.0, top_p=0.9),
+    dict(temperature=3.0, min_p=0.1, repetition_penalty=1.3),
+    dict(temperature=0, repetition_penalty=1.5),
+]
+
+
+@pytest.mark.parametrize("options", SAMPLERS, ids=str)
+@pytest.mark.parametrize("flash", [True, False])
+def test_cached_equals_uncached(options, flash):
+    """Prompts of several lengths in one batch, one as long as the context, and 40 tokens: far past the window of 16."""
+    model = make_toy(flash=flash)
+    prompts = [ids(n, seed=n).tolist() for n in (1, 3, 3, 16, 9)]
+    together = generate(model, prompts, 40, seeds=[5, 6, 7, 8, 9], **options)
+    for prompt, seed, completion in zip(prompts, (5, 6, 7, 8, 9), together):
+        assert completion == generate_plainly(model, prompt, 40, seed, **options)
+        assert generate(model, [prompt], 40, seeds=[seed], **options) == [completion]
+
+
+def test_rows_end_at_the_stop_token_each_on_its_own(toy):
+    prompts = [ids(3, seed=n).tolist() for n in range(6)]
+    free = generate(toy, prompts, 12, seeds=range(6))
+    stop = free[0][4]
+    for completion, row in zip(generate(toy, prompts, 12, seeds=range(6), stop_token=stop), free):
+        assert completion == (row[: row.index(stop) + 1] if stop in row else row)
+    assert len(list(stream(toy, prompts[:1], 12, seeds=[0], stop_token=stop))) == 5  # and nothing is computed after it
+
+
+def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone():
+    toy = make_toy(dropout=0.5).train()
+    steps = list(stream(toy, [[1, 2], [3]], 5, seeds=[0, 1]))
+    rows = [list(row) for row in zip(*(step.tokens for step in steps))]
+    assert rows == generate(toy, [[1, 2], [3]], 5)  # the seeds are 0, 1, ... where none are given
+    assert toy.training
+    # The logits that come with a token are the model's own.
+    expected = toy.eval()(torch.tensor([[1, 2, *rows[0]]]))[0, 1:-1]
+    assert torch.allclose(torch.stack([step.logits[0] for step in steps]), expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_greedy_text_equals_transformers(tmp_path, toy, penalty):
+    toy.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompt = ids(1, 4)
+    expected = theirs.generate(
+        prompt, max_new_tokens=12, do_sample=False, repetition_penalty=penalty, pad_token_id=0, eos_token_id=None
+    )
+    assert generate(toy, prompt.tolist(), 12, temperature=0, repetition_penalty=penalty) == expected[:, 4:].tolist()
+
+
+@torch.no_grad()
+def test_greedy_text_equals_transformers_at_gpt2s_size(tmp_path):
+    """64 tokens of a random GPT-2 124M."""
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig())
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompt = ids(1, 8, vocab_size=50257)
+    expected = theirs.generate(prompt, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert generate(ours, prompt.tolist(), 64, temperature=0) == expected[:, 8:].tolist()
+
+
+@pytest.mark.parametrize("length", [0, 17])
+def test_a_prompt_must_fit_the_context(toy, length):
+    with pytest.raises(ValueError, match=rf"{length} tokens: this model takes 1 to 16; shorten it"):
+        generate(toy, [[0] * length], 1)
+
+
+def test_several_tokens_onto_a_filled_cache(toy):
+    """`is_causal` with more keys than queries lets the first query see the first key only: a mask is needed there."""
+    x = ids(2, 16)
+    cache = KVCache(toy.config.n_layer, capacity=16)
+    parts = [forward_cached(toy, part, cache) for part in x.split([5, 1, 7, 3], dim=1)]
+    assert torch.allclose(torch.stack(parts, dim=1), toy(x)[:, [4, 5, 12, 15]], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lengths", [(5, 5), (2, 7, 4)])
+def test_a_token_as_a_graph_is_that_token(device, lengths):
+    """The full capacity behind a mask against the filled part alone; on a GPU really captured and replayed."""
+    toy = pack(make_toy().to(device), torch.float32)
+    rows = [ids(n, seed=n).tolist() for n in lengths]
+    (plain, _), (graphed, _) = (prefill(toy, rows, 16) for _ in range(2))
+    step = TokenGraph(toy, graphed, len(lengths))
+    tokens = [ids(len(lengths), 1, seed=n).to(device) for n in range(16 - max(lengths))]
+    expected = [forward_cached(toy, token, plain) for token in tokens]
+    # All before the first is looked at: a call must not overwrite what an earlier one returned.
+    assert torch.allclose(torch.stack([step(token) for token in tokens]), torch.stack(expected), atol=1e-4)
+    assert graphed.length == 16
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4], [5] * 16]])
+def test_packed_text_is_the_plain_text(device, prompts):
+    """With, on a GPU, a graph that is captured and then given up at the window's end."""
+    plain = generate(make_toy(), prompts, 40, temperature=0)
+    assert generate(pack(make_toy().to(device), torch.float32), prompts, 40, temperature=0) == plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+def test_packed_is_autocast_made_ready(device):
+    """In bf16: the same products, so the same logits; with a cache the same but for rounding."""
+    plain, packed = make_toy().to(device), pack(make_toy().to(device), torch.bfloat16)
+    x = ids(3, 16).to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        expected = plain(x).float()
+    exact = plain(x)
+    assert torch.equal(packed(x).float(), expected)
+    assert not torch.allclose(expected, exact, atol=1e-4)  # it was bf16
+    cache = KVCache(packed.config.n_layer, 16, dtype=torch.float32 if device == "cpu" else None)
+    parts = [forward_cached(packed, part, cache) for part in x.split([9, 1, 1, 5], dim=1)]
+    last = exact[:, [8, 9, 10, 15]]
+    assert torch.allclose(torch.stack(parts, dim=1).float(), last, atol=3 * (expected - exact).abs().max().item())
+    assert cache.layers[0].dtype == (cache.dtype or torch.bfloat16)
+    assert next(stream(packed, [[1]], 1)).logits.dtype == torch.float32
+
+
+def test_a_new_cache_takes_no_more_than_it_needs():
+    """Room, a mask and a dtype change no text, only what it costs."""
+    toy, aligned, ragged = make_toy(), [[1], [2]], [[1, 2, 3], [4]]
+    assert prefill(toy, aligned, 4)[0].capacity == 5 and prefill(toy, aligned, 99)[0].capacity == 16
+    assert prefill(toy, aligned, 4)[0].pad is None and prefill(toy, ragged, 4)[0].pad.tolist() == [0, 2]
+    assert prefill(toy, aligned, 4)[0].dtype is None
+    assert prefill(pack(toy, torch.bfloat16), aligned, 4)[0].dtype == torch.float32
+
+
+def test_on_a_cpu_bf16_and_nothing_else_is_in_onednns_order():
+    packed = {dtype: pack(make_toy(), dtype).lm_head for dtype in (torch.bfloat16, torch.float32)}
+    assert packed[torch.bfloat16].blocked == onednn_multiplies_bf16() and not packed[torch.float32].blocked
+
+
+def test_draws_are_distributed_as_the_softmax_says():
+    """Draws spread evenly over [0, 1) must hit each token in proportion to its probability, to within one draw."""
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).expand(5000, 20)
+    draws = (torch.arange(5000) + 0.5) / 5000
+    for temperature, options in (
+        (1.0, dict()),
+        (0.5, dict()),
+        (1.0, dict(top_k=4)),
+        (2.0, dict(top_k=1)),
+        (3.0, dict(top_p=0.6)),
+        (3.0, dict(min_p=0.4)),
+    ):
+        kept = restrict(logits[:1] / temperature, **options)[0]
+        counts = sample(logits, draws, temperature, **options).bincount(minlength=20)
+        assert (counts - 5000 * kept.softmax(0)).abs().max() <= 1.01
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0, 1, 3, 50, 500]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.1, 1e-6]),
+    st.sampled_from([0.0, 0.01, 0.2, 1.0]),
+    st.sampled_from([1.0, 1.3, 0.8]),
+    st.sampled_from([0.3, 1.0, 4.0]),
+)
+def test_the_tokens_left_are_those_of_transformers(seed, top_k, top_p, min_p, penalty, temperature):
+    """Penalty, temperature, top-k, top-p and min-p in this order, against the same of transformers."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, seen = torch.randn(2, 300, generator=generator) * 3, ids(2, 7, vocab_size=300, seed=seed)
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits)
+    theirs = TemperatureLogitsWarper(temperature)(seen, theirs)
+    theirs = TopKLogitsWarper(top_k)(seen, theirs) if top_k else theirs
+    theirs = TopPLogitsWarper(top_p)(seen, theirs)
+    theirs = MinPLogitsWarper(min_p)(seen, theirs)
+    mask = torch.zeros(2, 300, dtype=torch.bool).scatter(1, seen, True)
+    ours = restrict(penalize(logits, mask, penalty) / temperature, top_k, top_p, min_p)
+    assert torch.allclose(ours.softmax(-1), theirs.softmax(-1), atol=1e-6)
+
+
+def test_the_edges_of_top_p():
+    kept = {top_p: restrict(torch.zeros(1, 4), top_p=top_p).exp().sum().item() for top_p in (0, 0.25, 0.5, 0.6, 1)}
+    assert kept == {0: 1, 0.25: 1, 0.5: 2, 0.6: 3, 1: 4}
+    unlikely = torch.tensor([[0.0, -40.0]])  # the first's probability rounds to 1
+    assert torch.equal(restrict(unlikely), unlikely)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=2, max_size=60),
+    st.floats(0, 1, exclude_max=True, width=32),
+    st.floats(0, 10),
+    st.integers(0, 70),
+)
+def test_only_tokens_that_may_be_drawn_are_drawn(logits, draw, temperature, top_k):
+    """Also at the edges: a draw of 0, of nearly 1, and logits so far apart that most probabilities round to 0."""
+    logits = torch.tensor([logits])
+    token = sample(logits, torch.tensor([draw]), temperature, top_k).item()
+    if temperature < 1e-6:
+        assert logits[0, token] == logits.max()
+        return
+    scaled = (logits / temperature)[0]
+    assert scaled.softmax(-1)[token] > 0
+    if top_k:
+        assert (scaled > scaled[token]).sum() < top_k
+
+
+def test_no_id_of_the_padding_is_ever_sampled():
+    """Weights so large in the padding that it would win every time."""
+    model = make_toy()
+    with torch.no_grad():
+        model.transformer.wte.weight[257:] = 100.0
+    for options in (dict(temperature=0), dict(temperature=100.0)):
+        assert max(max(row) for row in generate(model, [[1], [2]], 200, **options)) < 257
