@@ -2,13 +2,14 @@
 #
 #     make quickstart      a small GPT learns Python on this machine in a few minutes, then writes some
 #     make test            the test suite
+#     make torture         the long tests: runs that are killed, restarted and cut off, many times
 #     make clean           removes .venv, and nothing that was trained
 
 PYTHON ?= python3
 BIN := .venv/bin
 STDLIB = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test torture clean
 
 quickstart: $(BIN)/installed
 	@echo "== 1/3  shards: the source of Python's standard library, a token for each byte"
@@ -20,7 +21,10 @@ quickstart: $(BIN)/installed
 	@$(BIN)/python sample.py --model out/quickstart -p "def " -p "class " -p "import " -m 200 --temperature 0.8
 
 test: $(BIN)/installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+torture: $(BIN)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m torture
 
 # Installs again when requirements.txt changes.
 $(BIN)/installed: requirements.txt

@@ -1,181 +1,181 @@
-"""A run's folder: one process at a time writes to it, and its checkpoints are written aside and checked before use.
+"""A checkpoint: written aside, checked before use, chosen, and pruned.
 
-out_dir/step_0001000/ is a Hugging Face model folder (config.json, model.safetensors, the tokenizer's files, and in
-README.md the model's card) and beside:
+out_dir/step_0001000/ is a Hugging Face model folder (config.json, model.safetensors, the tokenizer's files, and the
+model card in README.md) with two more files:
 
-    train_state.pt   what the optimizer and fp16's scaler remember; loads with weights_only=True
-    settings.json    step, val_loss (null if not evaluated then), settings, train_tokens, and the other files' SHA-256
+    train_state.pt   the state of the optimizer and of fp16's scaler; loads with weights_only=True
+    settings.json    step, val_loss (null if not evaluated then), settings, train_tokens, SHA-256 of the other files
 
-A folder of such a name that exists is whole; what a kill leaves has a name that begins with a dot.
+A folder with such a name is whole: it is written under a name that begins with a dot, synced to the disk, and renamed.
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
-import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import data
 import pretrained
 import report
+import run
 from model import GPT, GPTConfig
 from pretrained import checkpoints
 
-# What a run writes into its folder; no other file there is ever moved.
-OURS = re.compile(
-    r"step_\d+|metrics\.jsonl|(wandb_id|tensorboard|report\.md|(loss|training)\.(svg|png)|profile\.txt|trace\.json)$"
-)
-
 FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
 
+# These may not change between a checkpoint and the run that continues it: the tensors would not fit.
+FIXED = ("n_layer", "n_head", "n_embd", "bias", "pad_vocab", "optimizer")
+
+# These may change only with resume_anyway: they change the losses. (Others change rounding, paths or intervals only.)
+CURVE = (
+    *("seed", "dtype", "block_size", "dropout", "total_batch_size", "weight_decay", "beta1", "beta2", "grad_clip"),
+    *("learning_rate", "min_lr", "lr_schedule", "warmup_steps", "cooldown_steps", "max_steps"),
+)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The folder
+# Choosing
 
 
-@contextlib.contextmanager
-def held(out_dir: Path) -> Iterator[None]:
-    """Keep other runs out of out_dir meanwhile; a process that is killed lets go of it.
+def choose(config, restarts: int, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that the run continues from, by config.resume; None to start at step 0.
 
-    Raises ValueError if another run is there, or nothing can be written. If nothing was, no folder is left behind.
+    Raises ValueError if it is damaged, does not fit the settings, or would continue on another loss curve.
     """
-    made = not out_dir.exists()
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(out_dir / ".lock", "a")
-    except OSError as error:
-        raise ValueError(f"out_dir {out_dir} cannot be written ({error.strerror}); choose another --out_dir") from None
-    with lock:
-        data.lock_file(lock, True, f"out_dir {out_dir}: another run is writing to it; let it finish, or stop it")
-        try:
-            yield
-        finally:
-            if made and not [path for path in out_dir.iterdir() if path.name != ".lock"]:
-                shutil.rmtree(out_dir)
+    out_dir, named = Path(config.out_dir), Path(config.resume)
+    # A process that torchrun restarts resumes its own run; --resume was meant for the first start.
+    if config.resume == "auto" or (restarts and has_begun(out_dir, config.resume == "never")):
+        found = newest_whole(out_dir, say)
+    elif config.resume == "never":
+        found = None
+    elif wrong := damage(named):
+        raise ValueError(f"resume={named}: not a whole checkpoint ({wrong}); name a folder such as step_0001000")
+    elif checkpoints(out_dir) and named.resolve().parent != out_dir.resolve():
+        raise ValueError(f"resume={named}: out_dir {out_dir} has a run of its own; choose another --out_dir")
+    else:
+        found = named
+    if found is None:
+        return None
+
+    before = read_state(found)["settings"]
+    for name in FIXED:
+        if before.get(name) != getattr(config, name):
+            raise ValueError(
+                f"{found} was trained with {name}={before.get(name)}, but {name}={getattr(config, name)} is set: use "
+                "another out_dir, or --resume=never to start over"
+            )
+    changed = changes(before, config, CURVE)
+    if changed and not config.resume_anyway:
+        raise ValueError(
+            f"{found} was trained with other settings ({', '.join(changed)}), which change the losses. Restore them, "
+            "add --resume_anyway=True to continue with the new ones, or use another out_dir"
+        )
+    return found
 
 
-def make_room(out_dir: Path, found: Path | None, start_over: bool) -> None:
-    """Prepare out_dir for a run that goes on from `found`: what a kill left goes, what came after it is moved aside."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    own = found is not None and found.resolve().parent == out_dir.resolve()
-    start_step = read_state(found)["step"] if own else 0
-    for left_over in out_dir.glob(".step_*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    old = [path for path in out_dir.iterdir() if OURS.match(path.name)]
-    if start_over and old:
-        aside = free_name(out_dir, "old")
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-        print(f"resume=never: the old run is moved to {aside}")
-    later = [folder for folder in checkpoints(out_dir) if int(folder.name.removeprefix("step_")) > start_step]
-    if later and start_step:
-        shutil.copy(out_dir / "metrics.jsonl", free_name(out_dir / "metrics.jsonl", "old"))
-    for folder in later:
-        print(f"{folder} is of a later step: moved to {move_aside(folder)}")
-    if start_step == 0 and (out_dir / "metrics.jsonl").exists():
-        move_aside(out_dir / "metrics.jsonl")
+def has_begun(out_dir: Path, start_over: bool) -> bool:
+    """Whether this job of torchrun had already started the run in out_dir before this restart."""
+    runs = [record for record in report.read_metrics(out_dir / "metrics.jsonl") if record["kind"] == "run"]
+    same_job = bool(runs) and runs[-1].get("job") == os.environ.get("TORCHELASTIC_RUN_ID")
+    return same_job and (start_over or bool(checkpoints(out_dir)))
 
 
-def free_name(path: Path, word: str) -> Path:
-    """The path with .old1, .old2, ... behind (word "old"), whichever is free."""
-    path = path.resolve()
-    return next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{word}{n}")).exists())
-
-
-def move_aside(path: Path, word: str = "old") -> Path:
-    return path.rename(free_name(path, word))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+def changes(before: dict, config, names) -> list[str]:
+    """The settings that differ, as "name old -> new"."""
+    now = vars(config)
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in names if before.get(name, now[name]) != now[name]]
 
 
 def newest_whole(out_dir: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is not damaged; None if there are no checkpoints, ValueError if all are damaged.
 
-    Damaged ones are moved aside, so that nothing takes them for good.
+    Damaged ones that are newer are renamed.
     """
     wrong = {}
     for folder in reversed(checkpoints(out_dir)):
-        wrong[folder] = damage(folder) or mislabelled(folder)
-        if not wrong[folder]:
-            break
-    else:
-        if wrong:  # they stay: without them, the same command would start over
-            what = "; ".join(f"{folder.name}: {why}" for folder, why in wrong.items())
-            raise ValueError(f"{out_dir}: no checkpoint is whole ({what}); start over with --resume=never")
-        return None
-    for damaged in [other for other in wrong if wrong[other]]:
-        say(f"WARNING: {damaged} is damaged ({wrong[damaged]}); it is now {move_aside(damaged, 'damaged')}")
-    return folder
+        why = damage(folder)
+        if not why:
+            for damaged, reason in wrong.items():
+                aside = damaged.rename(run.free_name(damaged, "damaged"))
+                say(f"WARNING: {damaged} is damaged ({reason}); renamed to {aside}")
+            return folder
+        wrong[folder] = why
+    if wrong:
+        reasons = "; ".join(f"{folder.name}: {why}" for folder, why in wrong.items())
+        raise ValueError(f"{out_dir}: no checkpoint is whole ({reasons}); start over with --resume=never")
+    return None
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, in words; nothing if they are as they were written."""
+    """What is wrong with a checkpoint's files; empty if they are as they were written."""
     missing = [name for name in FILES if not (checkpoint / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
     try:
-        sums = read_state(checkpoint)["sha256"]
+        state = read_state(checkpoint)
     except ValueError as error:
         return str(error)
-    changed = [name for name, expected in sums.items() if sha256(checkpoint / name) != expected]
+    if checkpoint.name.startswith("step_") and checkpoint.name != f"step_{state['step']:07d}":
+        return f"settings.json says step {state['step']}"
+    changed = [name for name, expected in state["sha256"].items() if data.sha256(checkpoint / name) != expected]
     return f"{changed[0]} is not as it was written, its SHA-256 differs" if changed else ""
 
 
-def mislabelled(checkpoint: Path) -> str:
-    """That a folder is not named after its step; nothing if it is."""
-    step = read_state(checkpoint)["step"]
-    return "" if checkpoint.name == f"step_{step:07d}" else f"settings.json says step {step}"
-
-
 def read_state(checkpoint: Path) -> dict:
-    """settings.json of a checkpoint: step, val_loss, settings, train_tokens, sha256."""
+    """settings.json of a checkpoint: step, val_loss, settings, train_tokens, sha256. ValueError if it is unreadable."""
     try:
         state = json.loads((checkpoint / "settings.json").read_text())
         known = dict(step=int(state["step"]), val_loss=state["val_loss"], settings=dict(state["settings"]))
         # The first checkpoints of this project had neither.
         return known | dict(train_tokens=state.get("train_tokens"), sha256=dict(state.get("sha256", {})))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint}: settings.json cannot be read ({error})") from None
 
 
 def load_train_state(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Give optimizer and scaler their memory back; the optimizer's settings stay those of this run."""
+    """Restore the state of optimizer and scaler; the optimizer's settings stay those of this run."""
     try:
         state = torch.load(checkpoint / "train_state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
-    except Exception as error:  # torch raises half a dozen types for a file that is damaged
+    except Exception as error:  # torch raises half a dozen types for a damaged file
         raise ValueError(
             f"{checkpoint}: train_state.pt is damaged or of another model ({type(error).__name__}); delete this "
-            "folder to go on from the one before it"
+            "folder to continue from the one before it"
         ) from None
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
 
 
 def best(out_dir: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss; None where none was evaluated."""
+    """The checkpoint with the lowest validation loss; None if none was evaluated."""
     losses = {}
     for folder in checkpoints(out_dir):
-        with contextlib.suppress(ValueError, OSError):  # an old one that is damaged must not end a run
+        with contextlib.suppress(ValueError):  # an old damaged checkpoint must not end a run
             loss = read_state(folder)["val_loss"]
             if loss is not None and math.isfinite(loss):
                 losses[folder] = loss
     return min(losses, key=losses.get, default=None)
 
 
-def sha256(path: Path) -> str:
-    return data.read_through(path)[0].hex()
+def best_note(out_dir: Path) -> str:
+    found = best(out_dir)
+    return f"; best {found} (val loss {read_state(found)['val_loss']:.4f})" if found else ""
+
+
+def finished_message(out_dir: Path, step: int, max_steps: int) -> str:
+    return (
+        f"{out_dir} is finished: it has {step:,} steps, max_steps is {max_steps:,}{best_note(out_dir)}.\n"
+        f"  to sample from it:  python sample.py --model {out_dir}\n"
+        f"  to look at it:      python plot.py --report {out_dir}\n"
+        f"  to train longer:    the same command with --max_steps={2 * step} --resume_anyway=True\n"
+        f"  to start over:      the same command with --resume=never"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,70 +183,59 @@ def sha256(path: Path) -> str:
 
 
 class Saver:
-    """Writes checkpoints on a thread of its own, one at a time, while training goes on from copies of what it wrote."""
+    """Writes checkpoints on a thread, one at a time, from copies, while training continues."""
 
-    def __init__(self, out_dir: Path, keep: int, saved: Callable[[int, Path], None]):
-        self.out_dir, self.keep, self.saved = out_dir, keep, saved  # saved is called with step and folder of each
-        self.thread = self.error = None
+    def __init__(self, out_dir: Path, keep: int, say: Callable[[str], None]):
+        self.out_dir, self.keep, self.say = out_dir, keep, say
+        self.thread, self.writing = ThreadPoolExecutor(max_workers=1), None
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.wait()
-        elif kind is not KeyboardInterrupt:  # who presses Ctrl-C twice does not want to wait
-            with contextlib.suppress(OSError):  # there is an error to be told already
+        if kind is not KeyboardInterrupt:  # a second Ctrl-C does not wait
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is reported
                 self.wait()
+        self.thread.shutdown(wait=False)
 
     def save(self, model: GPT, tokenizer: data.Tokenizer, optimizer, scaler, state: dict) -> None:
-        """Copy model and optimizer and begin to write them as out_dir/step_N, N being state["step"].
+        """Copy model and optimizer, and begin to write them as out_dir/step_N with N = state["step"].
 
-        Raises OSError if there is no room for it, or if the one before could not be written.
+        Raises OSError if there is no room, or if the checkpoint before could not be written.
         """
         self.wait()
-        check_space(self.out_dir, bytes_needed(model))
-        folder = self.out_dir / f"step_{state['step']:07d}"
+        check_space(self.out_dir, model)
         memory = dict(optimizer=copied(optimizer.state_dict()["state"]), scaler=scaler.state_dict())
-        content = (folder, model.config, model.weights(), tokenizer, memory, state)
-        self.thread = threading.Thread(target=self.write, args=content, daemon=True)
-        self.thread.start()
+        folder = self.out_dir / f"step_{state['step']:07d}"
+        self.writing = self.thread.submit(self.write, folder, model.config, model.weights(), tokenizer, memory, state)
 
     def write(self, folder: Path, *content) -> None:
-        try:
-            write(folder, *content)
-            prune(self.out_dir, self.keep)
-            self.saved(content[-1]["step"], folder)
-        except Exception as error:  # to be raised where the run can be ended
-            self.error = error
+        write(folder, *content)
+        prune(self.out_dir, self.keep)
+        self.say(f"step {int(folder.name.removeprefix('step_')):,} | saved {folder}")
 
     def check(self) -> None:
-        """Raise what went wrong in writing, if it is known by now."""
-        if self.error:
-            error, self.error = self.error, None
-            raise error
+        """Raise the error of a write that has failed by now."""
+        if self.writing and self.writing.done():
+            self.wait()
 
     def wait(self) -> None:
-        if self.thread:
-            self.thread.join()
-        self.check()
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
 
 def copied(state: dict) -> dict:
-    """An optimizer's state with its tensors on the CPU, not shared with those that go on changing."""
+    """An optimizer's state with its tensors copied to the CPU."""
     return {
         index: {n: v.to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
         for index, values in state.items()
     }
 
 
-def bytes_needed(model: nn.Module) -> int:
-    """About, for a checkpoint: float32 weights, and AdamW's two running means."""
-    return 3 * 4 * sum(parameter.numel() for parameter in model.parameters())
-
-
-def check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def check_space(folder: Path, model: GPT) -> None:
+    """OSError if there is no room for a checkpoint: float32 weights and AdamW's two moments, about."""
+    needed, free = 3 * 4 * sum(parameter.numel() for parameter in model.parameters()), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             f"{folder}: a checkpoint takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; make room, then "
@@ -255,40 +244,35 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def write(folder: Path, config: GPTConfig, weights: dict, tokenizer: data.Tokenizer, memory: dict, state: dict) -> None:
-    """Write a checkpoint into a folder beside, sync it to the disk, and rename it to `folder`.
+    """Write a checkpoint aside, sync it to the disk, and rename it to `folder`.
 
-    Raises OSError when that fails, a full disk being the usual reason; the checkpoints before it are untouched.
+    Raises OSError when that fails, usually on a full disk; earlier checkpoints are untouched.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
     try:
         pretrained.write(aside, config, weights)
         data.save_tokenizer(tokenizer, aside, config.block_size)
         torch.save(memory, aside / "train_state.pt")
-        (aside / "README.md").write_bytes(card_of(folder.parent, state["step"]))
-        sums = {name: sha256(aside / name) for name in FILES if name != "settings.json"}
+        try:
+            card = report.card(folder.parent, state["step"])
+        except Exception as error:  # no card is worth a checkpoint
+            card = f"Step {state['step']:,}. The card could not be made: {type(error).__name__}: {error}\n"
+        (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")
+        sums = {name: data.sha256(aside / name) for name in FILES if name != "settings.json"}
         (aside / "settings.json").write_text(json.dumps(state | dict(sha256=sums), indent=2) + "\n")
         for path in (*aside.iterdir(), aside):
             fsync(path)
         aside.rename(folder)
         fsync(folder.parent)
-    except Exception as error:  # safetensors and torch.save have types of their own for a disk that is full
+    except Exception as error:  # safetensors and torch.save have types of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             f"{folder} could not be written ({error}); is the disk full? Earlier checkpoints are good"
         ) from error
 
 
-def card_of(out_dir: Path, step: int) -> bytes:
-    """The checkpoint's card; a line in its place if it cannot be written, for no card is worth a checkpoint."""
-    try:
-        card = report.card(out_dir, step)
-    except Exception as error:
-        card = f"Step {step:,}. The card could not be made: {type(error).__name__}: {error}\n"
-    return card.encode(errors="replace")
-
-
 def fsync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or a folder's list of names."""
+    """Make the disk hold what was written to a file, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -299,6 +283,6 @@ def prune(out_dir: Path, keep: int) -> None:
     kept = best(out_dir)
     for folder in checkpoints(out_dir)[:-keep] if keep else []:
         if folder != kept:
-            # Renamed first: a folder that exists under its own name is whole.
+            # Renamed first: a folder under its own name is always whole.
             gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
-            shutil.rmtree(gone, ignore_errors=True)  # open elsewhere, on NFS: the next start tries again
+            shutil.rmtree(gone, ignore_errors=True)  # a file still open on NFS: the next start tries again

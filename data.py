@@ -15,7 +15,7 @@ import secrets
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -224,6 +224,11 @@ def write_whole(path: Path, *content: bytes | np.ndarray, replace: bool = True) 
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    return read_through(path)[0].hex()
+
+
 def read_through(path: Path) -> tuple[bytes, bool]:
     """The SHA-256 of a file, and whether there is a NUL byte in it."""
     digest, has_nul = hashlib.sha256(), False
@@ -232,6 +237,22 @@ def read_through(path: Path) -> tuple[bytes, bool]:
             digest.update(chunk)
             has_nul = has_nul or b"\0" in chunk
     return digest.digest(), has_nul
+
+
+@contextmanager
+def lock(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path`. ValueError(message) if another process holds it; a killed process lets go."""
+    from filelock import FileLock, Timeout
+
+    file = FileLock(path)
+    try:
+        file.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(message) from None
+    try:
+        yield
+    finally:
+        file.release()
 
 
 def lock_file(file, alone: bool, message: str) -> None:
@@ -343,6 +364,10 @@ class Windows:
     def __init__(self, shards: list[Shard], block_size: int, vocab_size: int):
         self.shards, self.block_size, self.vocab_size = shards, block_size, vocab_size
         self.n_tokens = sum(len(shard.tokens) for shard in shards)
+
+    @classmethod
+    def open(cls, data_dir: str | Path, split: str, block_size: int, tokenizer: Tokenizer) -> "Windows":
+        return cls(open_shards(data_dir, split), block_size, tokenizer.vocab_size)
 
     def read(self, places: np.ndarray) -> np.ndarray:
         """The windows at (shard, first token) rows (B, 2) -> (B, T + 1) int64. ValueError if the model lacks an id."""

@@ -7,12 +7,12 @@ import contextlib
 import ctypes
 import os
 import re
-import resource
 import shutil
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,8 @@ class Runtime:
     dtype: torch.dtype  # what matrix products compute in; weights stay float32
     rank: int = 0
     world_size: int = 1
-    notes: list[str] = field(default_factory=list)  # one line for each choice made
+    local_size: int = 1  # processes on this machine
+    notes: tuple[str, ...] = ()  # one line for each choice made
 
     @property
     def is_main(self) -> bool:
@@ -68,6 +69,20 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def max(self, value: int) -> int:
+        """The largest value on any rank, on every rank."""
+        tensor = torch.tensor(value, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def broadcast(self, value: Any) -> Any:
+        """The main rank's value, any object that pickles, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -79,16 +94,23 @@ class Runtime:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
     def device_name(self) -> str:
-        if self.device.type == "cuda":
-            return f"{self.device}, {torch.cuda.get_device_name(self.device)}"
-        return f"cpu, {torch.get_num_threads()} threads" if self.device.type == "cpu" else str(self.device)
+        return device_name(self.device)
 
-    def peak_memory(self) -> float:
-        """The most memory that this process has held so far, in GB: the GPU's, or else the process's own."""
+    def peak_memory(self) -> float | None:
+        """The most memory that this process has held so far, in GB: the GPU's, else its own; None on Windows."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
+        try:
+            import resource
+        except ImportError:
+            return None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
+
+    def mfu(self, flops_per_s: float) -> float | None:
+        """Model FLOPs utilisation of the group (PaLM, appendix B), 0 to 1; None if the device's peak is unknown."""
+        peak = self.peak_flops()
+        return flops_per_s / (peak * self.world_size) if peak else None
 
     def peak_flops(self) -> float | None:
         """The device's dense half-precision FLOP/s where the data sheet is known, else None."""
@@ -122,9 +144,14 @@ def start(device: str = "auto", dtype: str = "auto", tf32: bool = True) -> Runti
         place = dict(store=meeting_place(world_size, local_size), rank=rank, world_size=world_size)
         dist.init_process_group(backend, **place, timeout=timedelta(minutes=10), device_id=device_id)
         why += f"; {world_size} processes over {backend}"
-    machine = Runtime(device, dtype, rank, world_size)
-    machine.notes.extend([f"device: {machine.device_name()} ({why})", f"dtype: {dtype_note}"])
-    return machine
+    notes = f"device: {device_name(device)} ({why})", f"dtype: {dtype_note}"
+    return Runtime(device, dtype, rank, world_size, local_size, notes)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
 def keep_freed_memory() -> None:

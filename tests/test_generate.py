@@ -108,6 +108,7 @@ def test_greedy_text_equals_transformers(tmp_path, toy, penalty):
     assert generate(toy, prompt.tolist(), 12, temperature=0, repetition_penalty=penalty) == expected[:, 4:].tolist()
 
 
+@pytest.mark.torture
 @torch.no_grad()
 def test_greedy_text_equals_transformers_at_gpt2s_size(tmp_path):
     """64 tokens of a random GPT-2 124M."""

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 from conftest import metrics
 from huggingface_hub import ModelCard
 
-import configurator
 import plot
 import report
 import train
@@ -191,16 +189,3 @@ def test_a_card_that_fails_fails_no_checkpoint(config, monkeypatch):
     assert (
         (checkpoints(c.out_dir)[-1] / "README.md").read_text().startswith("Step 12. The card could not be made: Zero")
     )
-
-
-def test_the_command_makes_the_same_run(config, monkeypatch):
-    c = config(max_steps=1, warmup_steps=0, sample_prompt='it\'s $HOME and "more"', out_dir="out/a b")
-    words = shlex.split(train.command_of(c, world_size=1))
-    assert words[:2] == ["python", "train.py"]
-    assert configurator.configure(train.TrainConfig, words[2:]) == c
-    elsewhere = config(resume="other/step_0000008")
-    assert "--resume=other/step_0000008" in train.command_of(elsewhere, 1)
-    assert "--resume" not in train.command_of(config(resume=f"{elsewhere.out_dir}/step_0000004"), 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert train.command_of(c, 4).startswith("torchrun --standalone --nproc_per_node=4 train.py --")
-    assert "--nnodes=2 " in train.command_of(c, 8) and "--nproc_per_node=4 " in train.command_of(c, 8)
