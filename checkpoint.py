@@ -138,8 +138,17 @@ def read_state(checkpoint: Path) -> dict:
         raise ValueError(f"{checkpoint}: settings.json cannot be read ({error})") from None
 
 
-def load_train_state(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Restore the state of optimizer and scaler; the optimizer's settings stay those of this run."""
+def resume(checkpoint: Path, config, n_tokens: int, optimizer: torch.optim.Optimizer, scaler) -> str:
+    """Restore the state of optimizer and scaler (their settings stay those of this run); returns a line that says so.
+
+    Raises ValueError if the file is damaged, or if the training text has another number of tokens than before.
+    """
+    before = read_state(checkpoint)
+    if before["train_tokens"] not in (None, n_tokens) and not config.resume_anyway:
+        raise ValueError(
+            f"data_dir {config.data_dir} has {n_tokens:,} training tokens, but {checkpoint} was trained on "
+            f"{before['train_tokens']:,}: another text. Restore data_dir, or add --resume_anyway=True"
+        )
     try:
         state = torch.load(checkpoint / "train_state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
@@ -150,6 +159,9 @@ def load_train_state(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler:
         ) from None
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+    names = [name for name in vars(config) if not name.startswith("resume")]
+    changed = ", ".join(changes(before["settings"], config, names))
+    return f"resume: {checkpoint}, after {before['step']:,} steps{changed and '; changed since then: '}{changed}"
 
 
 def best(out_dir: Path) -> Path | None:

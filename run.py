@@ -59,23 +59,25 @@ def held(out_dir: Path) -> Iterator[None]:
             shutil.rmtree(out_dir)
 
 
-def make_room(out_dir: Path, start_step: int, start_over: bool) -> None:
-    """Prepare out_dir for a run that continues at start_step: what came later, or everything, moves to a folder beside.
+def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
+    """Prepare out_dir for a run that continues from the checkpoint `found`: what came later moves to a folder beside.
 
-    Leftovers of killed runs are deleted: they have names that begin with a dot.
+    Without one, or with one of another run, all files of a run move there. Leftovers of killed runs are deleted: their
+    names begin with a dot.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     for leftover in out_dir.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    if start_over or start_step == 0:
-        moved = [path for path in out_dir.iterdir() if OURS.match(path.name)]
-    else:
+    continues = found is not None and found.resolve().parent == out_dir.resolve()
+    if continues:
         moved = [folder for folder in checkpoints(out_dir) if int(folder.name.removeprefix("step_")) > start_step]
+    else:
+        moved = [path for path in out_dir.iterdir() if OURS.match(path.name)]
     if not moved:
         return
     aside = free_name(out_dir, "old")
     aside.mkdir()
-    if start_step:
+    if continues:
         shutil.copy(out_dir / "metrics.jsonl", aside)
     for path in moved:
         path.rename(aside / path.name)

@@ -17,7 +17,6 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +37,7 @@ from model import GPT, GPTConfig
 from runtime import Runtime
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     # The run
     data_dir: str = "shards/fineweb_edu_10B"  # folder of *_train_*.bin and *_val_*.bin shards
@@ -121,8 +120,7 @@ class TrainConfig:
         return wrong + model_config(self, vocab_size=1).mistakes()
 
 
-# A single gradient that is not finite is bad luck (and normal in the first fp16 steps, whose scale starts too high).
-# This many in a row mean that the weights are damaged.
+# One gradient that is not finite is bad luck, and normal when fp16 starts. This many in a row: the weights are damaged.
 MAX_SKIPPED = 10
 
 
@@ -173,15 +171,10 @@ def train(config: TrainConfig) -> dict:
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
         f"{len(val_places) * config.block_size:,} validation tokens"
     )
-    if found and state["train_tokens"] not in (None, windows.n_tokens) and not config.resume_anyway:
-        raise ValueError(
-            f"data_dir {config.data_dir} has {windows.n_tokens:,} training tokens, but {found} was trained on "
-            f"{state['train_tokens']:,}: another text. Restore data_dir, or add --resume_anyway=True"
-        )
     for shard in windows.shards:
         if shard.note:
             say(f"NOTE: {shard.note}; read as {tokenizer.name}")
-    tasks = machine.broadcast(load_tasks(config, say) if machine.is_main else None)  # of HellaSwag
+    tasks = machine.broadcast(load_tasks(config, say) if machine.is_main and config.hellaswag_every else [])
 
     # ---- 5. The model ------------------------------------------------------------------------------------------------
     raw_model = build_model(config, found, tokenizer).to(machine.device)
@@ -197,10 +190,7 @@ def train(config: TrainConfig) -> dict:
     # For fp16 only: its smallest number is 6e-8, so gradients are scaled up before they are rounded to it.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if found:
-        checkpoint.load_train_state(found, optimizer, scaler)
-        names = [name for name in vars(config) if not name.startswith("resume")]
-        changed = ", ".join(checkpoint.changes(state["settings"], config, names))
-        say(f"resume: {found}, after {start_step:,} steps{changed and '; changed since then: '}{changed}")
+        say(checkpoint.resume(found, config, windows.n_tokens, optimizer, scaler))
 
     # ---- 7. Compile, then wrap. Only raw_model is evaluated, sampled and saved: it shares the parameters, its names
     # ----    have no prefix, and the shapes of evaluation do not recompile the training step. -------------------------
@@ -211,13 +201,11 @@ def train(config: TrainConfig) -> dict:
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    for note in (*machine.notes, f"compile: {compile_note}"):
-        say(note)
+    say("\n".join([*machine.notes, f"compile: {compile_note}"]))
 
     # ---- 8. The loop. It goes one past the last update, to evaluate and save the result too --------------------------
     if machine.is_main:
-        own = found is not None and found.resolve().parent == out_dir.resolve()
-        run.make_room(out_dir, start_step if own else 0, config.resume == "never" and not found)
+        run.make_room(out_dir, found, start_step)
         if config.checkpoint_every:
             checkpoint.check_space(out_dir, raw_model)
     log = run.Log(config, start_step, machine)
@@ -235,9 +223,7 @@ def train(config: TrainConfig) -> dict:
         contextlib.closing(log),
         contextlib.closing(coming),
         run.Console(config.max_steps, start_step, config.log_every, machine.is_main) as console,
-        run.StopSignal(
-            machine.is_main
-        ) as stop,  # torchrun and others send a signal twice: hold it until all is written
+        run.StopSignal(machine.is_main) as stop,  # until all is written: torchrun sends a signal twice
         checkpoint.Saver(out_dir, config.keep_checkpoints, console.line) as saver,
         run.profiler(out_dir, config.profile, machine) as profile,
     ):
@@ -364,17 +350,14 @@ def train(config: TrainConfig) -> dict:
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
 
 
-# ---- Arithmetic ------------------------------------------------------------------------------------------------------
-
-
 def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:
     """(sequences in a micro-step, micro-steps a step) of each process.
 
     batch_size is the most that fits into memory, so the largest divisor of the process's share up to it is taken.
     """
-    sequences, rest = divmod(config.total_batch_size, config.block_size * world_size)
+    unit = config.block_size * world_size
+    sequences, rest = divmod(config.total_batch_size, unit)
     if rest or not sequences:
-        unit = config.block_size * world_size
         raise ValueError(
             f"total_batch_size {config.total_batch_size} is not a multiple of block_size {config.block_size} x "
             f"{world_size} processes; the nearest that is: {max(1, round(config.total_batch_size / unit)) * unit}"
@@ -460,8 +443,6 @@ def evaluate(model: GPT, windows: data.Windows, places: np.ndarray, batch_size: 
 
 def load_tasks(config: TrainConfig, say) -> list[hellaswag.Example]:
     """HellaSwag's tasks. If they cannot be fetched, one line says why and the run continues without them."""
-    if not config.hellaswag_every:
-        return []
     try:
         return hellaswag.examples(config.hellaswag_data, config.hellaswag_limit)
     except (ValueError, OSError) as error:
@@ -478,9 +459,6 @@ def sample_text(model: GPT, tokenizer: data.Tokenizer, config: TrainConfig, mach
     options = dict(top_k=50, seeds=[config.seed], stop_token=tokenizer.end_of_text)
     with machine.autocast():
         return tokenizer.decode(prompt + generate.generate(model, [prompt], config.sample_tokens, **options)[0])
-
-
-# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -500,8 +478,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(f"{error}" if rank == 0 else f"(rank {rank}) {error}")
     except torch.OutOfMemoryError:
-        smaller = f"--batch_size={config.batch_size // 2} or " if config.batch_size > 1 else ""
-        fail(f"out of memory; {smaller}--recompute=True takes less and gives the same result")
+        fail(f"out of memory: set a smaller --batch_size (now {config.batch_size}) or --recompute=True: same result")
     except RuntimeError as error:  # torch.distributed raises several types
         if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise
