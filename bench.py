@@ -5,7 +5,6 @@
     python bench.py hellaswag --data tasks.jsonl           the score's batches against one task at a time
     python bench.py sample --batch 32                      generation against transformers'
     python bench.py train --batch_size 8                   a training step against transformers', and what it waits for
-    python bench.py train --profile out/profile            the same, and torch's profiler over our steps
     python bench.py memory                                 which batch of which GPT-2 fits into which GPU: estimates
     python bench.py ladder --chart ladder.svg              what each of a step's speed-ups brings, one after the other
     python bench.py show results/cpu/ladder.json           the table of a result printed with --json
@@ -20,7 +19,6 @@ import functools
 import json
 import math
 import multiprocessing
-import shutil
 import statistics
 import subprocess
 import sys
@@ -274,11 +272,13 @@ def steps_of_train(arguments: argparse.Namespace, folder: Path, accumulate: int 
     settings |= dict(data_dir=folder, out_dir=folder / "run", resume="never", batch_size=B, block_size=T)
     settings |= dict(total_batch_size=B * T * accumulate, max_steps=n_steps, warmup_steps=0, device=arguments.device)
     settings = dict(eval_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0) | settings
-    settings |= dict(n_layer=arguments.n_layer)
+    settings |= dict(n_layer=arguments.n_layer, n_head=arguments.n_head, n_embd=arguments.n_embd)
     command = [sys.executable, str(Path(train.__file__)), *(f"--{name}={value}" for name, value in settings.items())]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise ValueError(f"train.py ended with {run.returncode}: {(run.stderr.splitlines() or ['?'])[-1]}")
+        reason = f"train.py ended with {run.returncode}: {(run.stderr.splitlines() or ['?'])[-1]}"
+        out_of_memory = run.returncode == -9 or "out of memory" in run.stderr  # -9: the kernel killed it
+        raise (torch.OutOfMemoryError if out_of_memory else ValueError)(reason)
     records = report.read_metrics(folder / "run" / "metrics.jsonl")
     timed = [record for record in records if record["kind"] == "train"][1:]
     ms = statistics.median(record["ms"] for record in timed)
@@ -292,7 +292,8 @@ def steps_of_train(arguments: argparse.Namespace, folder: Path, accumulate: int 
 def steps_of_transformers(arguments: argparse.Namespace, machine: Runtime, dtype: torch.dtype, compiled: bool) -> dict:
     """The same steps as most people write them: GPT2LMHeadModel, autocast, fused AdamW, clipping."""
     B, T = arguments.batch_size, arguments.block_size
-    model = gpt2_of_transformers(T, arguments.n_layer).to(machine.device).train()
+    shape = dict(n_layer=arguments.n_layer, n_head=arguments.n_head, n_embd=arguments.n_embd)
+    model = gpt2_of_transformers(T, **shape).to(machine.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
     forward = torch.compile(model) if compiled else model
     seconds = []
@@ -314,12 +315,12 @@ def steps_of_transformers(arguments: argparse.Namespace, machine: Runtime, dtype
 
 
 def in_a_process_of_its_own(function: Callable, *arguments) -> dict:
-    """As a user would run it: its memory is its own, and nothing is set that our scripts set."""
+    """function(*arguments) in a new process, without our settings. torch.OutOfMemoryError if the process is killed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenExecutor:
-            raise ValueError("a process was killed; if for want of memory, take a smaller --batch_size") from None
+            raise torch.OutOfMemoryError("a process was killed; try a smaller --batch_size") from None
 
 
 def matmul_rate(machine: Runtime) -> float:
@@ -340,8 +341,6 @@ def bench_train(arguments: argparse.Namespace) -> dict:
     machine = runtime.start(arguments.device, arguments.dtype)
     dtype = next(name for name, value in runtime.DTYPES.items() if value == machine.dtype)
     say("; ".join(machine.notes))
-    if arguments.profile:
-        arguments.profile.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         ours = functools.partial(steps_of_train, arguments, Path(folder), dtype=dtype)
         theirs = functools.partial(in_a_process_of_its_own, steps_of_transformers, arguments, machine)
@@ -354,23 +353,12 @@ def bench_train(arguments: argparse.Namespace) -> dict:
             runs["transformers, float32"] = functools.partial(theirs, torch.float32, False)
         result = measured(runs, arguments, machine) | {"baseline": "transformers"}
 
-        # Two more of our runs, one that saves and one under the profiler; if they fail, what was measured is not lost.
-        try:
+        try:  # One more run, which saves a checkpoint. If it fails, the measurements above are kept.
             saving = ours(compile=False, checkpoint_every=arguments.steps)
             result["checkpoint_wait_ms"] = saving["longest_wait_ms"]
-            if arguments.profile:
-                keep_profile(ours, arguments, Path(folder) / "run")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
             say(f"NOTE: {error}")
     return result
-
-
-def keep_profile(ours: Callable, arguments: argparse.Namespace, run: Path) -> None:
-    """profile.txt and trace.json of a run of its own, into arguments.profile."""
-    ours(compile=arguments.compile, profile=arguments.steps, max_steps=arguments.steps + 2)
-    for name in ("profile.txt", "trace.json"):
-        shutil.copy(run / name, arguments.profile / name)
-    say((run / "profile.txt").read_text())
 
 
 def bench_ladder(arguments: argparse.Namespace) -> dict:
@@ -386,17 +374,24 @@ def bench_ladder(arguments: argparse.Namespace) -> dict:
 
 
 def measured(runs: dict[str, Callable[[], dict]], arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """All runs in turn, several times over: medians, and the best matmul rate of the same minutes."""
+    """Medians over rounds of all runs, and the best matmul rate in that time. A run that is out of memory is None."""
     rounds, rates = [], []
     for _ in range(arguments.rounds):
         rates.append(matmul_rate(machine))
         rounds.append({})
         for name, run in runs.items():
-            rounds[-1][name] = run()
-            say(f"{name:24} {rounds[-1][name]['ms']:10,.1f} ms")
+            try:
+                rounds[-1][name] = run()
+                say(f"{name:24} {rounds[-1][name]['ms']:10,.1f} ms")
+            except torch.OutOfMemoryError as error:
+                rounds[-1][name] = None
+                say(f"{name:24} out of memory: {str(error).splitlines()[0]}")
     rate = max(*rates, matmul_rate(machine))
     rows = {}
     for name in runs:
+        if any(each[name] is None for each in rounds):
+            rows[name] = None
+            continue
         rows[name] = {key: median([each[name][key] for each in rounds]) for key in rounds[0][name]}
         if "flops" in rows[name]:
             rows[name]["of_matmul"] = rows[name]["flops"] / rate
@@ -414,8 +409,11 @@ def show_steps(result: dict) -> None:
     )
     print(f"a large matmul does {result['matmul_flops'] / 1e9:,.0f} GFLOP/s")
     print(f"{'':24} {'ms a step':>10} {'tokens/s':>10} {'speed-up':>9} {'of matmul':>10} {'mfu':>6} {'memory':>9}")
-    base = result["rows"][result["baseline"]]["tokens_per_s"]
+    base = (result["rows"][result["baseline"]] or {}).get("tokens_per_s", math.nan)
     for name, row in result["rows"].items():
+        if row is None:
+            print(f"{name:24} out of memory")
+            continue
         share, mfu, memory = row.get("of_matmul"), row.get("mfu"), row.get("memory_gb")
         print(
             f"{name:24} {row['ms']:10,.1f} {row['tokens_per_s']:10,.0f} {row['tokens_per_s'] / base:8.2f}x "
@@ -427,6 +425,8 @@ def show_steps(result: dict) -> None:
 def show_train(result: dict) -> None:
     show_steps(result)
     ours, saving, every = result["rows"]["ours"], result.get("checkpoint_wait_ms"), train.TrainConfig.checkpoint_every
+    if ours is None:
+        return
     if "waited_ms" in ours:  # older results have neither
         share = ours["waited_ms"] / ours["ms"]
         print(f"waiting for data and the log: {ours['waited_ms']:.2f} ms, {share:.3%} of a step")
@@ -435,24 +435,18 @@ def show_train(result: dict) -> None:
 
 
 def draw_ladder(result: dict, path: str) -> None:
-    """Bars of tokens/s, one a rung."""
+    """One bar of tokens/s for each rung that was measured."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--chart needs matplotlib: pip install matplotlib") from None
-    names, rows = list(result["rows"]), list(result["rows"].values())
-    base = rows[0]["tokens_per_s"]
+    rows = {name: row for name, row in result["rows"].items() if row}
     figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    bars = axes.barh(names, [row["tokens_per_s"] for row in rows], color="#0072b2")
-    axes.bar_label(bars, [f" {row['ms']:,.0f} ms, {row['tokens_per_s'] / base:.1f}x" for row in rows])
+    axes = figure.add_subplot(xlabel="tokens/s", title=f"Training steps of GPT-2 on {result['device']}")
+    bars = axes.barh(list(rows), [row["tokens_per_s"] for row in rows.values()])
+    axes.bar_label(bars, [f" {row['ms']:,.0f} ms" for row in rows.values()])
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_xlabel("tokens/s")
-    axes.set_title(
-        f"GPT-2 124M, {result['batch_size']} x {result['block_size']} tokens: {result['device']}", loc="left"
-    )
-    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
@@ -498,11 +492,13 @@ def their_loss(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
     return model(idx, labels=idx).loss
 
 
-def gpt2_of_transformers(T: int, n_layer: int) -> torch.nn.Module:
+def gpt2_of_transformers(T: int, n_layer: int, **shape) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=n_layer, n_positions=T, **no_dropout))
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_layer=n_layer, n_positions=T, **shape, **no_dropout)
+    )
 
 
 def memory_of(name: str, T: int) -> dict:
@@ -599,10 +595,6 @@ def add_steps_benches(benches) -> list[argparse.ArgumentParser]:
     steps = benches.add_parser("train", help="a training step of GPT-2 124M, against transformers'")
     steps.add_argument("--compile", action="store_true", help="also with torch.compile, both")
     steps.add_argument("--fp32", action="store_true", help="also transformers' in float32")
-    about_profile = (
-        "also write torch's profiler's table and trace of our step there, with --compile of the compiled one"
-    )
-    steps.add_argument("--profile", metavar="FOLDER", type=Path, help=about_profile)
     ladder = benches.add_parser("ladder", help="the same step with one speed-up after the other")
     memory = benches.add_parser("memory", help="estimates: which batch of which GPT-2 fits into which GPU")
     memory.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence (default: %(default)s)")
@@ -614,50 +606,56 @@ def add_steps_benches(benches) -> list[argparse.ArgumentParser]:
     for bench in (steps, ladder):
         bench.add_argument("--batch_size", type=int, default=4, help="sequences a step (default: %(default)s)")
         bench.add_argument("--block_size", type=int, default=1024, help="tokens in each (default: %(default)s)")
-        bench.add_argument("--n_layer", type=int, default=12, help="blocks; 12 is 124M's (default: %(default)s)")
+        bench.add_argument("--n_layer", type=int, default=12, help="number of blocks (default: %(default)s)")
+        bench.add_argument("--n_head", type=int, default=12, help="attention heads (default: %(default)s)")
+        bench.add_argument("--n_embd", type=int, default=768, help="width (default: %(default)s)")
         bench.add_argument("--steps", type=int, default=3, help="that are timed, in a round (default: %(default)s)")
     return [steps, ladder]
 
 
 def read_result(file: Path) -> dict:
-    """What --json printed; ValueError if the file has something else."""
+    """The object that --json printed. ValueError if the file holds something else."""
     with contextlib.suppress(ValueError):
         result = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(result, dict) and result.get("bench") in (
-            "tokenize",
-            "hellaswag",
-            "sample",
-            "train",
-            "ladder",
-            "memory",
-        ):
+        if isinstance(result, dict) and result.get("bench") in BENCHES:
             return result
     raise ValueError(f"{file}: not a result of bench.py --json")
 
 
+def show(file: Path, chart: str | None) -> None:
+    """Print the table of a saved result. ValueError if the result is incomplete."""
+    result = read_result(file)
+    try:
+        BENCHES[result["bench"]][1](result)
+        if chart:
+            draw_ladder(result, chart)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file}: the result is incomplete ({error}); measure again with --json") from None
+
+
+BENCHES = {  # name: how to measure, how to print
+    "tokenize": (bench_tokenize, show_tokenize),
+    "hellaswag": (bench_hellaswag, show_hellaswag),
+    "sample": (bench_sample, show_sample),
+    "train": (bench_train, show_train),
+    "ladder": (bench_ladder, show_steps),
+    "memory": (bench_memory, show_memory),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    benches = {
-        "tokenize": (bench_tokenize, show_tokenize),
-        "hellaswag": (bench_hellaswag, show_hellaswag),
-        "sample": (bench_sample, show_sample),
-        "train": (bench_train, show_train),
-        "ladder": (bench_ladder, show_steps),
-        "memory": (bench_memory, show_memory),
-    }
     try:
         if arguments.bench == "show":
-            result = read_result(Path(arguments.file))
-        else:
-            result = dict(bench=arguments.bench) | benches[arguments.bench][0](arguments)
+            show(Path(arguments.file), arguments.chart)
+            return
+        measure, print_table = BENCHES[arguments.bench]
+        result = dict(bench=arguments.bench) | measure(arguments)
+        print(json.dumps(result)) if arguments.json else print_table(result)
         if getattr(arguments, "chart", None):
             draw_ladder(result, arguments.chart)
-        if arguments.bench != "show" and arguments.json:
-            print(json.dumps(result))
-        else:
-            benches[result["bench"]][1](result)
-    except (ValueError, OSError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"bench.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 

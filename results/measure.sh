@@ -3,7 +3,7 @@
 #
 #     bash results/measure.sh results/h200 [hellaswag_val.jsonl] [folder of GPT-2 shards]
 #
-# JSON files, pictures, a profile, and, with shards, 150 steps of the 124M recipe with their report go into that folder.
+# JSON files, pictures, and, with shards, 150 steps of the 124M recipe with their report go into that folder.
 # `python bench.py show FILE` makes tables of the JSON files. Written for some ten minutes on one H200, where nobody has
 # run it yet.
 set -u
@@ -14,8 +14,7 @@ mkdir -p "$out"
 python -m pytest -q tests/test_model.py -k cuda | tee "$out/tests.txt"
 python bench.py sample --json > "$out/sample_1.json"
 python bench.py sample --batch 32 --json > "$out/sample_32.json"
-python bench.py train --batch_size 64 --steps 10 --rounds 1 --compile --profile "$out/profile" --json > "$out/train.json"
-rm -f "$out/profile/trace.json"  # tens of megabytes
+python bench.py train --batch_size 64 --steps 10 --rounds 1 --compile --json > "$out/train.json"
 python bench.py ladder --batch_size 16 --steps 5 --rounds 1 --json --chart "$out/ladder.svg" > "$out/ladder.json"
 python bench.py memory --json > "$out/memory.json"
 if [ -n "$tasks" ]; then
