@@ -11,7 +11,6 @@ import importlib
 import io
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -98,20 +97,6 @@ def test_links_to_code_show_the_line_they_name(document):
     no_mistakes(wrong_lines(document))
 
 
-def test_a_wrong_line_is_seen_and_corrected(tmp_path):
-    (tmp_path / "a.py").write_text("import os\n\n\ndef f():\n    pass\n\n\ndef g():\n    pass\n")
-    document = tmp_path / "a.md"
-    links = "[`def f`](a.py#L4) [`def g`](a.py#L3) [`pass`](a.py#L7) [`def h`](a.py#L1) [`os`](b.py#L1)"
-    document.write_text(links)
-    assert list(wrong_lines(document)) == [
-        "a.md: `def g` is not in line 3 of a.py; it is line 8: python tests/test_docs.py",
-        "a.md: `pass` is not in line 7 of a.py; it is line 5: python tests/test_docs.py",  # of two, the first
-        "a.md: `def h` is not in line 1 of a.py; no line of that file has it",
-        "a.md: `os` is not in line 1 of b.py; no line of that file has it",
-    ]
-    assert with_right_lines(document) == links.replace("#L3", "#L8").replace("#L7", "#L5")
-
-
 # ---- Links -----------------------------------------------------------------------------------------------------------
 
 
@@ -188,49 +173,6 @@ def test_links_lead_somewhere(document):
     no_mistakes(broken_links(document))
 
 
-def test_a_broken_link_is_seen(tmp_path):
-    (tmp_path / "b.md").write_text("# B\n\n## Two words\n\n```\n# no heading\n```\n")
-    (tmp_path / "a.py").write_text("import os\n")
-    document = tmp_path / "a.md"
-    document.write_text(
-        "# Top\n[1](b.md) [2](b.md#two-words) [3](#top 'x') ![4](no.svg) [5](b.md#no-heading) [6](#no) [7](../c.md)\n"
-        "[8](https://a.org/b?c#d) [9](https:/a.org) [10](a.py#L1) [`os`](a.py#L1) [`a`](a.py#a)\n"
-        '<img alt="x" src="gone.png"> `[no](link.md)`\n\n```\n[no](link.md)\n```\n\n[ref]: nowhere.md\n'
-    )
-    assert sorted(broken_links(document, tmp_path)) == [
-        "a.md: #no: no such heading",
-        "a.md: ../c.md: outside of the repository",
-        "a.md: a.py#a: no such heading",
-        "a.md: b.md#no-heading: no such heading",
-        "a.md: gone.png: no such file",
-        "a.md: https:/a.org: not the address of a page",
-        "a.md: no.svg: no such file",
-        "a.md: nowhere.md: no such file",
-    ]
-    document.write_text("[10](a.py#L1)")
-    assert list(broken_links(document, tmp_path)) == [
-        "a.md: a.py#L1: say what stands in that line, as [`def f`](a.py#L1)"
-    ]
-
-
-def test_headings_are_named_as_github_names_them():
-    text = "# `a_b`: c, d & e\n## Same\n### Same\n# Same-1\n# [Über](x.md) uns #\n#no heading\n```\n# Code\n```\n"
-    assert anchors(text) == {"a_b-c-d--e", "same", "same-1", "same-1-1", "über-uns"}
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
-def test_a_link_to_what_git_leaves_out_is_seen(tmp_path):
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    (tmp_path / ".gitignore").write_text("out/\n")
-    (tmp_path / "out").mkdir()
-    for name in ("out/a.md", "b.md"):
-        (tmp_path / name).touch()
-    (tmp_path / "a.md").write_text("[a](out/a.md) [b](b.md)")
-    assert list(broken_links(tmp_path / "a.md", tmp_path)) == [
-        "a.md: out/a.md: not in the repository, as .gitignore has it"
-    ]
-
-
 # ---- Commands --------------------------------------------------------------------------------------------------------
 
 
@@ -293,24 +235,6 @@ def test_commands_exist(document):
     no_mistakes(wrong_commands(document.read_text(encoding="utf-8")))
 
 
-def test_a_command_that_does_not_exist_is_seen(tmp_path):
-    (tmp_path / "go.py").touch()
-    text = (
-        "```\npython go.py a.txt --fast -n 3 'x' | tee   --slow explains\ntorchrun --nproc_per_node=2 go.py --slow=1\n"
-        "$ python go.py --wrong=1\ngo.py: --wrong=1: unknown\n```\n`python gone.py`, `go.py --old`, `python -m go`,\n"
-        "`bash tests/gone.sh`, `sub/config/x.py`, `python mine.py`\n\n```python\n# mine.py\nx = 1\n```\n"
-    )
-    assert list(wrong_commands(text, tmp_path, lambda *_: "usage: [--fast] [-n N]")) == [
-        "go.py has no option --slow",
-        "gone.py: no such script",
-        "go.py has no option --old",
-        "tests/gone.sh: no such file",
-    ]
-    assert "--learning_rate" in help_for("train.py", [])
-    assert unknown_options("bench.py", ["ladder", "--chart", "x", "--fp32"]) == ["--fp32"]
-    assert unknown_options("bench.py", ["lader", "--chart", "x"]) == ["lader"]
-
-
 # ---- Examples and drawings -------------------------------------------------------------------------------------------
 
 
@@ -324,12 +248,6 @@ def printed(source: str) -> str:
 @pytest.mark.parametrize("source, output", EXAMPLE.findall((ROOT / "docs" / "walkthrough.md").read_text()))
 def test_examples_print_what_stands_below_them(source, output):
     assert printed(source) == output
-
-
-def test_an_example_is_a_block_with_its_output():
-    text = "```python\nx = 1\n```\n\ntext\n\n```\n3\n```\n\n```python\nprint(1)\n```\n\n```\n2\n```\n"
-    assert EXAMPLE.findall(text) == [("print(1)\n", "2\n")]
-    assert printed("print(1)\n") == "1\n"
 
 
 @pytest.mark.parametrize("document", documents(), ids=name_of)
