@@ -1,7 +1,7 @@
-"""What a run was and what came of it, told from its metrics.jsonl: report.md, and the model card of a checkpoint.
+"""Reports made from metrics.jsonl: report.md of a run, and the model card of a checkpoint.
 
-A run's records have a step and a kind each: `run` (how it was started), `train`, `val`, `hellaswag`, `sample`, `note`
-and `checkpoint`. What a record lacks, because it is old or damaged, the report leaves out.
+Each record has a step and a kind: `run` (a start or resume), `train`, `val`, `hellaswag`, `sample`, `note` or
+`checkpoint`. The report omits values that an old or damaged record does not have.
 """
 
 import contextlib
@@ -14,21 +14,21 @@ import numpy as np
 
 import data
 
-# What an hour of one device costs, in dollars: a guess at what one pays for renting it, to be replaced by your own.
+# Dollars for an hour of one device. This is a guess at the rent: put in your own price.
 DOLLARS_PER_HOUR = {"cuda": 3.0, "cpu": 0.1}
 
 # The acc_norm of OpenAI's GPT-2 124M.
 GPT2_HELLASWAG = 0.2955
 
-# So many rows a table of a report has at most.
+# Rows in the table of the validation losses, at most (the best is added).
 ROWS = 12
 
-# Of the values of a record that are no numbers.
+# Expected types of the fields that are not numbers.
 TYPES = {"settings": (dict,), "text": (str,)}
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl, without a line that is not whole; none if there is no such file."""
+    """The records of metrics.jsonl, without damaged lines. An empty list if there is no such file."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -39,7 +39,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def of_kind(records: list[dict], kind: str, *names: str) -> list[dict]:
-    """The records of that kind in which these values are there, and of their type: a number, or else as TYPES says."""
+    """The records of this kind that have all these fields with the right type: a number, or what TYPES says."""
 
     def whole(record: dict) -> bool:
         return all(type(record.get(name)) in TYPES.get(name, (int, float)) for name in names)
@@ -61,11 +61,11 @@ def tokens_seen(batches: dict[int, int], updates):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The parts: each a list of lines of Markdown, none where there is nothing to say
+# The parts of a report. Each is a list of Markdown lines, empty if there is nothing to report.
 
 
 def summary(records: list[dict], run: dict, n_steps: int) -> list[str]:
-    """One sentence, and a table of what came of n_steps."""
+    """One sentence about the model, and a table of the results after n_steps."""
     settings, steps = run.get("settings", {}), of_kind(records, "train", "loss")
     tokens = int(tokens_seen(batch_sizes(records), n_steps))
     rows = {"steps": f"{n_steps:,} of {settings.get('max_steps', n_steps):,}", "tokens": f"{tokens:,}"}
@@ -74,45 +74,45 @@ def summary(records: list[dict], run: dict, n_steps: int) -> list[str]:
     if vals := of_kind(records, "val", "loss"):
         best = min(vals, key=lambda record: record["loss"])
         rows["validation loss"] = f"{vals[-1]['loss']:.4f} (step {vals[-1]['step']:,})"
-        rows["validation loss"] += f", at best {best['loss']:.4f} (step {best['step']:,})" if best != vals[-1] else ""
+        rows["validation loss"] += f", best {best['loss']:.4f} (step {best['step']:,})" if best != vals[-1] else ""
     if scores := of_kind(records, "hellaswag", "acc_norm"):
         of = f" of {scores[-1]['n']:,}" if "n" in scores[-1] else ""
         rows["HellaSwag"] = f"{scores[-1]['acc_norm']:.4f}{of} (acc_norm; GPT-2: {GPT2_HELLASWAG})"
     if "flops_per_token" in run:
-        rows["computed"] = f"{run['flops_per_token'] * tokens:.3g} FLOPs"
+        rows["compute"] = f"{run['flops_per_token'] * tokens:.3g} FLOPs"
     text = f"A GPT of {run['parameters']:,} parameters" if "parameters" in run else "A GPT"
     if (begun := settings.get("init_from", "scratch")) != "scratch":
-        text += f", begun from {begun}"
+        text += f", initialised from {begun}"
     text += f", trained on {settings.get('data_dir', 'some text')}"
     text += f" ({run['tokenizer']} tokens)." if "tokenizer" in run else "."
     return [text, *table(("", ""), rows.items()), *cost(records, run)]
 
 
 def cost(records: list[dict], run: dict) -> list[str]:
-    """Hours of training and of devices, and what those may have cost."""
-    hours = device_hours = 0.0
+    """Time of training, speed, and what the devices may have cost."""
+    seconds = device_seconds = 0.0
     last, devices = -1, 1
     for record in records:
-        if record["kind"] == "run":  # goes on at its step, on as many processes as it has
+        if record["kind"] == "run":  # a start or a resume
             last, devices = record["step"] - 1, record.get("world_size", 1)
         elif of_kind([record], "train", "ms"):  # the mean of the steps since the record before
-            hours += record["ms"] * (record["step"] - last) / 3.6e6
-            device_hours += devices * record["ms"] * (record["step"] - last) / 3.6e6
-            last = record["step"]
-    if not hours:
+            spent = record["ms"] * (record["step"] - last) / 1000
+            seconds, device_seconds, last = seconds + spent, device_seconds + devices * spent, record["step"]
+    if not seconds:
         return []
-    text = f"{hours:.2f} hours of training (evaluation not counted) on {machine(run)}"
-    for name, words in (("tokens_per_s", "{:,.0f} tokens/s"), ("mfu", "{:.1%} of the data sheet's FLOP/s")):
+    size, unit = (3600, "hours") if seconds >= 7200 else (60, "minutes") if seconds >= 120 else (1, "seconds")
+    text = f"{seconds / size:.1f} {unit} of training (without evaluation) on {machine(run)}"
+    for name, words in (("tokens_per_s", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}")):
         if values := sorted(record[name] for record in of_kind(records, "train", name)):
             text += ", " + words.format(values[len(values) // 2])
-    if price := DOLLARS_PER_HOUR.get(re.split("[:,]", str(run.get("device")))[0]):
-        paid = f"about ${device_hours * price:,.2f}" if device_hours * price >= 0.01 else "less than a cent"
-        text += f"; {paid} if one costs ${price:.2f} an hour"
+    price = DOLLARS_PER_HOUR.get(re.split("[:,]", str(run.get("device")))[0], 0)
+    if (paid := device_seconds / 3600 * price) >= 0.01:
+        text += f"; about ${paid:,.2f} at ${price:.2f} an hour for each device"
     return ["", text + "."]
 
 
 def machine(run: dict) -> str:
-    name = re.sub(r"^\w+:\d+, ", "", str(run.get("device", "an unknown device")))  # "cuda:0, ": of the main process
+    name = re.sub(r"^\w+:\d+, ", "", str(run.get("device", "an unknown device")))  # without "cuda:0, "
     return f"{run.get('world_size', 1)} x {name}"
 
 
@@ -133,7 +133,7 @@ def curve_table(records: list[dict]) -> list[str]:
 
 
 def samples(records: list[dict]) -> list[str]:
-    """What it wrote on the way: the first, the last, and some between."""
+    """Text that the model wrote during training: the first, the last, and two between."""
     found = of_kind(records, "sample", "text")
     chosen = [found[i] for i in sorted({round(i * (len(found) - 1) / 3) for i in range(4)})] if found else []
     lines = ["", "## Samples"] if chosen else []
@@ -144,11 +144,11 @@ def samples(records: list[dict]) -> list[str]:
 
 def notes(records: list[dict]) -> list[str]:
     found = of_kind(records, "note", "text")
-    return ["", "## Noted", "", *(f"* step {record['step']:,}: {record['text']}" for record in found)] if found else []
+    return ["", "## Notes", "", *(f"* step {record['step']:,}: {record['text']}" for record in found)] if found else []
 
 
 def how(run: dict) -> list[str]:
-    """The command, what it ran on, and every setting."""
+    """The command, the machine, and every setting."""
     facts = {
         "commit": run.get("commit"),
         "machine": machine(run) if "device" in run else None,
@@ -156,7 +156,7 @@ def how(run: dict) -> list[str]:
         "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
         "text": ", ".join(f"{name}: {value}" for name, value in flat(run.get("data", {})).items()),
     }
-    lines = ["", "## To do it again"] if run else []
+    lines = ["", "## How to reproduce"] if run else []
     lines += ["", *fenced(run["command"])] if "command" in run else []
     lines += table(("", ""), ((name, fact) for name, fact in facts.items() if fact)) if any(facts.values()) else []
     if settings := "\n".join(f"{name} = {value!r}" for name, value in run.get("settings", {}).items()):
@@ -175,10 +175,10 @@ def flat(facts: dict) -> dict:
 
 
 def write(run: Path) -> Path:
-    """report.md in a run's folder, with the pictures that are there; returns its path. OSError if it cannot."""
+    """Write report.md into a run's folder, with the pictures found there; returns its path. OSError if it cannot."""
     records = read_metrics(run / "metrics.jsonl")
     started = last_run(records)
-    # A step's loss is that of the update which follows it; what is measured at a step comes before.
+    # Training records are written after the update of their step, all others before it.
     n_steps = max((record["step"] + (record["kind"] == "train") for record in records), default=0)
     lines = [f"# {run.resolve().name}", "", *summary(records, started, n_steps)]
     for name in ("loss", "training"):
@@ -196,7 +196,7 @@ print(write({prompt!r}, max_new_tokens=50)[0]["generated_text"])"""
 
 
 def card(run: Path, step: int) -> str:
-    """README.md for the checkpoint of that step: the same up to there, behind the header that the hub reads."""
+    """The model card (README.md) of the checkpoint at this step: metadata for the hub, and the report up to there."""
     records = [
         record
         for record in read_metrics(run / "metrics.jsonl")
@@ -210,30 +210,23 @@ def card(run: Path, step: int) -> str:
 
 
 def header(records: list[dict], name: str, run: dict) -> list[str]:
-    """The card's data in YAML (JSON is YAML too): https://huggingface.co/docs/hub/model-cards."""
-    content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
+    """The metadata at the top of a model card: https://huggingface.co/docs/hub/model-cards."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    content = dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
     if dataset := run.get("data", {}).get("source", {}).get("dataset"):
         content["datasets"] = [dataset]
     if (begun := str(run.get("settings", {}).get("init_from"))).startswith("gpt2"):
         content["base_model"] = f"openai-community/{begun}"
     if scores := of_kind(records, "hellaswag", "acc_norm"):
-        content["model-index"] = [
-            {
-                "name": name,
-                "results": [
-                    {
-                        "task": {"type": "text-generation"},
-                        "dataset": {"type": "hellaswag", "name": "HellaSwag"},
-                        "metrics": [{"type": "acc_norm", "value": round(scores[-1]["acc_norm"], 4)}],
-                    }
-                ],
-            }
-        ]
-    return ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()), "---"]
+        score = round(scores[-1]["acc_norm"], 4)
+        result = EvalResult("text-generation", "hellaswag", "HellaSwag", metric_type="acc_norm", metric_value=score)
+        content |= dict(model_name=name, eval_results=[result])
+    return ["---", ModelCardData(**content).to_yaml(), "---"]
 
 
 def last_run(records: list[dict]) -> dict:
-    """How the run was started, the last time; nothing where that is not told."""
+    """The record of the last start or resume; {} if there is none."""
     runs = of_kind(records, "run", "settings")
     return runs[-1] if runs else {}
 
@@ -244,7 +237,7 @@ def table(head: tuple[str, ...], rows) -> list[str]:
 
 
 def fenced(text: str, language: str = "text") -> list[str]:
-    """A block of code, whatever backquotes are in it."""
+    """A code block. Its fence is longer than any run of backquotes in the text."""
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
     fence = "`" * max(3, longest + 1)
     return [fence + language, text, fence]

@@ -55,9 +55,9 @@ def test_a_report_says_what_the_metrics_say(tmp_path):
         "| steps | 21 of 30 |",
         "| tokens | 21,000 |",
         "| training loss | 3.4321 (step 20) |",
-        "| validation loss | 3.5000 (step 20), at best 3.2500 (step 10) |",
+        "| validation loss | 3.5000 (step 20), best 3.2500 (step 10) |",
         "| HellaSwag | 0.2612 of 10,042 (acc_norm; GPT-2: 0.2955) |",
-        "| computed | 4.2e+04 FLOPs |",
+        "| compute | 4.2e+04 FLOPs |",
         "| 10 | 3.2500 |  |",
         "| 20 | 3.5000 | 0.2612 |",
         "* step 7: it jumped",
@@ -69,8 +69,8 @@ def test_a_report_says_what_the_metrics_say(tmp_path):
     ):
         assert f"\n{line}\n" in text
     # 21 steps of an hour, on two devices at 3 dollars.
-    hours = "21.00 hours of training (evaluation not counted) on 2 x NVIDIA H200, 100 tokens/s, 50.0% of"
-    assert hours in text and "about $126.00 if one costs $3.00 an hour" in text
+    hours = "21.0 hours of training (without evaluation) on 2 x NVIDIA H200, 100 tokens/s, MFU 50.0%;"
+    assert hours in text and "about $126.00 at $3.00 an hour for each device" in text
     assert "![" not in text  # no picture was drawn
 
 
@@ -83,14 +83,17 @@ def test_hours_and_tokens_are_those_of_each_start(tmp_path):
     records += [dict(step=110) | slow, dict(step=119) | fast]
     text = report.write(a_run(tmp_path, *records)).read_text()
     # Each start: an hour, and nine steps of a tenth; on two devices, then one.
-    assert "\n3.80 hours of training" in text and f"about ${3 * 3 * 1.9:.2f} if" in text
+    assert "\n3.8 hours of training" in text and f"about ${3 * 3 * 1.9:.2f} at" in text
     assert f"| tokens | {110 * 1000 + 10 * 500:,} |" in text
 
 
 def test_a_fine_tuned_model_says_from_what(tmp_path):
     settings = RUN["settings"] | dict(init_from="gpt2-medium")
     card = ModelCard(report.card(a_run(tmp_path, RUN | dict(settings=settings), *steps(1.0)), 1))
-    assert card.data.base_model == "openai-community/gpt2-medium" and "begun from gpt2-medium, trained on" in card.text
+    assert (
+        card.data.base_model == "openai-community/gpt2-medium"
+        and "initialised from gpt2-medium, trained on" in card.text
+    )
 
 
 @pytest.mark.parametrize("damage", [dict(ms="5"), dict(loss=[1]), dict(loss=True), dict(mfu="x", tokens_per_s={})])
@@ -98,7 +101,7 @@ def test_values_of_the_wrong_type_are_left_out(tmp_path, damage):
     records = [RUN, *steps(3.0), steps(2.0)[0] | dict(step=1) | damage]
     records += [dict(step=1, kind="val", loss="2.3"), dict(step=1, kind="sample", text=5)]
     records += [dict(step=1, kind="hellaswag", acc_norm=[1]), dict(step=1, kind="note", text=None)]
-    assert "3.6" not in report.card(a_run(tmp_path, *records), 2).split("## To do")[0].replace("3.6e", "")
+    assert "3.6" not in report.card(a_run(tmp_path, *records), 2).split("## How to")[0].replace("3.6e", "")
 
 
 def test_pictures_that_are_there_are_shown(tmp_path):
