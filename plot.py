@@ -88,7 +88,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (n), sorted, and values (n), float64. A null becomes NaN, a gap in the line. The last record of a step wins.
+    """Steps (n), sorted, and values (n). A null becomes NaN, a gap in the line. The last record of a step wins.
 
     Records without the key, or with a value that is not a number, are damaged and left out.
     """
@@ -101,7 +101,7 @@ def series(records: list[dict], kind: str, key: str) -> tuple[np.ndarray, np.nda
 def smooth(values: np.ndarray) -> np.ndarray:
     """Mean of each value (n) and its neighbours, 1 % of all values (at least 5) on each side. NaN stays NaN.
 
-    NaN neighbours are skipped. There are fewer neighbours near the start, where the loss falls fast and a wide mean would be too high.
+    NaN neighbours are skipped. There are fewer neighbours near the start, where the loss falls fast.
     """
     line, reach = np.full(len(values), math.nan), max(5, len(values) // 100)
     for i in np.flatnonzero(np.isfinite(values)):
@@ -146,6 +146,9 @@ def draw_losses(axes, runs: list[Run]) -> None:
         draw_noisy(axes, *run.curves["train loss"], i, f"{run.name}: training (smoothed)")
         tokens, losses = run.curves["val loss"]
         if len(finite := losses[np.isfinite(losses)]):
+            # No line from before the first step: it would lie above the real, steep fall.
+            first = np.flatnonzero(tokens == 0) + 1
+            tokens, losses = np.insert(tokens, first, math.nan), np.insert(losses, first, math.nan)
             draw_marked(axes, tokens, losses, i, f"{run.name}: validation, last {finite[-1]:.3f}")
     low, high, highest = span(runs)
     if any(run.fineweb for run in runs):
@@ -153,7 +156,7 @@ def draw_losses(axes, runs: list[Run]) -> None:
         draw_reference(axes, GPT2_LOSS, "GPT-2 124M")
         tokens = LLMC_BATCH * np.array(LLMC_STEPS)
         axes.plot(tokens, LLMC_LOSSES, color=GREY, ls=DASHED, lw=1, label="llm.c's GPT-2 124M: validation")
-    high = highest if highest - low < 2 * (high - low) else high
+    high = highest if highest - low < 3 * (high - low) else high
     margin = 0.04 * (high - low) or 0.1
     if highest > high + margin:
         axes.set_title(f"initial losses up to {highest:.1f} not shown")
