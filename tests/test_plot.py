@@ -477,7 +477,7 @@ MISTAKES = {
     "nothing named": ([], "nothing to draw.*python plot.py out/RUN"),
     "both": (["out/good", "--weights", "gpt2"], "nothing to draw"),
     "a report of weights": (["--weights", "gpt2", "--report"], "nothing to draw"),
-    "no such model": (["--weights", "out/nope"], "out/nope: no such folder; in out there are"),
+    "no such model": (["--weights", "out/nope"], "out/nope: no such model"),
     "no model": (["--weights", "out/begun"], "out/begun: no config.json in this folder"),
     "a file": (["out/good", "--out", "file"], "file/loss.svg cannot be written .*--out"),
 }
