@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TOY_MODEL, flags, losses, metrics, weights
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import data
 import prepare
@@ -585,3 +585,25 @@ def test_evaluation_off_needs_no_validation_shards(config, shards, tmp_path):
     for shard in copy.glob("*_val_*"):
         shard.unlink()
     assert len(losses(config(data_dir=str(copy), max_steps=2))) == 2
+
+
+def test_a_checkpoint_made_by_the_format_s_description_is_resumed(config, tmp_path):
+    """Written by hand as version 94d11fd described it, so that checkpoints of earlier versions stay readable."""
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2))
+    folder = tmp_path / "run" / "step_0000005"
+    theirs.save_pretrained(folder)
+    parameters = GPT.from_pretrained(folder).param_groups(0.1)
+    numbered = enumerate(parameter for group in parameters for parameter in group["params"])
+    moments = {
+        i: dict(step=torch.tensor(5.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.ones_like(p)) for i, p in numbered
+    }
+    torch.save(dict(optimizer=moments, scaler={}), folder / "train_state.pt")
+    c = config(max_steps=7, log_every=1)
+    settings = {name: value for name, value in vars(c).items() if name != "profile"}  # a setting that came later
+    (folder / "settings.json").write_text(json.dumps(dict(step=5, val_loss=None, settings=settings)))
+    found = losses(c)
+    windows = data.Windows.open(c.data_dir, "train", 32, data.get_tokenizer("bytes"))
+    batch = torch.from_numpy(data.Batches(windows, 4, 4, 1, c.seed).batch(5))
+    expected = F.cross_entropy(theirs.eval()(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+    assert len(found) == 2 and found[0] == pytest.approx(expected.item(), abs=1e-5)
