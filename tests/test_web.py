@@ -29,7 +29,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 # sample.py's part, in another process. The prompt says what comes; "closed" is printed when an answer ends.
 SERVER = (
     """
-import sys, time, web
+import signal, sys, time, web
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, such as nohup make test, ignores SIGINT
 def token(text, p=0.3):
     likely = [[text, p], ["\\n", 0.25], [" <i>a</i>", 0.2], ["b", 0.1], ["\\t", 0.05]]
     return dict(token=text, p=p, likely=likely)
@@ -309,9 +310,12 @@ class Server:
 @pytest.fixture
 def server():
     server = Server()
-    yield server
-    if server.process.poll() is None:
-        assert server.interrupt() == (0, "")  # and nothing was logged, no traceback shown
+    try:
+        yield server
+        if server.process.poll() is None:
+            assert server.interrupt() == (0, "")  # nothing was logged, no traceback shown
+    finally:
+        server.process.kill()
 
 
 def test_it_listens_on_this_computer_only_and_says_where(server):
