@@ -1,4 +1,4 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings goes on from a context? A chance guess is right once in four.
+"""HellaSwag (Zellers et al. 2019): which of four endings continues a context? A random guess is right once in four.
 
     python hellaswag.py --model gpt2                              OpenAI's 124M, on all 10,042 tasks
     python hellaswag.py --model out/gpt2_124M --limit 1000        an own run's newest checkpoint, the first 1,000
@@ -18,9 +18,9 @@ A task is a line of JSON:
     endings, label   four of them, three written by a machine; the number of the right one, from 0
     split_type       whether the training split has the same activity (indomain) or not (zeroshot)
 
-Completion style: the model never sees the endings side by side. Each is put behind the context, and the sum of its
-tokens' losses says how surprising it is. acc takes the ending with the lowest sum, acc_norm that with the lowest mean a
-token. Published for OpenAI's weights in this style (Karpathy, build-nanogpt), n = 10,042:
+Completion style: the model never sees the endings side by side. Each follows the context, and the losses of its tokens
+are summed. acc takes the ending with the lowest sum, acc_norm the one with the lowest mean a token. Published for
+OpenAI's weights in this style (Karpathy, build-nanogpt), n = 10,042:
 
     gpt2     acc 0.2859   acc_norm 0.2955            gpt2-xl  acc 0.3842   acc_norm 0.4893
 """
@@ -28,15 +28,15 @@ token. Published for OpenAI's weights in this style (Karpathy, build-nanogpt), n
 import argparse
 import functools
 import http.client
+import itertools
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,7 @@ from runtime import Runtime
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
 SHA256 = {"val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"}
 FOLDER = Path("shards/hellaswag")  # where the tasks are kept
-WAITS = (2, 10, 30)  # seconds before a download is tried again
+WAITS = (2, 10)  # seconds before a download is tried again
 
 PUBLISHED = {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)}  # acc, acc_norm
 BATCH_TOKENS = 8192  # tokens in one forward pass
@@ -85,18 +85,14 @@ class Rendered:
 
 
 def examples(path: str | Path | None = None, limit: int = 0, split: str = "val") -> list[Example]:
-    """The tasks of a file, or of the official one, which is fetched once; the first `limit` of them, 0 is all.
+    """The tasks of a file, or of the official one, which is fetched once; only the first `limit` unless it is 0.
 
     ValueError if a line is not a task.
     """
     path = Path(path or fetch(split))
-    found = []
     with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if limit and len(found) == limit:
-                break
-            if line.strip():
-                found.append(read_example(line, f"{path}, line {number}"))
+        numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        found = [read_example(line, f"{path}, line {n}") for n, line in itertools.islice(numbered, limit or None)]
     if not found:
         raise ValueError(f"{path}: no tasks in it; it should have one JSON object a line")
     return found
@@ -105,70 +101,45 @@ def examples(path: str | Path | None = None, limit: int = 0, split: str = "val")
 def read_example(line: str, where: str) -> Example:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); copy or download the file again") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a {type(record).__name__}, where an object is expected")
-    for name in ("ctx", "endings", "label"):
-        if name not in record:
-            raise ValueError(f"{where}: no field {name!r}; there are: {', '.join(record)}")
-    context, endings = record["ctx"], record["endings"]
-    if not isinstance(context, str) or not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
-        raise ValueError(f"{where}: ctx must be a text and endings a list of texts")
-    if len(endings) != 4:
-        raise ValueError(f"{where}: {len(endings)} endings, where there must be 4")
-    label = str(record["label"])  # some copies have it as a text
-    if not label.isdecimal() or int(label) >= len(endings):
-        raise ValueError(f"{where}: label {label!r} is not the number of one of {len(endings)} endings")
-    return Example(context, tuple(endings), int(label))
+        context, endings, label = record["ctx"], tuple(record["endings"]), int(record["label"])  # "3" in some copies
+        texts = all(isinstance(text, str) for text in (context, *endings))
+        if not texts or len(endings) != 4 or not 0 <= label < 4:
+            raise ValueError("ctx must be a string, endings four strings, label 0 to 3")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: not a HellaSwag task ({type(error).__name__}: {error})") from None
+    return Example(context, endings, label)
 
 
 def fetch(split: str = "val") -> Path:
-    """The official file, downloaded if it is not here yet; one that broke off is continued. ValueError, OSError."""
+    """The official file, downloaded if it is not here yet. ValueError if that fails three times."""
     path, url = FOLDER / f"hellaswag_{split}.jsonl", URL.format(split=split)
     if path.is_file():
         return path
     FOLDER.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{secrets.token_hex(4)}.part")  # no two processes write to the same file
     for wait in (*WAITS, None):
         try:
-            download(url, part)
-            if split in SHA256 and (digest := data.read_through(part)[0].hex()) != SHA256[split]:
-                part.unlink()
-                raise ConnectionError(f"what arrived has the SHA-256 {digest[:12]}..., not {SHA256[split][:12]}...")
+            with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
+                shutil.copyfileobj(answer, file)
+                if answer.length:
+                    raise ConnectionError(f"the connection broke off {answer.length:,} bytes before the end")
+            digest = data.sha256(part)
+            if SHA256.get(split, digest) != digest:
+                raise ConnectionError("the SHA-256 of what arrived is not that of the official file")
             os.replace(part, path)
             return path
-        except (ConnectionError, TimeoutError, urllib.error.URLError, http.client.HTTPException) as error:
-            passes = not isinstance(error, urllib.error.HTTPError) or error.code in (408, 429) or error.code >= 500
-            if wait is None or not passes:
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            part.unlink(missing_ok=True)
+            if wait is None:
                 raise ValueError(
-                    f"HellaSwag could not be fetched from {url} ({error}); where there is no network, copy the file to "
-                    f"{path}"
+                    f"HellaSwag could not be fetched from {url} ({error}); without network, copy the file to {path}"
                 ) from None
             time.sleep(wait)
 
 
-def download(url: str, part: Path) -> None:
-    """Append what is missing to `part`. ConnectionError if it ends early."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            continued = answer.status == 206
-            with open(part, "ab" if continued else "wb") as file:
-                shutil.copyfileobj(answer, file)
-            expected = int(answer.headers.get("Content-Length", 0)) + (have if continued else 0)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing
-            return
-        raise
-    if part.stat().st_size < expected:
-        raise ConnectionError(f"the connection ended after {part.stat().st_size:,} of {expected:,} bytes")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Tasks -> batches. The four endings of a task lie behind its context in one row, and do not see each other, so that the
-# context is computed once:
+# Tasks -> batches. The four endings of a task follow its context in one row and do not see each other, so the context
+# is computed once:
 #
 #     context context context | ending 0 | ending 1 ending 1 | ending 2 | ending 3
 #     0       1       2         3          3        4          3          3            positions
@@ -278,12 +249,14 @@ def evaluate(
 
     Nothing is drawn from a random generator, and the model is left as it was.
     """
+    from tqdm import tqdm
+
     rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
     batches = batches_of(rendered, batch_tokens)[machine.rank :: machine.world_size]
     counts = torch.zeros(3, device=machine.device)  # tasks, right by sum, right by mean
     was_training = model.training
     model.eval()
-    for batch in progress(batches, len(tasks), show_progress):
+    for batch in tqdm(batches, unit="batch", disable=None if show_progress else True, dynamic_ncols=True):
         some = [rendered[i] for i in batch]
         sums = ending_losses(model, some, machine)
         by_sum, by_mean = score(sums, np.array([[len(ending) for ending in task.endings] for task in some]))
@@ -299,15 +272,6 @@ def evaluate(
         "acc_stderr": math.sqrt(acc * (1 - acc) / n),
         "acc_norm_stderr": math.sqrt(acc_norm * (1 - acc_norm) / n),
     }
-
-
-def progress(batches: list[list[int]], total: int, shown: bool) -> Iterator[list[int]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="task", disable=None if shown else True, dynamic_ncols=True) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
