@@ -199,8 +199,8 @@ def training_figure(runs: list[Run]):
 
 
 def look(i: int) -> dict:
-    """Colour and dashes of run i."""
-    return dict(color=COLOURS[i % len(COLOURS)], ls=DASHES[i // len(COLOURS) % len(DASHES)], lw=1.4)
+    """Colour and dashes of run i. Both change from run to run, so that colour is not needed to tell runs apart."""
+    return dict(color=COLOURS[i % len(COLOURS)], ls=DASHES[i % len(DASHES)], lw=1.4)
 
 
 def draw_noisy(axes, tokens: np.ndarray, values: np.ndarray, i: int, label: str | None) -> None:
