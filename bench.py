@@ -54,8 +54,7 @@ def say(line: str) -> None:
 
 
 def documents_of(files: list[Path], column: str) -> list[str]:
-    parts = (part for piece in prepare.pieces_of(files, column) for part, _ in piece.documents())
-    return [part.decode("utf-8", errors="replace") for part in parts]
+    return [text.decode("utf-8", errors="replace") for text in prepare.texts_of(files, column)]
 
 
 def plain_tiktoken(files: list[Path], column: str) -> tuple[float, float]:
@@ -78,20 +77,9 @@ def side_by_side(files: list[Path], column: str, n: int) -> float:
 def shard(files: list[Path], column: str, workers: int) -> tuple[float, int]:
     """Seconds from files to fsynced shards, without the start of the workers; and the tokens."""
     with tempfile.TemporaryDirectory() as folder, prepare.tokenising("gpt2", workers) as tokenise_all:
-        warm = list(tokenise_all(prepare.Texts(1, [(b"warm", True)]) for _ in range(8 * workers)))
-        assert len(warm) == 8 * workers
-        (Path(folder) / "progress").mkdir()
-        section = prepare.Section(
-            Path(folder) / "progress" / "all.json",
-            {"train": lambda n: Path(folder) / f"bench_train_{n:06d}.bin"},
-            {"train": 100_000_000},
-        )
-        route, _ = prepare.split_for(files, 0.0, 0)
-        size = sum(path.stat().st_size for path in files)
-        start = time.time()
-        with prepare.Bar(size, f"{workers} workers") as bar:
-            section.write(prepare.pieces_of(files, column), tokenise_all, route, bar)
-        return time.time() - start, sum(row["tokens"] for row in section.record["shards"]["train"])
+        out, tokenizer, start = Path(folder) / "bench", data.get_tokenizer("gpt2"), time.time()
+        rows = prepare.shard_files(files, out, tokenise_all, tokenizer, {"train": 100_000_000}, column)
+        return time.time() - start, sum(row["tokens"] for row in rows["train"])
 
 
 def bench_tokenize(arguments: argparse.Namespace) -> dict:

@@ -15,7 +15,7 @@ import secrets
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -116,9 +116,8 @@ class BytesTokenizer:
         return json.dumps(vocab, ensure_ascii=False), "#version: 0.2\n"
 
 
-# Where GPT-2's pre-tokeniser cuts in any case: before a space or newline that follows anything but white space. No
-# pattern of it reaches from one to the other, so the ids are the same whether a text is cut there or not. (White space
-# beyond ASCII is spelled out in UTF-8.)
+# A place where GPT-2's pre-tokeniser always splits: before a space or newline that follows a character other than white
+# space. None of its patterns crosses it, so cutting a text there changes no id. (Non-ASCII white space is in UTF-8.)
 BREAK = re.compile(
     rb"(?<=\S)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
     rb"(?=[ \n])"
@@ -126,9 +125,9 @@ BREAK = re.compile(
 
 
 def segments(file: BinaryIO, end: int) -> Iterator[bytes]:
-    """The rest of the file up to byte `end`, cut into segments of about PIECE_BYTES that tokenise as the whole does.
+    """The file from its position to byte `end` in segments of about PIECE_BYTES. Their ids equal those of the whole.
 
-    Where a segment has no break at all, it is cut between two characters, and a token of the run may become two.
+    A segment without any break is cut between two characters; there, one token may become two.
     """
     rest = b""
     while chunk := file.read(min(PIECE_BYTES, end - file.tell())):
@@ -139,11 +138,11 @@ def segments(file: BinaryIO, end: int) -> Iterator[bytes]:
 
 
 def last_break(block: bytes) -> int:
-    for window in (4096, len(block)):  # nearly always there is one in the first
+    for window in (4096, len(block)):  # the first window nearly always has a break
         if found := list(BREAK.finditer(block, max(0, len(block) - window))):
             return found[-1].start()
-    half_a_character = re.search(rb"[\xc0-\xff][\x80-\xbf]*\Z", block[-4:])
-    return len(block) - (len(half_a_character[0]) if half_a_character else 0)
+    partial_character = re.search(rb"[\xc0-\xff][\x80-\xbf]*\Z", block[-4:])
+    return len(block) - (len(partial_character[0]) if partial_character else 0)
 
 
 Tokenizer = GPT2Tokenizer | BytesTokenizer
@@ -190,7 +189,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
-    """Write uint16 tokens as a shard that is whole if it exists. Returns its row of meta.json."""
+    """Write uint16 tokens as a shard file, atomically. Returns its row of meta.json."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     content = header, tokens.astype("<u2", copy=False)
@@ -201,70 +200,44 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     return {"file": path.name, "tokens": len(tokens), "sha256": digest.hexdigest()}
 
 
-def write_whole(path: Path, *content: bytes | np.ndarray, replace: bool = True) -> None:
-    """Write a file so that, whatever is killed when, `path` is either the old content or the new, never half of it.
-
-    Without `replace`, a file that is there, or that another process has just made, stays.
-    """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # its own, lest two processes share it
+def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
+    """Write a file atomically: after a kill or a crash, `path` has the old content or the new, never a part of it."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a random name: two processes may write
     try:
         with open(temporary, "wb") as file:
             for part in content:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            with suppress(FileExistsError):
-                os.link(temporary, path)
-            temporary.unlink()
-    except OSError as error:  # a full disk does not name the file
+        os.replace(temporary, path)
+    except OSError as error:  # the error of a full disk does not name the file
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
-    return read_through(path)[0].hex()
-
-
-def read_through(path: Path) -> tuple[bytes, bool]:
-    """The SHA-256 of a file, and whether there is a NUL byte in it."""
-    digest, has_nul = hashlib.sha256(), False
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-            has_nul = has_nul or b"\0" in chunk
-    return digest.digest(), has_nul
+    return digest.hexdigest()
 
 
 @contextmanager
 def lock(path: Path, message: str) -> Iterator[None]:
-    """Hold the lock file `path`. ValueError(message) if another process holds it; a killed process lets go."""
+    """Hold the lock file `path`. ValueError(message) if another process holds it; a killed process releases it."""
     from filelock import FileLock, Timeout
 
-    file = FileLock(path)
+    file_lock = FileLock(path)
     try:
-        file.acquire(blocking=False)
+        file_lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(message) from None
     try:
         yield
     finally:
-        file.release()
-
-
-def lock_file(file, alone: bool, message: str) -> None:
-    """Hold a lock until the file is closed, as it is too when the process is killed. ValueError if it is taken."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(message) from None
-    except (ImportError, OSError):
-        pass  # a system or a disk without locks: then it is the user's care
+        file_lock.release()
 
 
 @dataclass(frozen=True)
@@ -338,7 +311,7 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
 
 
 def read_meta(data_dir: str | Path) -> dict:
-    """meta.json of a shard folder; empty where there is none, as beside published shards. ValueError if unreadable."""
+    """meta.json of a shard folder; {} without one, as beside published shards. ValueError if it is not readable."""
     path = Path(data_dir) / "meta.json"
     try:
         meta = json.loads(path.read_text()) if path.exists() else {}
@@ -350,8 +323,8 @@ def read_meta(data_dir: str | Path) -> dict:
     return meta
 
 
-def write_json(path: Path, content: dict, replace: bool = True) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode(), replace=replace)
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
