@@ -219,45 +219,42 @@ def take_shard(shards: prepare.Shards, path: Path, file: HubFile, out: Path) -> 
     documents = int(np.count_nonzero(tokens == shards.end_of_text))
     row = dict(file=path.name, tokens=len(tokens), sha256=file.sha256 or data.sha256(path), documents=documents)
     os.replace(path, out / path.name)
-    shards.rows["train"], shards.complete = [row], True
+    shards.rows["train"], shards.n_tokens, shards.complete = [row], len(tokens), True
     shards.save()
 
 
-def process_files(arguments: argparse.Namespace, out: Path, commit: str, files: list[HubFile]) -> list[prepare.Shards]:
-    """This machine's files, one after the other, into shards. Returns the shards of all files, done or not."""
-    shards = [shards_of(out, i, len(files), arguments.shard_tokens) for i in range(len(files))]
+def process_files(arguments: argparse.Namespace, out: Path, commit: str, files: list[HubFile]) -> None:
+    """Turn this machine's files into shards, one after the other."""
     part, parts = arguments.part
-    mine = range(part - 1, len(files), parts)
+    shards = {i: shards_of(out, i, len(files), arguments.shard_tokens) for i in range(part - 1, len(files), parts)}
+    ready_made = arguments.pretokenized
+    left = sys.maxsize if ready_made or arguments.max_tokens is None else arguments.max_tokens
 
     def fetch_one(i: int) -> Path:
         folder = out / "downloads" / f"{i:06d}"
-        return fetch(files[i], arguments.dataset, commit, folder, not arguments.pretokenized, arguments.keep_downloads)
+        return fetch(files[i], arguments.dataset, commit, folder, not ready_made, arguments.keep_downloads)
 
-    ready_made = arguments.pretokenized
-    # With a limit, the next file may not be needed.
-    ahead = ready_made or not arguments.max_tokens
-    paths = fetch_ahead([i for i in mine if not shards[i].complete], fetch_one, ahead)
+    missing = [i for i in shards if not shards[i].complete]
+    paths = fetch_ahead(missing, fetch_one, ahead=left == sys.maxsize)  # with a limit, the next may not be needed
     workers = 1 if ready_made else arguments.workers or prepare.available_cpus()
-    left = arguments.max_tokens if arguments.max_tokens and not ready_made else sys.maxsize
     with (
         prepare.tokenising("gpt2", workers) as tokenise_all,
-        prepare.progress_bar(sum(files[i].size for i in mine), arguments.out) as bar,
+        prepare.progress_bar(sum(files[i].size for i in shards), arguments.out) as bar,
     ):
-        for i in mine:
-            if shards[i].complete or not left:
+        for i, file_shards in shards.items():
+            if file_shards.complete or not left:
                 bar.update(files[i].size)
             else:
                 path = next(paths)
                 bar.write(f"{files[i].path}, {files[i].size / 1e9:.2f} GB ({i + 1} of {len(files)} files)", sys.stderr)
                 if ready_made:
-                    take_shard(shards[i], path, files[i], out)
+                    take_shard(file_shards, path, files[i], out)
                     bar.update(files[i].size)
                 else:
                     pieces = prepare.pieces_of([path], arguments.text_column)
-                    shards[i].fill(pieces, tokenise_all, bar, left)
+                    file_shards.fill(pieces, tokenise_all, bar, left)
                 shutil.rmtree(out / "downloads" / f"{i:06d}", ignore_errors=True)
-            left -= shards[i].n_tokens
-    return [shards_of(out, i, len(files), arguments.shard_tokens) for i in range(len(files))]
+            left -= file_shards.n_tokens
 
 
 def shard_hub_dataset(arguments: argparse.Namespace) -> str:
@@ -270,7 +267,9 @@ def shard_hub_dataset(arguments: argparse.Namespace) -> str:
         if meta["complete"]:
             return f"already made from {arguments.dataset}"
         files = [HubFile(**row) for row in meta["source"]["files"]]
-        done = [s for s in process_files(arguments, out, meta["source"]["commit"], files) if s.complete]
+        process_files(arguments, out, meta["source"]["commit"], files)
+        shards = (shards_of(out, i, len(files), arguments.shard_tokens) for i in range(len(files)))
+        done = [file_shards for file_shards in shards if file_shards.complete]
         rows, n = [row for s in done for row in s.rows["train"]], sum(s.n_tokens for s in done)
         if len(done) < len(files) and n != arguments.max_tokens:
             return f"part {part} of {parts} is done; {len(done)} of {len(files)} files are there"

@@ -227,33 +227,25 @@ class Shards:
     are in no shard yet.
     """
 
-    def __init__(
-        self, record: Path, path_of: Callable[[str, int], Path], shard_tokens: dict[str, int], end_of_text: int
-    ):
-        """path_of: split and number of a shard (from 0) -> its file."""
-        self.record, self.path_of, self.shard_tokens, self.end_of_text = record, path_of, shard_tokens, end_of_text
-        self.pieces, self.complete = 0, False
-        self.rows: dict[str, list[dict]] = {split: [] for split in shard_tokens}
-        self.rest = {split: [np.empty(0, dtype=np.uint16)] for split in shard_tokens}
+    def __init__(self, record: Path, path_of: Callable[[str, int], Path], sizes: dict[str, int], end_of_text: int):
+        """path_of: split and number of a shard (from 0) -> its file. sizes: split -> tokens in a shard."""
+        self.record, self.path_of, self.sizes, self.end_of_text = record, path_of, sizes, end_of_text
+        self.pieces, self.n_tokens, self.complete = 0, 0, False
+        self.rows: dict[str, list[dict]] = {split: [] for split in sizes}
+        self.rest = {split: [np.empty(0, dtype=np.uint16)] for split in sizes}  # tokens that are in no shard yet
         if record.exists():
             with np.load(record) as saved:
                 state = json.loads(str(saved["state"]))
                 files = [record.parent.parent / row["file"] for rows in state["rows"].values() for row in rows]
                 # Pieces of another size have other numbers. And somebody may have removed a shard.
-                if state["piece_bytes"] == data.PIECE_BYTES and all(file.exists() for file in files):
-                    self.pieces, self.complete, self.rows = state["pieces"], state["complete"], state["rows"]
-                    self.rest = {split: [saved[split]] for split in shard_tokens}
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(row["tokens"] for rows in self.rows.values() for row in rows) + sum(
-            len(tokens) for rest in self.rest.values() for tokens in rest
-        )
+                if state.pop("piece_bytes") == data.PIECE_BYTES and all(file.exists() for file in files):
+                    vars(self).update(state, rest={split: [saved[split]] for split in sizes})
 
     def add(self, tokens: Tokens, last: bool = False) -> None:
         """Write the shards that the tokens of the next piece fill; after the last piece, also what is left."""
         n_shards, self.pieces, self.complete = sum(map(len, self.rows.values())), self.pieces + 1, last
-        for split, size in self.shard_tokens.items():
+        self.n_tokens += sum(map(len, tokens.values()))
+        for split, size in self.sizes.items():
             self.rest[split].append(tokens.get(split, self.rest[split][0][:0]))
             if last or sum(map(len, self.rest[split])) >= size:
                 stream = np.concatenate(self.rest[split])
@@ -267,14 +259,13 @@ class Shards:
             self.save()
 
     def save(self) -> None:
-        names = ("pieces", "complete", "rows")
-        state = {name: getattr(self, name) for name in names} | {"piece_bytes": data.PIECE_BYTES}
-        file = io.BytesIO()
+        state = dict(pieces=self.pieces, n_tokens=self.n_tokens, complete=self.complete, rows=self.rows)
+        state["piece_bytes"], file = data.PIECE_BYTES, io.BytesIO()
         np.savez(file, state=json.dumps(state), **{split: np.concatenate(rest) for split, rest in self.rest.items()})
         data.write_whole(self.record, file.getvalue())
 
     def fill(self, pieces: Iterator[Piece], tokenise_all: TokeniseAll, bar, limit: int = sys.maxsize) -> None:
-        """Tokenise the pieces, `limit` tokens at most, from where the record ends."""
+        """Tokenise the pieces, `limit` tokens at most (of a single split), from where the record ends."""
         for piece in itertools.islice(pieces, self.pieces):
             bar.update(piece.size)
         for piece, tokens in tokenise_all(pieces):
@@ -295,21 +286,12 @@ def progress_bar(total: int, what: str):
 
 
 def shard_files(
-    files: list[Path],
-    out: Path,
-    tokenise_all: TokeniseAll,
-    tokenizer: data.Tokenizer,
-    sizes: dict[str, int],
-    column: str = "text",
-    split: Split = Split(),
-) -> dict[str, list[dict]]:
+    files, out: Path, tokenise_all: TokeniseAll, tokenizer, sizes: dict, column="text", split=Split()
+) -> dict:
     """Turn files into shards of sizes[split] tokens in the folder `out`. Returns split -> rows of meta.json."""
     (out / "progress").mkdir(parents=True, exist_ok=True)
-
-    def path_of(split: str, n: int) -> Path:
-        return out / f"{out.name}_{split}_{n + 1:06d}.bin"
-
-    shards = Shards(out / "progress" / "all.npz", path_of, sizes, tokenizer.end_of_text)
+    name, record = out / out.name, out / "progress" / "all.npz"
+    shards = Shards(record, lambda s, n: Path(f"{name}_{s}_{n + 1:06d}.bin"), sizes, tokenizer.end_of_text)
     with progress_bar(sum(path.stat().st_size for path in files), out.name) as bar:
         if not shards.complete:
             shards.fill(pieces_of(files, column, split), tokenise_all, bar)
