@@ -1,7 +1,7 @@
-"""Reports made from metrics.jsonl: report.md of a run, and the model card of a checkpoint.
+"""A run's metrics.jsonl, read and shown: report.md, and the model card of a checkpoint.
 
-Each record has a step and a kind: `run` (a start or resume), `train`, `val`, `hellaswag`, `sample`, `note` or
-`checkpoint`. The report omits values that an old or damaged record does not have.
+Each record has a step and a kind: `run` (how the run was started), `train`, `val`, `hellaswag`, `sample`, `note` or
+`checkpoint`. A report leaves out whatever an old or damaged record lacks.
 """
 
 import contextlib
@@ -14,21 +14,11 @@ import numpy as np
 
 import data
 
-# Dollars for an hour of one device. This is a guess at the rent: put in your own price.
-DOLLARS_PER_HOUR = {"cuda": 3.0, "cpu": 0.1}
-
-# The acc_norm of OpenAI's GPT-2 124M.
-GPT2_HELLASWAG = 0.2955
-
-# Rows in the table of the validation losses, at most (the best is added).
-ROWS = 12
-
-# Expected types of the fields that are not numbers.
-TYPES = {"settings": (dict,), "text": (str,)}
+GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's GPT-2 124M
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl, without damaged lines. An empty list if there is no such file."""
+    """The records of metrics.jsonl, without damaged lines; empty if there is no such file."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -39,196 +29,86 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def of_kind(records: list[dict], kind: str, *names: str) -> list[dict]:
-    """The records of this kind that have all these fields with the right type: a number, or what TYPES says."""
-
-    def whole(record: dict) -> bool:
-        return all(type(record.get(name)) in TYPES.get(name, (int, float)) for name in names)
-
-    return [record for record in records if record["kind"] == kind and whole(record)]
+    """The records of this kind in which none of these values is missing or null (a NaN is logged as null)."""
+    return [r for r in records if r["kind"] == kind and all(r.get(name) is not None for name in names)]
 
 
-def batch_sizes(records: list[dict]) -> dict[int, int]:
-    """Tokens a step, by the step at which a run was started or went on. (A batch may change with --resume_anyway.)"""
-    found = {r["step"]: r["settings"].get("total_batch_size") for r in of_kind(records, "run", "settings")}
-    return {step: tokens for step, tokens in found.items() if type(tokens) is int and 0 < tokens < 2**53}
+def last_run(records: list[dict]) -> dict:
+    """How the run was started or resumed the last time; empty if no record says so."""
+    return (of_kind(records, "run", "settings") or [{}])[-1]
 
 
-def tokens_seen(batches: dict[int, int], updates):
-    """Tokens after so many updates (an int or an array), by `batch_sizes`; before the first start, with its batch."""
-    starts = [0, *sorted(batches)[1:]]
+def tokens_seen(records: list[dict], updates):
+    """Tokens after this many updates (an int or an array); --resume_anyway may have changed the batch on the way."""
+    batches = {r["step"]: r["settings"].get("total_batch_size", 0) for r in of_kind(records, "run", "settings")}
+    starts = [0, *sorted(batches)[1:]]  # steps before the first record, of another run, count with its batch
     sizes = [batches[step] for step in sorted(batches)]
     return sum(n * np.clip(updates - a, 0, b - a) for n, a, b in zip(sizes, starts, [*starts[1:], math.inf]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The parts of a report. Each is a list of Markdown lines, empty if there is nothing to report.
-
-
-def summary(records: list[dict], run: dict, n_steps: int) -> list[str]:
-    """One sentence about the model, and a table of the results after n_steps."""
-    settings, steps = run.get("settings", {}), of_kind(records, "train", "loss")
-    tokens = int(tokens_seen(batch_sizes(records), n_steps))
-    rows = {"steps": f"{n_steps:,} of {settings.get('max_steps', n_steps):,}", "tokens": f"{tokens:,}"}
-    if steps:
-        rows["training loss"] = f"{steps[-1]['loss']:.4f} (step {steps[-1]['step']:,})"
-    if vals := of_kind(records, "val", "loss"):
-        best = min(vals, key=lambda record: record["loss"])
-        rows["validation loss"] = f"{vals[-1]['loss']:.4f} (step {vals[-1]['step']:,})"
-        rows["validation loss"] += f", best {best['loss']:.4f} (step {best['step']:,})" if best != vals[-1] else ""
+def summary(records: list[dict], n_steps: int) -> list[str]:
+    """The table of results after n_steps, as lines of Markdown (like all sections below)."""
+    run, tokens = last_run(records), int(tokens_seen(records, n_steps))
+    settings = run.get("settings", {})
+    rows = {name: f"`{settings[name]}`" for name in ("data_dir", "init_from") if name in settings}
+    if "parameters" in run:
+        rows["parameters"] = f"{run['parameters']:,}"
+    rows |= {"steps": f"{n_steps:,} of {settings.get('max_steps', n_steps):,}", "tokens": f"{tokens:,}"}
+    if train := of_kind(records, "train", "loss"):
+        rows["training loss"] = f"{train[-1]['loss']:.4f} (step {train[-1]['step']:,})"
+    if val := of_kind(records, "val", "loss"):
+        best = min(val, key=lambda record: record["loss"])
+        rows["validation loss"] = f"{val[-1]['loss']:.4f} (best: {best['loss']:.4f} at step {best['step']:,})"
     if scores := of_kind(records, "hellaswag", "acc_norm"):
-        of = f" of {scores[-1]['n']:,}" if "n" in scores[-1] else ""
-        rows["HellaSwag"] = f"{scores[-1]['acc_norm']:.4f}{of} (acc_norm; GPT-2: {GPT2_HELLASWAG})"
+        rows["HellaSwag (acc_norm)"] = f"{scores[-1]['acc_norm']:.4f} (GPT-2 124M: {GPT2_HELLASWAG})"
+    if timed := of_kind(records, "train", "ms"):  # ms is the mean of the steps since the last record
+        first = min((record["step"] for record in of_kind(records, "run")), default=0)
+        n_timed = np.diff([record["step"] for record in timed], prepend=first - 1)
+        device = f"{run.get('world_size', 1)} x {str(run.get('device')).removeprefix('cuda:0, ')}"
+        rows["training time"] = f"{duration(n_timed @ [record['ms'] / 1000 for record in timed])} on {device}"
+    for name, label, form in (("tokens_per_s", "tokens/s", ",.0f"), ("mfu", "MFU", ".1%")):
+        if values := [record[name] for record in of_kind(records, "train", name)]:
+            rows[f"{label} (median)"] = format(np.median(values), form)
     if "flops_per_token" in run:
         rows["compute"] = f"{run['flops_per_token'] * tokens:.3g} FLOPs"
-    text = f"A GPT of {run['parameters']:,} parameters" if "parameters" in run else "A GPT"
-    if (begun := settings.get("init_from", "scratch")) != "scratch":
-        text += f", initialised from {begun}"
-    text += f", trained on {settings.get('data_dir', 'some text')}"
-    text += f" ({run['tokenizer']} tokens)." if "tokenizer" in run else "."
-    return [text, *table(("", ""), rows.items()), *cost(records, run)]
+    return table(("", ""), rows.items())
 
 
-def cost(records: list[dict], run: dict) -> list[str]:
-    """Time of training, speed, and what the devices may have cost."""
-    seconds = device_seconds = 0.0
-    last, devices = -1, 1
-    for record in records:
-        if record["kind"] == "run":  # a start or a resume
-            last, devices = record["step"] - 1, record.get("world_size", 1)
-        elif of_kind([record], "train", "ms"):  # the mean of the steps since the record before
-            spent = record["ms"] * (record["step"] - last) / 1000
-            seconds, device_seconds, last = seconds + spent, device_seconds + devices * spent, record["step"]
-    if not seconds:
-        return []
-    size, unit = (3600, "hours") if seconds >= 7200 else (60, "minutes") if seconds >= 120 else (1, "seconds")
-    text = f"{seconds / size:.1f} {unit} of training (without evaluation) on {machine(run)}"
-    for name, words in (("tokens_per_s", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}")):
-        if values := sorted(record[name] for record in of_kind(records, "train", name)):
-            text += ", " + words.format(values[len(values) // 2])
-    price = DOLLARS_PER_HOUR.get(re.split("[:,]", str(run.get("device")))[0], 0)
-    if (paid := device_seconds / 3600 * price) >= 0.01:
-        text += f"; about ${paid:,.2f} at ${price:.2f} an hour for each device"
-    return ["", text + "."]
-
-
-def machine(run: dict) -> str:
-    name = re.sub(r"^\w+:\d+, ", "", str(run.get("device", "an unknown device")))  # without "cuda:0, "
-    return f"{run.get('world_size', 1)} x {name}"
+def duration(seconds: float) -> str:
+    unit, size = ("hours", 3600) if seconds >= 7200 else ("minutes", 60) if seconds >= 120 else ("seconds", 1)
+    return f"{seconds / size:,.1f} {unit}"
 
 
 def curve_table(records: list[dict]) -> list[str]:
-    """Validation loss and HellaSwag by step: the first, the last, the best, and some between."""
-    vals = {record["step"]: record["loss"] for record in of_kind(records, "val", "loss")}
+    """Validation loss and HellaSwag at twelve steps, from the first to the last."""
+    val = {record["step"]: record["loss"] for record in of_kind(records, "val", "loss")}
     scores = {record["step"]: record["acc_norm"] for record in of_kind(records, "hellaswag", "acc_norm")}
-    columns = {name: found for name, found in (("validation loss", vals), ("HellaSwag", scores)) if found}
-    if not columns:
-        return []
-    steps = sorted({*vals, *scores})
-    evenly = {steps[round(i * (len(steps) - 1) / (ROWS - 1))] for i in range(ROWS)}
-    shown = sorted(evenly | ({min(vals, key=vals.get)} if vals else set()))
-    rows = [
-        [f"{step:,}", *(f"{found[step]:.4f}" if step in found else "" for found in columns.values())] for step in shown
-    ]
-    return ["", "## Validation", *table(("step", *columns), rows)]
+    columns = {name: found for name, found in (("validation loss", val), ("HellaSwag", scores)) if found}
+    steps = evenly(sorted({*val, *scores}), 12)
+    rows = [[f"{s:,}", *(f"{c[s]:.4f}" if s in c else "" for c in columns.values())] for s in steps]
+    return ["", "## Validation", *table(("step", *columns), rows)] if rows else []
 
 
 def samples(records: list[dict]) -> list[str]:
-    """Text that the model wrote during training: the first, the last, and two between."""
-    found = of_kind(records, "sample", "text")
-    chosen = [found[i] for i in sorted({round(i * (len(found) - 1) / 3) for i in range(4)})] if found else []
-    lines = ["", "## Samples"] if chosen else []
-    for record in chosen:
+    lines = []
+    for record in evenly(of_kind(records, "sample", "text"), 4):
         lines += ["", f"After {record['step']:,} steps:", "", *fenced(data.printable(record["text"]))]
-    return lines
+    return ["", "## Samples", *lines] if lines else []
 
 
-def notes(records: list[dict]) -> list[str]:
-    found = of_kind(records, "note", "text")
-    return ["", "## Notes", "", *(f"* step {record['step']:,}: {record['text']}" for record in found)] if found else []
+def reproduce(run: dict) -> list[str]:
+    """The command, what is known of code, machine and data, and all settings in the form of a config file."""
+    shown_elsewhere = ("step", "kind", "settings", "command")
+    facts = {name: str(value) for name, value in run.items() if name not in shown_elsewhere and value is not None}
+    settings = "\n".join(f"{name} = {value!r}" for name, value in run.get("settings", {}).items())
+    lines = ["", *fenced(run.get("command", "")), *table(("", ""), facts.items())]
+    lines += ["", "<details><summary>All settings</summary>", "", *fenced(settings), "", "</details>"]
+    return ["", "## Reproduce", *lines] if run else []
 
 
-def how(run: dict) -> list[str]:
-    """The command, the machine, and every setting."""
-    facts = {
-        "commit": run.get("commit"),
-        "machine": machine(run) if "device" in run else None,
-        "precision": f"{run['dtype']}{', compiled' if run.get('compiled') else ''}" if "dtype" in run else None,
-        "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
-        "text": ", ".join(f"{name}: {value}" for name, value in flat(run.get("data", {})).items()),
-    }
-    lines = ["", "## How to reproduce"] if run else []
-    lines += ["", *fenced(run["command"])] if "command" in run else []
-    lines += table(("", ""), ((name, fact) for name, fact in facts.items() if fact)) if any(facts.values()) else []
-    if settings := "\n".join(f"{name} = {value!r}" for name, value in run.get("settings", {}).items()):
-        lines += ["", "<details><summary>All settings</summary>", "", *fenced(settings), "", "</details>"]
-    return lines
-
-
-def flat(facts: dict) -> dict:
-    """{a: 1, b: {c: 2}} -> {a: 1, c: 2}, without what is null."""
-    inner = [flat(value) if isinstance(value, dict) else {name: value} for name, value in facts.items()]
-    return {name: value for part in inner for name, value in part.items() if value is not None}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The documents
-
-
-def write(run: Path) -> Path:
-    """Write report.md into a run's folder, with the pictures found there; returns its path. OSError if it cannot."""
-    records = read_metrics(run / "metrics.jsonl")
-    started = last_run(records)
-    # Training records are written after the update of their step, all others before it.
-    n_steps = max((record["step"] + (record["kind"] == "train") for record in records), default=0)
-    lines = [f"# {run.resolve().name}", "", *summary(records, started, n_steps)]
-    for name in ("loss", "training"):
-        lines += ["", f"![{name}]({name}.svg)"] if (run / f"{name}.svg").exists() else []
-    lines += [*curve_table(records), *samples(records), *notes(records), *how(started)]
-    (run / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
-    return run / "report.md"
-
-
-USE = """\
-from transformers import pipeline
-
-write = pipeline("text-generation", model=".")  # this folder
-print(write({prompt!r}, max_new_tokens=50)[0]["generated_text"])"""
-
-
-def card(run: Path, step: int) -> str:
-    """The model card (README.md) of the checkpoint at this step: metadata for the hub, and the report up to there."""
-    records = [
-        record
-        for record in read_metrics(run / "metrics.jsonl")
-        if record["step"] < step or (record["step"] == step and record["kind"] != "train")
-    ]
-    started, name = last_run(records), run.resolve().name
-    prompt = started.get("settings", {}).get("sample_prompt", "Hello")
-    lines = [*header(records, name, started), "", f"# {name}", "", *summary(records, started, step)]
-    lines += ["", *fenced(USE.format(prompt=prompt), "python")]
-    return "\n".join([*lines, *curve_table(records), *samples(records), *how(started)]) + "\n"
-
-
-def header(records: list[dict], name: str, run: dict) -> list[str]:
-    """The metadata at the top of a model card: https://huggingface.co/docs/hub/model-cards."""
-    from huggingface_hub import EvalResult, ModelCardData
-
-    content = dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
-    if dataset := run.get("data", {}).get("source", {}).get("dataset"):
-        content["datasets"] = [dataset]
-    if (begun := str(run.get("settings", {}).get("init_from"))).startswith("gpt2"):
-        content["base_model"] = f"openai-community/{begun}"
-    if scores := of_kind(records, "hellaswag", "acc_norm"):
-        score = round(scores[-1]["acc_norm"], 4)
-        result = EvalResult("text-generation", "hellaswag", "HellaSwag", metric_type="acc_norm", metric_value=score)
-        content |= dict(model_name=name, eval_results=[result])
-    return ["---", ModelCardData(**content).to_yaml(), "---"]
-
-
-def last_run(records: list[dict]) -> dict:
-    """The record of the last start or resume; {} if there is none."""
-    runs = of_kind(records, "run", "settings")
-    return runs[-1] if runs else {}
+def evenly(items: list, n: int) -> list:
+    """At most n of the items, evenly spaced, with the first and the last."""
+    return [items[i] for i in sorted({round(k * (len(items) - 1) / (n - 1)) for k in range(n)})] if items else []
 
 
 def table(head: tuple[str, ...], rows) -> list[str]:
@@ -237,7 +117,52 @@ def table(head: tuple[str, ...], rows) -> list[str]:
 
 
 def fenced(text: str, language: str = "text") -> list[str]:
-    """A code block. Its fence is longer than any run of backquotes in the text."""
-    longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
-    fence = "`" * max(3, longest + 1)
+    """A code block with a fence longer than any row of backquotes in the text."""
+    fence = "`" * max(3, *(len(quotes) + 1 for quotes in re.findall("`+", text)), 0)
     return [fence + language, text, fence]
+
+
+def write(run: Path) -> Path:
+    """Write report.md into a run's folder, with the pictures that exist there; return its path. OSError if it fails."""
+    records = read_metrics(run / "metrics.jsonl")
+    # A train record follows the update of its step; all other records come before it.
+    n_steps = max((record["step"] + (record["kind"] == "train") for record in records), default=0)
+    lines = [f"# {run.resolve().name}", *summary(records, n_steps)]
+    for name in ("loss", "training"):
+        lines += ["", f"![{name}]({name}.svg)"] if (run / f"{name}.svg").exists() else []
+    notes = [f"* step {record['step']:,}: {record['text']}" for record in of_kind(records, "note", "text")]
+    lines += [*curve_table(records), *samples(records), *(["", "## Notes", "", *notes] if notes else [])]
+    lines += [*reproduce(last_run(records)), ""]
+    (run / "report.md").write_text("\n".join(lines), encoding="utf-8", errors="replace")
+    return run / "report.md"
+
+
+def card(run: Path, step: int) -> str:
+    """The README.md of the checkpoint of this step: the report up to there, below the header that the hub reads."""
+    records = read_metrics(run / "metrics.jsonl")
+    records = [r for r in records if r["step"] < step or (r["step"] == step and r["kind"] != "train")]
+    started, name = last_run(records), run.resolve().name
+    prompt = started.get("settings", {}).get("sample_prompt", "Hello")
+    use = f"""\
+from transformers import pipeline
+
+generate = pipeline("text-generation", model=".")  # this folder
+print(generate({prompt!r}, max_new_tokens=50)[0]["generated_text"])"""
+    lines = ["---", card_data(records, name), "---", "", f"# {name}", *summary(records, step)]
+    lines += ["", *fenced(use, "python"), *curve_table(records), *samples(records), *reproduce(started), ""]
+    return "\n".join(lines)
+
+
+def card_data(records: list[dict], name: str) -> str:
+    """The card's metadata in YAML: https://huggingface.co/docs/hub/model-cards."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    facts = dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
+    if dataset := last_run(records).get("data", {}).get("source", {}).get("dataset"):
+        facts["datasets"] = [dataset]
+    if (origin := str(last_run(records).get("settings", {}).get("init_from"))).startswith("gpt2"):
+        facts["base_model"] = f"openai-community/{origin}"
+    if scores := of_kind(records, "hellaswag", "acc_norm"):
+        facts["model_name"], score = name, scores[-1]["acc_norm"]
+        facts["eval_results"] = [EvalResult("text-generation", "hellaswag", "HellaSwag", "acc_norm", score)]
+    return ModelCardData(**facts).to_yaml()
