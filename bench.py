@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import configurator
 import data
 import generate
 import hellaswag
@@ -631,20 +632,20 @@ BENCHES = {  # name: how to measure, how to print
 }
 
 
+@configurator.command("bench.py")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    if arguments.bench == "show":
+        show(Path(arguments.file), arguments.chart)
+        return
+    measure, print_table = BENCHES[arguments.bench]
     try:
-        if arguments.bench == "show":
-            show(Path(arguments.file), arguments.chart)
-            return
-        measure, print_table = BENCHES[arguments.bench]
         result = dict(bench=arguments.bench) | measure(arguments)
-        print(json.dumps(result)) if arguments.json else print_table(result)
-        if getattr(arguments, "chart", None):
-            draw_ladder(result, arguments.chart)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"bench.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory: {str(error).splitlines()[0]}") from None
+    print(json.dumps(result)) if arguments.json else print_table(result)
+    if getattr(arguments, "chart", None):
+        draw_ladder(result, arguments.chart)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+import configurator
 import data
 import prepare
 
@@ -62,7 +63,7 @@ def list_files(arguments: argparse.Namespace) -> dict:
         chosen = needed_shards if arguments.pretokenized else training_files
         files = chosen(arguments, commit, sorted(files, key=lambda file: file.path))
     except (HTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{dataset}: {error}") from None
+        raise ValueError(f"{dataset}: {' '.join(str(error).split())}") from None
     return dict(commit=commit, files=[dataclasses.asdict(file) for file in files])
 
 
@@ -113,7 +114,7 @@ def fetch(file: HubFile, dataset: str, commit: str, folder: Path, cache: bool, k
             path.resolve().unlink()
             problem = "the download differs from the hub's file in size or SHA-256"
         except (HTTPError, OSError, RuntimeError) as error:  # hf_xet raises RuntimeError
-            problem = error
+            problem = " ".join(str(error).split())
     raise ValueError(f"{file.path}: {problem}. Finished shards are kept: run the same command again")
 
 
@@ -285,8 +286,10 @@ def shard_hub_dataset(arguments: argparse.Namespace) -> str:
         return prepare.finish_folder(out, data.get_tokenizer("gpt2"), meta["source"], shards, documents)
 
 
+@configurator.command("fineweb.py")
 def main(argv: list[str] | None = None) -> None:
-    prepare.run_command("fineweb.py", argv, parse_arguments, shard_hub_dataset)
+    arguments = parse_arguments(argv)
+    print(f"{arguments.out}: {shard_hub_dataset(arguments)}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import configurator
 import data
 import generate
 import runtime
@@ -341,18 +342,13 @@ def in_words(result: dict, published: tuple[float | None, float | None]) -> str:
     return "\n".join([*lines, f"  {result['n'] / result['seconds']:.1f} tasks/s"])
 
 
+@configurator.command("hellaswag.py")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
         hellaswag(arguments)
-    except (ValueError, OSError) as error:
-        print(f"hellaswag.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except torch.OutOfMemoryError:
-        print(f"hellaswag.py: out of memory; set --batch_tokens={arguments.batch_tokens // 2 or 1}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        raise ValueError(f"out of memory; set --batch_tokens={arguments.batch_tokens // 2 or 1}") from None
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ Pictures are readable on white and on GitHub's dark page. Curves are written as 
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import configurator
 import report
 
 # Published results. Only losses over the same tokenizer and the same kind of text can be compared.
@@ -265,6 +265,7 @@ def save(figure, path: Path) -> Path:
     return path
 
 
+@configurator.command("plot.py")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw runs, or the embeddings of a model.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="out/RUN", help="folders of runs: draw loss and training")
@@ -272,20 +273,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="also write report.md into the folder of each run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for pictures (default: beside what is drawn)")
     arguments = parser.parse_args(argv)
-    try:
-        if bool(arguments.runs) == bool(arguments.weights) or (arguments.weights and arguments.report):
-            raise ValueError("say what to draw: python plot.py [--report] out/RUN ..., or plot.py --weights MODEL")
-        if arguments.weights:
-            folder = Path(arguments.weights)
-            folder = folder.parent if folder.name.startswith("step_") else folder  # a checkpoint stays as it is
-            written = draw_weights(arguments.weights, arguments.out or (folder if folder.is_dir() else Path()))
-        else:
-            first = arguments.runs[0]
-            written = draw_curves(arguments.runs, arguments.out or (first.parent if arguments.runs[1:] else first))
-            written += [write_report(run) for run in arguments.runs] if arguments.report else []
-    except (ValueError, OSError, ImportError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    if bool(arguments.runs) == bool(arguments.weights) or (arguments.weights and arguments.report):
+        raise ValueError("say what to draw: python plot.py [--report] out/RUN ..., or plot.py --weights MODEL")
+    if arguments.weights:
+        folder = Path(arguments.weights)
+        folder = folder.parent if folder.name.startswith("step_") else folder  # a checkpoint stays as it is
+        written = draw_weights(arguments.weights, arguments.out or (folder if folder.is_dir() else Path()))
+    else:
+        first = arguments.runs[0]
+        written = draw_curves(arguments.runs, arguments.out or (first.parent if arguments.runs[1:] else first))
+        written += [write_report(run) for run in arguments.runs] if arguments.report else []
     print(*written, sep="\n")
 
 

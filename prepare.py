@@ -36,6 +36,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+import configurator
 import data
 
 START_METHOD = "spawn"  # of worker processes: the same on all systems, and safe with threads
@@ -470,21 +471,10 @@ def shard_local_text(arguments: argparse.Namespace) -> str:
         return finish_folder(out, tokenizer, source, rows, sum(row["documents"] for row in counted))
 
 
-def run_command(name: str, argv: list[str] | None, parse: Callable, run: Callable[..., str]) -> None:
-    """Parse, run, print the summary. An error is one line and exit code 2."""
-    try:
-        arguments = parse(argv)
-        print(f"{arguments.out}: {run(arguments)}")
-    except (ValueError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
-
-
+@configurator.command("prepare.py")
 def main(argv: list[str] | None = None) -> None:
-    run_command("prepare.py", argv, parse_arguments, shard_local_text)
+    arguments = parse_arguments(argv)
+    print(f"{arguments.out}: {shard_local_text(arguments)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import codecs
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import configurator
 import data
 import generate
 import runtime
@@ -344,22 +344,12 @@ def sample(arguments: argparse.Namespace) -> None:
         write_batch(model, tokenizer, batch, arguments.stop, settings, stream, arguments.json, arguments.logprobs)
 
 
+@configurator.command("sample.py")
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    sys.stdout.reconfigure(errors="replace")  # unencodable characters must not end the program
     try:
-        sample(arguments)
-    except BrokenPipeError:  # the reader closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sample(parse_arguments(argv))
     except torch.OutOfMemoryError:
-        print("sample.py: out of memory; fewer --samples or prompts at once, or --device cpu", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+        raise ValueError("out of memory; fewer --samples or prompts at once, or --device cpu") from None
 
 
 if __name__ == "__main__":

@@ -461,39 +461,38 @@ def sample_text(model: GPT, tokenizer: data.Tokenizer, config: TrainConfig, mach
         return tokenizer.decode(prompt + generate.generate(model, [prompt], config.sample_tokens, **options)[0])
 
 
+@configurator.command("train.py")
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    rank = int(os.environ.get("RANK", 0))
     if {"-h", "--help"} & set(argv):
         print(__doc__ + configurator.help_text(TrainConfig))
         return
-    sys.stdout.reconfigure(errors="replace")  # unencodable characters of a sample must not end the run
+    rank = int(os.environ.get("RANK", 0))
     try:
         config = configurator.configure(TrainConfig, argv)
-    except ValueError as error:  # the same on every rank
-        fail(str(error) if rank == 0 else "")
+    except ValueError:  # the same on every rank, so one prints it
+        sys.exit(2) if rank else None
+        raise
     try:
         with run.held(Path(config.out_dir)) if rank == 0 else contextlib.nullcontext():
             result = train(config)
     except (ValueError, OSError) as error:
-        fail(f"{error}" if rank == 0 else f"(rank {rank}) {error}")
+        if rank:
+            raise ValueError(f"(rank {rank}) {error}") from None
+        raise
     except torch.OutOfMemoryError:
-        fail(f"out of memory: set a smaller --batch_size (now {config.batch_size}) or --recompute=True: same result")
+        raise ValueError(
+            f"out of memory: set a smaller --batch_size (now {config.batch_size}) or --recompute=True: same result"
+        ) from None
     except RuntimeError as error:  # torch.distributed raises several types
         if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise
         reason = str(error).strip().splitlines()[0]
-        fail(f"(rank {rank}) another process is gone or hangs (see --timeout): {reason}")
+        raise ValueError(f"(rank {rank}) another process is gone or hangs (see --timeout): {reason}") from None
     except KeyboardInterrupt:
         os._exit(130)  # at once, even while a thread writes a checkpoint
     if result["stopped"]:
         sys.exit(128 + result["stopped"])
-
-
-def fail(message: str) -> None:
-    """Print each line of the message after the program's name, and exit with code 2."""
-    print("\n".join(f"train.py: {line}" for line in message.splitlines()), file=sys.stderr, end="\n" if message else "")
-    sys.exit(2)
 
 
 if __name__ == "__main__":

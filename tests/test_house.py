@@ -18,17 +18,17 @@ HOUSE = {
     "model": {"pretrained"},
     "data": set(),
     "generate": {"model"},
-    "prepare": {"data"},
-    "fineweb": {"data", "prepare"},
-    "hellaswag": {"runtime", "pretrained", "model", "data", "generate"},
+    "prepare": {"configurator", "data"},
+    "fineweb": {"configurator", "data", "prepare"},
+    "hellaswag": {"configurator", "runtime", "pretrained", "model", "data", "generate"},
     "web": set(),
-    "sample": {"runtime", "pretrained", "model", "data", "generate", "web"},
+    "sample": {"configurator", "runtime", "pretrained", "model", "data", "generate", "web"},
     "report": {"data"},
     "run": {"runtime", "pretrained", "data", "report"},
     "checkpoint": {"pretrained", "model", "data", "report", "run"},
-    "plot": {"pretrained", "model", "report"},
+    "plot": {"configurator", "pretrained", "model", "report"},
     "train": {"configurator", "runtime", "model", "data", "generate", "hellaswag", "run", "checkpoint", "plot"},
-    "bench": {"runtime", "model", "data", "generate", "prepare", "hellaswag", "report", "train"},
+    "bench": {"configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "report", "train"},
 }
 SCRIPTS = {"prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench"}
 HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
