@@ -132,8 +132,9 @@ def read_state(checkpoint: Path) -> dict:
     try:
         state = json.loads((checkpoint / "settings.json").read_text())
         known = dict(step=int(state["step"]), val_loss=state["val_loss"], settings=dict(state["settings"]))
-        # The first checkpoints of this project had neither.
-        return known | dict(train_tokens=state.get("train_tokens"), sha256=dict(state.get("sha256", {})))
+        # The first checkpoints of this project had none of these.
+        known |= dict(train_tokens=state.get("train_tokens"), sha256=dict(state.get("sha256", {})))
+        return known | dict(chosen=dict(state.get("chosen", {})))  # what auto meant
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint}: settings.json cannot be read ({error})") from None
 

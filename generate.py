@@ -5,6 +5,7 @@ stream(model, prompts, n, ...)            a Step for each new token, all prompts
 generate(model, prompts, n, ...)          the same, whole
 """
 
+import copy
 import functools
 import math
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import auto
 from model import GPT
+from runtime import DTYPES, Runtime
 
+SMALL = 1_000_000  # multiply-adds in a block: threads would spend more time on meeting each other
 GRAPH_FROM = 32  # new tokens; for fewer, capturing a CUDA graph does not pay
 
 
@@ -158,16 +162,41 @@ def onednn_multiplies_bf16() -> bool:
     return has_ops and ops._is_mkldnn_bf16_supported()
 
 
-def pack(model: GPT, dtype: torch.dtype) -> GPT:
-    """Replace all Linear layers by PackedLinear, in place; returns the model.
+def pack(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace all Linear layers of a model or a block by PackedLinear, in place; returns it.
 
     It computes what it would under autocast to dtype. A packed model cannot be moved, trained or saved.
     """
-    for part in (model, *(part for block in model.transformer.h for part in (block.attn, block.mlp))):
+    for part in list(module.modules()):
         for name, child in part.named_children():
             if isinstance(child, nn.Linear):
                 setattr(part, name, PackedLinear(child, dtype))
-    return model
+    return module
+
+
+def ready(model: GPT, machine: Runtime, dtype: str, rows: int) -> tuple[GPT, Runtime, str]:
+    """The model packed on its device, the Runtime with its precision, and a line that says why.
+
+    rows: how many tokens one forward pass has. With "auto" on a CPU, one block races with so many: a few rows are bound
+    by reading the weights, so bf16 can win here on CPUs where it loses in training.
+    """
+    model, names, why = model.to(machine.device), auto.precisions(dtype, machine.device), ""
+    block, name = model.transformer.h[0], names[0]
+    if machine.device.type == "cpu" and rows * 12 * model.config.n_embd**2 < SMALL:
+        torch.set_num_threads(1)
+        why = " (a small model: one thread)"
+    elif machine.device.type == "cpu" and dtype == "auto":
+        x = torch.randn(rows, 1, model.config.n_embd)
+        runs = {n: functools.partial(pack(copy.deepcopy(block), DTYPES[n]), x) for n in names}
+        with torch.no_grad():
+            times = auto.race(runs, seconds=0.1)
+            name = auto.fastest(times, margin=1.1)
+            threads = auto.race_threads(runs[name], times[name])
+        if threads:
+            torch.set_num_threads(auto.fastest(threads))
+        times |= {f"{n} threads": ms for n, ms in threads.items()}
+        why = f" (ms for a block: {', '.join(f'{one} {ms:.2f}' for one, ms in times.items())})"
+    return pack(model, DTYPES[name]), machine.computing_in(name), f"dtype: {name}{why}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -306,20 +306,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def hellaswag(arguments: argparse.Namespace) -> None:
-    machine = runtime.start(arguments.device, arguments.dtype)
+    machine = runtime.start(arguments.device)
     if machine.is_main:
         examples(arguments.data, arguments.limit, arguments.split)  # one process fetches, and the others wait
     machine.barrier()
     tasks = examples(arguments.data, arguments.limit, arguments.split)
     source = resolve(arguments.model)
-    model = GPT.from_pretrained(source).to(machine.device)
+    model = GPT.from_pretrained(source)
+    n_parameters = model.num_params()
+    model, machine, note = generate.ready(model, machine, arguments.dtype, rows=1024)
     tokenizer = data.get_tokenizer(model.config.vocab_size)
     if machine.is_main:
-        print(f"model: {source}, {model.num_params():,} parameters; {', '.join(machine.notes)}", file=sys.stderr)
+        print(f"model: {source}, {n_parameters:,} parameters; {machine.note}; {note}", file=sys.stderr)
     start = time.perf_counter()
-    result = evaluate(
-        generate.pack(model, machine.dtype), tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main
-    )
+    result = evaluate(model, tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main)
     seconds = time.perf_counter() - start
     if machine.is_main:
         result = {"model": str(source), "style": "completion"} | result | {"seconds": seconds}

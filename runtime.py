@@ -1,16 +1,12 @@
-"""Where the process meets the machine: which device, which precision, which rank, and how fast it could be.
-
-Each choice left on "auto" comes with a sentence that says why, so that nobody has to guess what a run used.
-"""
+"""Where the process meets the machine: which device, which rank, and how fast it could be."""
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import re
-import shutil
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -38,7 +34,7 @@ PEAK_FLOPS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Runtime:
     """One process's place on the machine and in the group; without torchrun, the only one."""
 
@@ -47,11 +43,15 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     local_size: int = 1  # processes on this machine
-    notes: tuple[str, ...] = ()  # one line for each choice made
+    note: str = ""  # which device, and why
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def computing_in(self, dtype: str) -> "Runtime":
+        """The same place with products in fp32, bf16 or fp16."""
+        return dataclasses.replace(self, dtype=DTYPES[dtype])
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -122,8 +122,8 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def start(device: str = "auto", dtype: str = "auto", tf32: bool = True) -> Runtime:
-    """Choose device and precision, and join the group if torchrun started this process.
+def start(device: str = "auto", tf32: bool = True) -> Runtime:
+    """Choose the device, and join the group if torchrun started this process.
 
     Raises ValueError for a device that is not there.
     """
@@ -137,15 +137,13 @@ def start(device: str = "auto", dtype: str = "auto", tf32: bool = True) -> Runti
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
     elif device.type == "cpu":
         keep_freed_memory()
-    dtype, dtype_note = choose_dtype(dtype, device)
 
     if world_size > 1:
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         place = dict(store=meeting_place(world_size, local_size), rank=rank, world_size=world_size)
         dist.init_process_group(backend, **place, timeout=timedelta(minutes=10), device_id=device_id)
         why += f"; {world_size} processes over {backend}"
-    notes = f"device: {device_name(device)} ({why})", f"dtype: {dtype_note}"
-    return Runtime(device, dtype, rank, world_size, local_size, notes)
+    return Runtime(device, torch.float32, rank, world_size, local_size, f"device: {device_name(device)} ({why})")
 
 
 def device_name(device: torch.device) -> str:
@@ -218,65 +216,3 @@ def choose_device(
     if index >= count:
         raise ValueError(f"device={setting}: this machine has {count} GPUs, counted from 0")
     return torch.device("cuda", index), why
-
-
-def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The precision of matrix products for "auto", "fp32", "bf16" or "fp16", and why it was taken."""
-    if setting != "auto":
-        if setting == "fp16" and device.type != "cuda":
-            raise ValueError(f"dtype=fp16 is for CUDA GPUs without bf16; on {device.type} use bf16 or fp32")
-        return DTYPES[setting], f"{setting} (as set)"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "bf16 (float32's range, so gradients need no scaling)"
-        return torch.float16, "fp16 with a gradient scaler (this GPU has no bf16)"
-    if device.type == "cpu" and cpu_multiplies_bf16():
-        return torch.bfloat16, "bf16 (this CPU multiplies bf16 matrices faster than fp32)"
-    return torch.float32, f"fp32 (this {device.type} gains nothing from less)"
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for bf16 matrix products: AMX tiles, or AVX-512's dot product.
-
-    Read from what the CPU says of itself and not by a race, so that a resumed run decides as the first one did. LOG.md
-    has the races: AVX512_BF16 alone makes a training step 1.3 to 1.9 times faster.
-    """
-    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
-
-
-def choose_compile(setting: bool | str, device: torch.device, seconds: float) -> tuple[bool, str]:
-    """Whether to torch.compile a run expected to last so many seconds, for "auto", True or False, and why."""
-    if setting is True and (missing := missing_for_compile(device)):
-        raise ValueError(f"compile=True: {missing}; use --compile=False, or install what is missing")
-    if setting != "auto":
-        return setting, f"{'on' if setting else 'off'} (as set)"
-    # Compiling takes 15 to 60 s. A GPU wins that back in a minute or two; a CPU gains some 15 %, if anything.
-    worth = {"cuda": 120, "cpu": 900}.get(device.type)
-    if worth is None:
-        return False, f"off (not worth it on {device.type})"
-    if seconds < worth:
-        minutes = f"about {seconds / 60:.1f} minutes" if seconds > 60 else "less than a minute"
-        return False, f"off (compiling would not pay in a run of {minutes})"
-    if missing := missing_for_compile(device):
-        return False, f"off ({missing})"
-    return True, "on (the first step takes a minute longer, the others less)"
-
-
-def missing_for_compile(device: torch.device) -> str:
-    """What torch.compile lacks on this machine, in words; empty when a trial succeeds."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return "no C++ compiler found"
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device=device))
-    except Exception as error:  # the compiler, its headers, OpenMP or Triton: whatever it is, the run goes on without
-        return f"a trial failed with {type(error).__name__}"
-    return ""
-
-
-def expected_seconds(flops: float, runtime: Runtime) -> float:
-    """A guess, within a factor of three, of how long the group takes for so many FLOPs: only to decide on compiling."""
-    if runtime.device.type == "cuda":
-        return flops / (0.4 * (runtime.peak_flops() or 100e12) * runtime.world_size)
-    return flops / (75e9 * torch.get_num_threads() * runtime.world_size)

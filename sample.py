@@ -318,11 +318,12 @@ def command(line: str, ids: list[int], settings: dict) -> tuple[list[int], dict]
 
 def sample(arguments: argparse.Namespace) -> None:
     settings, prompts = arguments.settings, read_prompts(arguments.prompts + arguments.prompt, arguments.file)
-    machine = runtime.start(arguments.device, arguments.dtype)
+    machine = runtime.start(arguments.device)
     model, description, default_prompt = load_model(arguments.model)
     tokenizer = data.get_tokenizer(model.config.vocab_size)
-    model = generate.pack(model.to(machine.device), machine.dtype)
-    print(f"model: {description}; {', '.join(machine.notes)}", file=sys.stderr)
+    rows = 1 if arguments.interactive or arguments.web else min(BATCH, max(1, len(prompts)) * arguments.samples)
+    model, machine, note = generate.ready(model, machine, arguments.dtype, rows)
+    print(f"model: {description}; {machine.note}; {note}", file=sys.stderr)
     if arguments.interactive:
         write_together(model, tokenizer, "".join(prompts), arguments.stop, settings)
         return

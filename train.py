@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import auto
 import checkpoint
 import configurator
 import data
@@ -54,12 +55,12 @@ class TrainConfig:
     block_size: int = 1024  # tokens in a training sequence; from scratch also the model's longest context
     dropout: float = 0.0  # 0 for pretraining, 0.1 or 0.2 where the text is seen many times
     bias: bool = True  # in Linear and LayerNorm, as GPT-2 has
-    flash: bool = True  # fused attention; False writes the (T, T) matrix to memory
+    flash: Literal["auto", True, False] = "auto"  # fused attention; False writes the (T, T) matrix to memory
     pad_vocab: bool = True  # round the vocabulary up to a multiple of 64 inside the model: faster on GPUs
     recompute: bool = False  # recompute blocks in the backward pass: much less memory, a third more time
 
     # The batch
-    batch_size: int = 64  # sequences in a forward pass of one process; affects memory only (except with dropout)
+    batch_size: int | Literal["auto"] = 64  # most sequences in a forward pass of a process; auto: what fits
     total_batch_size: int = 524_288  # tokens in a step, over all processes and gradient accumulation
 
     # The optimizer
@@ -102,7 +103,7 @@ class TrainConfig:
     profile: int = 0  # profile this many steps, from the third on, to out_dir/profile.txt and trace.json
 
     def mistakes(self) -> list[str]:
-        """One sentence for each impossible value. `accumulation` checks what depends on the machine."""
+        """One sentence for each impossible value. `sequences_per_process` checks what depends on the machine."""
         positive = ("batch_size", "total_batch_size", "eval_tokens", "sample_tokens", "timeout")
         wrong = []
         for name, value in vars(self).items():
@@ -130,7 +131,7 @@ def train(config: TrainConfig) -> dict:
     Raises ValueError for what a person, a file or the machine got wrong, and when training diverges.
     """
     # ---- 1. The machine ----------------------------------------------------------------------------------------------
-    machine = runtime.start(config.device, config.dtype, config.tf32)
+    machine = runtime.start(config.device, config.tf32)
     say = print if machine.is_main else lambda *_: None
     out_dir = Path(config.out_dir)
 
@@ -146,26 +147,14 @@ def train(config: TrainConfig) -> dict:
         machine.close()
         return dict(step=start_step, val_loss=state["val_loss"], stopped=None)
 
-    # ---- 3. The batch: the recipe fixes its size in tokens, the machine the number of pieces it is computed in -------
-    batch_size, n_accumulate = accumulation(config, machine.world_size)
-    say(
-        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} processes x "
-        f"{n_accumulate} micro-steps = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
-        f"{config.max_steps * config.total_batch_size:,} tokens"
-    )
-
-    # ---- 4. The data -------------------------------------------------------------------------------------------------
+    # ---- 3. The data -------------------------------------------------------------------------------------------------
+    sequences = sequences_per_process(config, machine.world_size)
     tokenizer = data.get_tokenizer(data.read_meta(config.data_dir).get("tokenizer", "gpt2"))  # published: no meta.json
-    windows, val_windows, val_places = (
-        data.Windows.open(config.data_dir, "train", config.block_size, tokenizer),
-        None,
-        [],
-    )
+    windows = data.Windows.open(config.data_dir, "train", config.block_size, tokenizer)
+    val_windows, val_places = None, []
     if config.eval_every:
         val_windows = data.Windows.open(config.data_dir, "val", config.block_size, tokenizer)
         val_places = val_windows.first(config.eval_tokens)
-    sequences = config.total_batch_size // config.block_size
-    batches = data.Batches(windows, batch_size, sequences, machine.world_size, config.seed)
     say(
         f"data: {config.data_dir}, {windows.n_tokens:,} training tokens ({tokenizer.name}), seen "
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
@@ -176,32 +165,50 @@ def train(config: TrainConfig) -> dict:
             say(f"NOTE: {shard.note}; read as {tokenizer.name}")
     tasks = machine.broadcast(load_tasks(config, say) if machine.is_main and config.hellaswag_every else [])
 
-    # ---- 5. The model ------------------------------------------------------------------------------------------------
+    # ---- 4. The model, and how this machine computes it --------------------------------------------------------------
     raw_model = build_model(config, found, tokenizer).to(machine.device)
     shape = raw_model.config
     say(
         f"model: {found or config.init_from}; {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
         f"{raw_model.num_params():,} parameters"
     )
+    # The whole run decides what pays, not the steps left: a resumed run computes as the first one did.
     flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
+    seconds, before = auto.expected_seconds(flops_per_step * config.max_steps, machine), state.get("chosen", {})
+    choice = auto.arithmetic(config, raw_model, machine, seconds, before) if machine.is_main else None
+    chosen, why = machine.broadcast(choice)
+    auto.apply(chosen, raw_model)
+    machine = machine.computing_in(chosen["dtype"])
 
-    # ---- 6. The optimizer, with its state if we resume ---------------------------------------------------------------
+    # ---- 5. The optimizer, with its state if we resume ---------------------------------------------------------------
     optimizer = build_optimizer(raw_model, config)
     # For fp16 only: its smallest number is 6e-8, so gradients are scaled up before they are rounded to it.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if found:
         say(checkpoint.resume(found, config, windows.n_tokens, optimizer, scaler))
 
-    # ---- 7. Compile, then wrap. Only raw_model is evaluated, sampled and saved: it shares the parameters, its names
+    # ---- 6. Compile, then wrap. Only raw_model is evaluated, sampled and saved: it shares the parameters, its names
     # ----    have no prefix, and the shapes of evaluation do not recompile the training step. -------------------------
-    # The whole run decides whether compiling pays, not the steps left: a resumed run computes as the first one did.
-    seconds = runtime.expected_seconds(flops_per_step * config.max_steps, machine)
-    compiled, compile_note = runtime.choose_compile(config.compile, machine.device, seconds)
-    model = torch.compile(raw_model) if compiled else raw_model
+    setting = before.get("compile", "auto") if config.compile == "auto" else config.compile
+    chosen["compile"], compile_why = auto.compilation(setting, machine.device, seconds)
+    model = torch.compile(raw_model) if chosen["compile"] else raw_model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    say("\n".join([*machine.notes, f"compile: {compile_note}"]))
+    say(f"{machine.note}\n{why}\ncompile: {compile_why}")
+
+    # ---- 7. The batch: the recipe fixes its size in tokens, the machine the number of pieces it is computed in -------
+    batch_size = auto.batch_size(config.batch_size, sequences, raw_model, config.block_size, machine)
+    n_accumulate = sequences // batch_size
+    say(
+        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} processes x "
+        f"{n_accumulate} micro-steps = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
+        f"{config.max_steps * config.total_batch_size:,} tokens"
+    )
+    batches = data.Batches(windows, batch_size, sequences * machine.world_size, machine.world_size, config.seed)
+    if machine.device.type == "cuda":  # too little memory shows now, not after the first evaluation
+        auto.try_step(model, batch_size, config.block_size, machine)
+        optimizer.zero_grad(set_to_none=machine.world_size == 1)
 
     # ---- 8. The loop. It goes one past the last update, to evaluate and save the result too --------------------------
     if machine.is_main:
@@ -209,7 +216,7 @@ def train(config: TrainConfig) -> dict:
         if config.checkpoint_every:
             checkpoint.check_space(out_dir, raw_model)
     log = run.Log(config, start_step, machine)
-    log("run", start_step, **run.facts(config, machine, raw_model, compiled, tokenizer, windows.n_tokens))
+    log("run", start_step, **run.facts(config, machine, raw_model, chosen["compile"], tokenizer, windows.n_tokens))
     micro_steps = ((s, k, machine.rank) for s in range(start_step, config.max_steps) for k in range(n_accumulate))
     coming = data.prefetch(batches.batch, micro_steps, machine.device)
     val_loss, skipped, skipped_in_a_row = None, 0, 0
@@ -232,7 +239,7 @@ def train(config: TrainConfig) -> dict:
             fresh = not found or step > start_step
             evaluated = fresh and due(config.eval_every, step)
             if evaluated:
-                val_loss = evaluate(raw_model, val_windows, val_places, config.batch_size, machine)
+                val_loss = evaluate(raw_model, val_windows, val_places, batch_size, machine)
                 log("val", step, loss=val_loss)
                 console.score(step, "val loss", val_loss)
 
@@ -252,7 +259,7 @@ def train(config: TrainConfig) -> dict:
                 log("checkpoint", step)  # before saving: a resume cuts the line if the folder never came
                 if machine.is_main:
                     state = dict(step=step, val_loss=val_loss if evaluated else None, train_tokens=windows.n_tokens)
-                    state |= dict(settings=dataclasses.asdict(config))
+                    state |= dict(settings=dataclasses.asdict(config), chosen=chosen)
                     t0 = time.perf_counter()
                     saver.save(raw_model, tokenizer, optimizer, scaler, state)
                     waited += time.perf_counter() - t0
@@ -289,7 +296,10 @@ def train(config: TrainConfig) -> dict:
             if math.isfinite(grad_norm):
                 scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=machine.world_size == 1)  # with several, gradients stay in DDP's buckets
+            logging = config.log_every and (step % config.log_every == 0 or step == config.max_steps - 1)
+            if logging:
+                machine.synchronize()  # the optimizer's kernels are part of the step
             train_seconds, steps_timed = train_seconds + time.perf_counter() - t0, steps_timed + 1
             # ======== END OF TRAINING ========
 
@@ -306,7 +316,7 @@ def train(config: TrainConfig) -> dict:
                     "--resume_anyway=True and more warmup_steps, --dtype=fp32, or a lower learning_rate (now "
                     f"{config.learning_rate:g})"
                 )
-            if config.log_every and (step % config.log_every == 0 or step == config.max_steps - 1):
+            if logging:
                 seconds, t0 = train_seconds / steps_timed, time.perf_counter()
                 record = dict(
                     loss=machine.sum(loss).item() / machine.world_size,  # nats a token, over all pieces and ranks
@@ -350,11 +360,8 @@ def train(config: TrainConfig) -> dict:
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
 
 
-def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:
-    """(sequences in a micro-step, micro-steps a step) of each process.
-
-    batch_size is the most that fits into memory, so the largest divisor of the process's share up to it is taken.
-    """
+def sequences_per_process(config: TrainConfig, world_size: int) -> int:
+    """The sequences of a step that each process computes, in one or several micro-steps."""
     unit = config.block_size * world_size
     sequences, rest = divmod(config.total_batch_size, unit)
     if rest or not sequences:
@@ -362,8 +369,7 @@ def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:
             f"total_batch_size {config.total_batch_size} is not a multiple of block_size {config.block_size} x "
             f"{world_size} processes; the nearest that is: {max(1, round(config.total_batch_size / unit)) * unit}"
         )
-    batch_size = max(b for b in range(1, min(config.batch_size, sequences) + 1) if sequences % b == 0)
-    return batch_size, sequences // batch_size
+    return sequences
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -392,7 +398,7 @@ def seed_dropout(*numbers: int) -> None:
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"]
+    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("vocab_size", "flash")]
     return GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
 
 
@@ -402,7 +408,7 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
         torch.manual_seed(config.seed)
         return GPT(model_config(config, tokenizer.vocab_size))
     source = found or config.init_from
-    settings = {name: getattr(config, name) for name in ("dropout", "flash", "pad_vocab", "recompute")}
+    settings = {name: getattr(config, name) for name in ("dropout", "pad_vocab", "recompute")}
     model = GPT.from_pretrained(source, **settings)
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
@@ -481,9 +487,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"(rank {rank}) {error}") from None
         raise
     except torch.OutOfMemoryError:
-        raise ValueError(
-            f"out of memory: set a smaller --batch_size (now {config.batch_size}) or --recompute=True: same result"
-        ) from None
+        hint = "set --batch_size=auto, a smaller one, or --recompute=True; the result is the same"
+        raise ValueError(f"out of memory with batch_size {config.batch_size}: {hint}") from None
     except RuntimeError as error:  # torch.distributed raises several types
         if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise

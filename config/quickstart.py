@@ -15,7 +15,6 @@ n_layer = 3
 n_head = 2
 n_embd = 128
 block_size = 128
-flash = False  # at this size a CPU is faster with the (T, T) matrix written out
 
 batch_size = 16
 total_batch_size = batch_size * block_size

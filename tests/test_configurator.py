@@ -129,4 +129,4 @@ def test_help_shows_every_setting_with_its_comment():
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("config/*.py")), ids=lambda path: path.stem)
 def test_every_config_file_is_right(path):
     config = configure(train.TrainConfig, [str(path)])
-    assert min(train.accumulation(config, world_size=1)) >= 1
+    assert train.sequences_per_process(config, world_size=1) >= 1

@@ -14,8 +14,23 @@ import data
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(n: int, config) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py"]
+# train.py that says before each forward pass whether gradients of the step before are still in memory.
+SPY = """
+import sys
+import torch
+import train
+
+def look(module, _):
+    if isinstance(module, train.GPT) and module.training:
+        print("gradient:", module.lm_head.weight.grad is not None, file=sys.stderr)
+
+torch.nn.modules.module.register_module_forward_pre_hook(look)
+train.main()
+"""
+
+
+def torchrun(n: int, config, program: str | Path = "train.py") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(program)]
     return subprocess.run(
         command + flags(config), cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=300
     )
@@ -27,9 +42,12 @@ def test_two_ranks_equal_one(config, tmp_path):
     alone = config(out_dir=str(tmp_path / "alone"), **settings)
     expected = losses(alone)
     pair = config(out_dir=str(tmp_path / "pair"), **settings)
-    run = torchrun(2, pair)
+    (tmp_path / "spy.py").write_text(SPY)
+    run = torchrun(2, pair, tmp_path / "spy.py")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("done: 12 steps") == 1  # rank 0 speaks alone
+    # Gradients are zeroed inside DDP's buckets. Freed ones would be allocated a second time, outside.
+    assert (run.stderr.count("gradient: False"), run.stderr.count("gradient: True")) == (2, 2 * (12 * 2 - 1))
     assert [record["loss"] for record in metrics(pair.out_dir)] == pytest.approx(expected, abs=1e-5)
     for one, two in zip(metrics(alone.out_dir, "val"), metrics(pair.out_dir, "val"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)

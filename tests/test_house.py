@@ -17,7 +17,8 @@ HOUSE = {
     "pretrained": set(),
     "model": {"pretrained"},
     "data": set(),
-    "generate": {"model"},
+    "auto": {"runtime", "model"},
+    "generate": {"runtime", "model", "auto"},
     "prepare": {"configurator", "data"},
     "fineweb": {"configurator", "data", "prepare"},
     "hellaswag": {"configurator", "runtime", "pretrained", "model", "data", "generate"},
@@ -27,7 +28,7 @@ HOUSE = {
     "run": {"runtime", "pretrained", "data", "report"},
     "checkpoint": {"pretrained", "model", "data", "report", "run"},
     "plot": {"configurator", "pretrained", "model", "report"},
-    "train": {"configurator", "runtime", "model", "data", "generate", "hellaswag", "run", "checkpoint", "plot"},
+    "train": {"auto", "configurator", "runtime", "model", "data", "generate", "hellaswag", "run", "checkpoint", "plot"},
     "bench": {"configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "report", "train"},
 }
 SCRIPTS = {"prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench"}

@@ -1,4 +1,4 @@
-"""Device, precision and compilation: each choice and its reason."""
+"""The device, the group of processes, and the memory."""
 
 import ctypes
 import platform
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import runtime
-from runtime import choose_compile, choose_device, choose_dtype
+from runtime import choose_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -22,17 +22,6 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
-
-    return pretend
-
-
-@pytest.fixture
-def cpu_with(monkeypatch):
-    """Pretend that the CPU has these instructions for bf16 and no others."""
-
-    def pretend(*names: str) -> None:
-        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-            monkeypatch.setattr(torch.cpu, name, lambda name=name: name in names, raising=False)
 
     return pretend
 
@@ -62,46 +51,6 @@ def test_devices_that_are_not_there(gpus):
     for rank in (0, 1):
         with pytest.raises(ValueError, match="2 processes but 1 GPUs on this machine; use --nproc_per_node=1"):
             choose_device("auto", world_size=2, local_rank=rank, local_size=2)
-
-
-def test_precision_follows_the_hardware(gpus, cpu_with):
-    gpus(1)
-    assert choose_dtype("auto", CUDA)[0] == torch.bfloat16
-    gpus(1, bf16=False)
-    assert choose_dtype("auto", CUDA)[0] == torch.float16
-    for instructions, dtype in (
-        ((), torch.float32),
-        (("_is_amx_tile_supported",), torch.bfloat16),
-        (("_is_avx512_bf16_supported",), torch.bfloat16),
-    ):
-        cpu_with(*instructions)
-        assert choose_dtype("auto", CPU)[0] == dtype
-    assert choose_dtype("auto", torch.device("mps"))[0] == torch.float32
-    assert choose_dtype("fp32", CUDA) == (torch.float32, "fp32 (as set)")
-    with pytest.raises(ValueError, match="fp16 is for CUDA"):
-        choose_dtype("fp16", CPU)
-
-
-def test_compiling_must_pay(monkeypatch):
-    monkeypatch.setattr(runtime, "missing_for_compile", lambda device: "")
-    assert choose_compile("auto", CPU, seconds=100) == (
-        False,
-        "off (compiling would not pay in a run of about 1.7 minutes)",
-    )
-    assert "less than a minute" in choose_compile("auto", CPU, seconds=5)[1]
-    assert choose_compile("auto", CPU, seconds=5000)[0]
-    assert choose_compile("auto", torch.device("mps"), seconds=5000)[0] is False
-    assert choose_compile(True, CPU, seconds=0)[0] and not choose_compile(False, CPU, seconds=5000)[0]
-    monkeypatch.setattr(runtime, "missing_for_compile", lambda device: "no C++ compiler found")
-    assert choose_compile("auto", CPU, seconds=5000) == (False, "off (no C++ compiler found)")
-    with pytest.raises(ValueError, match="compile=True: no C"):
-        choose_compile(True, CPU, seconds=0)
-
-
-def test_a_machine_without_a_compiler_is_noticed(monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-    assert runtime.missing_for_compile(CPU) == "no C++ compiler found"
 
 
 def test_peak_flops_by_name(gpus):

@@ -1,0 +1,208 @@
+"""What "auto" means on this machine: precision, attention, threads, torch.compile, and the batch.
+
+No flag of a CPU tells which precision it multiplies faster: with AVX512_BF16, bf16 was twice as fast as fp32 on one CPU
+and slower on another. So candidates run a piece of the real work, and the fastest is taken.
+"""
+
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from model import GPT
+from runtime import DTYPES, Runtime
+
+RACE_PAYS = 20  # seconds: a shorter run takes the first candidate
+MOST_TOKENS = {"cuda": 65_536, "cpu": 8_192, "mps": 8_192}  # in a micro-step; larger ones are not faster
+
+
+def race(candidates: dict[str, Callable[[], object]], seconds: float = 0.15) -> dict[str, float]:
+    """The median time in ms of each candidate. They take turns, at least three."""
+    for run in candidates.values():
+        run()  # the first call sets up kernels and memory
+    times, end = {name: [] for name in candidates}, time.perf_counter() + seconds
+    while min(map(len, times.values())) < 3 or time.perf_counter() < end:
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def fastest(times: dict, margin: float = 1.03) -> object:
+    """The name with the lowest time. The first name stays unless another one is faster by the margin."""
+    first, best = next(iter(times)), min(times, key=times.get)
+    return best if times[best] * margin < times[first] else first
+
+
+def race_threads(run: Callable[[], object], ms: float) -> dict[int, float]:
+    """Number of threads -> ms of `run`, which takes `ms` with all of them. Empty where a race cannot pay.
+
+    In a small model the threads spend more time on meeting each other than on work, above all when other programs use
+    the CPU too. OMP_NUM_THREADS, which torchrun sets as well, leaves nothing to choose.
+    """
+    most = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or most * ms > 50:
+        return {}
+
+    def on(n: int) -> Callable[[], None]:
+        def run_on_n_threads() -> None:
+            torch.set_num_threads(n)
+            run()
+
+        return run_on_n_threads
+
+    counts = sorted({max(1, most >> shift) for shift in (0, 2, 4, 6, 8)}, reverse=True)
+    times = race({n: on(n) for n in counts})
+    torch.set_num_threads(most)
+    return times if len(times) > 1 else {}
+
+
+def precisions(setting: str, device: torch.device) -> list[str]:
+    """The precisions of matrix products to choose from. ValueError for one that the device does not have."""
+    if setting == "fp16" and device.type != "cuda":
+        raise ValueError(f"dtype=fp16 is for CUDA GPUs without bf16; on {device.type} use bf16 or fp32")
+    if setting != "auto":
+        return [setting]
+    if device.type == "cuda":  # bf16 has float32's range, so gradients need no scaling
+        return ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
+    # Without instructions for it, bf16 on a CPU is a hundred times slower: too slow for a race.
+    has_bf16 = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return ["fp32", "bf16"] if has_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["fp32"]
+
+
+def arithmetic(config, model: GPT, machine: Runtime, seconds: float, before: dict) -> tuple[dict, str]:
+    """How a run computes, {"dtype", "flash", "threads"}, and a line that says why.
+
+    seconds: how long the run is expected to take. before: what a run that is resumed has chosen; it stays.
+    """
+    on_cpu = machine.device.type == "cpu"
+    dtypes = precisions(config.dtype, machine.device)
+    # Spelled-out attention can win where the (T, T) matrix is small.
+    flashes = [True, False] if on_cpu and config.block_size <= 256 else [True]
+    flashes = flashes if config.flash == "auto" else [config.flash]
+    named = {in_words(dtype, flash): (dtype, flash) for dtype in dtypes for flash in flashes}
+    name, threads, times, why = next(iter(named)), None, {}, ""
+    if on_cpu and seconds > RACE_PAYS:
+        runs = {name: block_pass(model, config.block_size, DTYPES[d], f) for name, (d, f) in named.items()}
+        times = race(runs)
+        name = fastest(times)
+        if thread_times := race_threads(runs[name], times[name]):
+            threads = fastest(thread_times)
+            times |= {f"{n} threads": ms for n, ms in thread_times.items()}
+        why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in times.items())})"
+        model.zero_grad(set_to_none=True)
+
+    choice = dict(zip(("dtype", "flash"), named[name]), threads=threads)
+    kept = {n: before[n] for n in choice if before.get(n) is not None and getattr(config, n, "auto") == "auto"}
+    choice |= kept
+    used = in_words(choice["dtype"], choice["flash"])
+    if times and times.get(used, math.inf) > 1.1 * times[name]:
+        why += f"; kept from the checkpoint, this machine would take {name}"
+    return choice, f"arithmetic: {used}{why}"
+
+
+def in_words(dtype: str, flash: bool) -> str:
+    return f"{dtype}, {'fused' if flash else 'spelled-out'} attention"
+
+
+def apply(choice: dict, model: GPT) -> None:
+    """Set the model and torch to what `arithmetic` has chosen (the precision is the Runtime's)."""
+    for block in model.transformer.h:
+        block.attn.flash = choice["flash"]
+    if choice["threads"]:
+        torch.set_num_threads(choice["threads"])
+
+
+def block_pass(model: GPT, T: int, dtype: torch.dtype, flash: bool) -> Callable[[], None]:
+    """Forward and backward pass of the model's first block on about 2.5 GFLOP, some 20 ms on two cores."""
+    block, C = model.transformer.h[0], model.config.n_embd
+    tokens = max(128, int(2.5e9 / (72 * C**2)))
+    x = torch.randn(max(1, tokens // T), min(T, tokens), C, requires_grad=True)
+
+    def run() -> None:
+        block.attn.flash = flash
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            y = block(x)
+        y.sum().backward()
+
+    return run
+
+
+def compilation(setting: bool | str, device: torch.device, seconds: float) -> tuple[bool, str]:
+    """Whether to torch.compile a run expected to last so many seconds, for "auto", True or False, and why."""
+    if setting is True and (missing := missing_for_compile(device)):
+        raise ValueError(f"compile=True: {missing}; use --compile=False, or install what is missing")
+    if setting != "auto":
+        return setting, f"{'on' if setting else 'off'} (as set)"
+    # Compiling takes 15 to 60 s. A GPU wins that back in a minute or two; a CPU gains some 15 %, if anything.
+    worth = {"cuda": 120, "cpu": 900}.get(device.type)
+    if worth is None:
+        return False, f"off (not worth it on {device.type})"
+    if seconds < worth:
+        minutes = f"about {seconds / 60:.1f} minutes" if seconds > 60 else "less than a minute"
+        return False, f"off (compiling would not pay in a run of {minutes})"
+    if missing := missing_for_compile(device):
+        return False, f"off ({missing})"
+    return True, "on (the first step takes a minute longer, the others less)"
+
+
+def missing_for_compile(device: torch.device) -> str:
+    """What torch.compile lacks on this machine, in words; empty when a trial succeeds."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "no C++ compiler found"
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device=device))
+    except Exception as error:  # the compiler, its headers, OpenMP or Triton: whatever it is, the run goes on without
+        return f"a trial failed with {type(error).__name__}"
+    return ""
+
+
+def expected_seconds(flops: float, machine: Runtime) -> float:
+    """A guess, within a factor of three, of how long the group takes for so many FLOPs."""
+    if machine.device.type == "cuda":
+        return flops / (0.4 * (machine.peak_flops() or 100e12) * machine.world_size)
+    return flops / (75e9 * torch.get_num_threads() * machine.world_size)
+
+
+def batch_size(setting: int | str, sequences: int, model: GPT, T: int, machine: Runtime) -> int:
+    """Sequences in a micro-step: the largest divisor of `sequences`, a process's share of a step, up to the setting.
+
+    "auto" takes what fits into the GPU's memory, found by trying: a forward and a backward pass, with room for AdamW's
+    two moments. On other devices it takes 8,192 tokens. The result of a step does not depend on it.
+    """
+    most = max(1, MOST_TOKENS[machine.device.type] // T) if setting == "auto" else setting
+    divisors = [b for b in range(min(most, sequences), 0, -1) if sequences % b == 0]
+    if setting != "auto" or machine.device.type != "cuda":
+        return divisors[0]
+    for size in divisors:
+        if not machine.max(out_of_memory(model, size, T, machine)):  # the same size on all ranks
+            return size
+    raise torch.OutOfMemoryError("a single sequence does not fit")
+
+
+def out_of_memory(model: GPT, batch_size: int, T: int, machine: Runtime) -> bool:
+    """Whether a training step on this batch needs more memory than the GPU has left."""
+    try:
+        moments = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
+        try_step(model, batch_size, T, machine)
+        return False
+    except torch.OutOfMemoryError:
+        return True
+    finally:
+        moments = None  # noqa: F841 (freed before the cache is)
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+
+def try_step(model: torch.nn.Module, batch_size: int, T: int, machine: Runtime) -> None:
+    """Forward and backward pass on a batch of zeros."""
+    idx = torch.zeros(batch_size, T, dtype=torch.int64, device=machine.device)
+    with machine.autocast():
+        loss = model(idx, idx)
+    loss.backward()
