@@ -2,11 +2,11 @@
 
     python prepare.py tinyshakespeare.txt --out shards/shakespeare_gpt2 --val_fraction 0.1
     python train.py config/finetune_shakespeare.py                  fetches 0.5 GB from the Hugging Face hub, once
-    python sample.py --model out/finetune_shakespeare/step_00000NN -p "ROMEO:"   the best; train.py names it
+    python sample.py --model out/finetune_shakespeare/step_00000NN -p "ROMEO:"   the best one; train.py prints its name
 
-The text is 0.3M GPT-2 tokens: with 32,768 a step, 10 steps see it once. The checkpoint with the best validation loss is
-kept, for after a few epochs the model begins to learn the text by heart. --init_from takes gpt2-medium, gpt2-large,
-gpt2-xl, any GPT-2 on the hub, or a checkpoint folder of your own as well.
+The text has 0.3M GPT-2 tokens: at 32,768 a step, 10 steps are one epoch. After a few epochs the model overfits, so the
+checkpoint with the best validation loss is kept. --init_from also takes gpt2-medium, gpt2-large, gpt2-xl, any GPT-2 on
+the hub, or your own checkpoint folder.
 """
 
 data_dir = "shards/shakespeare_gpt2"

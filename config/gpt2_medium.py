@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_medium.py
 
-Shards: python fineweb.py --pretokenized --max_tokens 30_000_000_000 --out shards/fineweb_edu_30B, so that nothing is
-seen twice.
+Shards, enough that no token is seen twice:
+
+    python fineweb.py --pretokenized --max_tokens 30_000_000_000 --out shards/fineweb_edu_30B
 
 The arithmetic:
     32 sequences x 1024 tokens x 8 GPUs x 2 micro-steps = 524,288 tokens a step
@@ -18,9 +19,9 @@ out_dir = "out/gpt2_medium"
 n_layer = 24
 n_head = 16
 n_embd = 1024
-batch_size = 32  # for 80 GB (estimated); halve it when memory runs out
+batch_size = 32  # for 80 GB (estimated); lower it when memory runs out
 
-# The larger the model, the smaller GPT-3's learning rate; the rest is train.py's default.
+# GPT-3's learning rate for this size; the rest is train.py's default.
 learning_rate = 3e-4
 min_lr = learning_rate / 10
 max_steps = 57_220

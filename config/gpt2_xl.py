@@ -17,12 +17,12 @@ out_dir = "out/gpt2_xl"
 n_layer = 48
 n_head = 25
 n_embd = 1600
-batch_size = 8  # for 80 GB (estimated); halve it when memory runs out
+batch_size = 8  # for 80 GB (estimated); lower it when memory runs out
 total_batch_size = 1_048_576
 
-# The larger the model, the smaller GPT-3's learning rate; warm-up as many tokens as the others have.
+# GPT-3's learning rate for this size; the warm-up has as many tokens as at the other sizes.
 learning_rate = 2e-4
 min_lr = learning_rate / 10
 warmup_steps = 358
 max_steps = 28_610
-checkpoint_every = 500  # 19 GB each; up to four at a time
+checkpoint_every = 500  # 19 GB each; up to four exist at a time

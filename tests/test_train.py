@@ -492,7 +492,6 @@ def test_out_of_memory_says_what_fits(config, capsys, monkeypatch):
     monkeypatch.setattr(GPT, "forward", full)
     wanted = "out of memory with batch_size 4: set --batch_size=auto, a smaller one, or --recompute=True"
     assert wanted in fails(capsys, *flags(config()))
-    )
 
 
 def test_checkpoints_that_do_not_fit(config, capsys, other_text):
