@@ -107,11 +107,9 @@ class TrainConfig:
         positive = ("batch_size", "total_batch_size", "eval_tokens", "sample_tokens", "timeout")
         wrong = []
         for name, value in vars(self).items():
-            if type(value) in (int, float) and not int(name in positive) <= value < 2**63:
-                wrong.append(f"{name} is {value}: it must be at least {int(name in positive)}, and below 2^63")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                wrong.append(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+            low, high = int(name in positive), 1 if name in ("beta1", "beta2") else 2**63
+            if type(value) in (int, float) and not low <= value < high:
+                wrong.append(f"{name} is {value}: it must be at least {low} and below {high}")
         if self.lr_schedule == "wsd" and self.warmup_steps + self.cooldown_steps > self.max_steps:
             wrong.append(f"warmup_steps + cooldown_steps is above max_steps {self.max_steps}")
         if self.profile and self.profile + 2 > self.max_steps:
@@ -160,9 +158,8 @@ def train(config: TrainConfig) -> dict:
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
         f"{len(val_places) * config.block_size:,} validation tokens"
     )
-    for shard in windows.shards:
-        if shard.note:
-            say(f"NOTE: {shard.note}; read as {tokenizer.name}")
+    for note in filter(None, (shard.note for shard in windows.shards)):
+        say(f"NOTE: {note}; read as {tokenizer.name}")
     tasks = machine.broadcast(load_tasks(config, say) if machine.is_main and config.hellaswag_every else [])
 
     # ---- 4. The model, and how this machine computes it --------------------------------------------------------------
@@ -365,10 +362,9 @@ def sequences_per_process(config: TrainConfig, world_size: int) -> int:
     unit = config.block_size * world_size
     sequences, rest = divmod(config.total_batch_size, unit)
     if rest or not sequences:
-        raise ValueError(
-            f"total_batch_size {config.total_batch_size} is not a multiple of block_size {config.block_size} x "
-            f"{world_size} processes; the nearest that is: {max(1, round(config.total_batch_size / unit)) * unit}"
-        )
+        nearest = max(1, round(config.total_batch_size / unit)) * unit
+        wrong = f"total_batch_size {config.total_batch_size} is not a multiple of block_size {config.block_size} x "
+        raise ValueError(f"{wrong}{world_size} processes; the nearest that is: {nearest}")
     return sequences
 
 
