@@ -8,6 +8,7 @@ import re
 import sys
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,12 +191,16 @@ def choose_device(
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     name, why = setting, "as set"
     if setting == "auto":
+        # Without this, a driver that is too old would train on the CPU for days before anyone notices.
+        if torch.version.cuda and not has_cuda and Path("/dev/nvidia0").exists():
+            raise ValueError(
+                f"there is an NVIDIA GPU, but PyTorch {torch.__version__} for CUDA {torch.version.cuda} cannot use it; "
+                "install a newer driver or a PyTorch for an older CUDA, or set --device=cpu"
+            )
         # DistributedDataParallel knows no mps: several processes on Macs run on their CPUs.
         has_mps = has_mps and world_size == 1
-        name, why = (
-            "cuda" if has_cuda else "mps" if has_mps else "cpu",
-            "found" if has_cuda or has_mps else "no GPU here",
-        )
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+        why = "no GPU here" if name == "cpu" else "found"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device={setting}: not a device; use auto, cpu, cuda, cuda:1 or mps")
     if name == "mps" and not has_mps:
@@ -215,4 +220,11 @@ def choose_device(
     index = local_rank if device.index is None or local_size > 1 else device.index
     if index >= count:
         raise ValueError(f"device={setting}: this machine has {count} GPUs, counted from 0")
+    major, minor = torch.cuda.get_device_capability(index)
+    oldest = min((int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)), default=0)
+    if 10 * major + minor < oldest:  # for example a V100 with a build for CUDA 13
+        raise ValueError(
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}: PyTorch {torch.__version__} has "
+            f"no kernels for it, only from {oldest / 10} on; install a PyTorch for an older CUDA"
+        )
     return torch.device("cuda", index), why

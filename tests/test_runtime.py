@@ -15,13 +15,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretend that this machine has so many GPUs of a name, with or without bf16."""
+    """Pretend that this machine has so many GPUs of a name, and a PyTorch with kernels from the T4 (7.5) on."""
 
-    def pretend(count: int, name: str = "NVIDIA A100-SXM4-80GB", bf16: bool = True) -> None:
+    def pretend(count: int, name: str = "NVIDIA A100-SXM4-80GB", capability=(8, 0)) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_90"])
 
     return pretend
 
@@ -51,6 +52,21 @@ def test_devices_that_are_not_there(gpus):
     for rank in (0, 1):
         with pytest.raises(ValueError, match="2 processes but 1 GPUs on this machine; use --nproc_per_node=1"):
             choose_device("auto", world_size=2, local_rank=rank, local_size=2)
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_an_error_and_not_a_slow_run(gpus, monkeypatch):
+    """A driver that is too old, and a GPU that is: `auto` used to train on the CPU, or to fail in the first kernel."""
+    gpus(0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(runtime.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
+    with pytest.raises(ValueError, match=r"for CUDA 13.0 cannot use it; install a newer driver"):
+        choose_device("auto")
+    assert choose_device("cpu")[0] == CPU
+    gpus(1, "Tesla V100-SXM2-16GB", capability=(7, 0))
+    with pytest.raises(ValueError, match=r"V100.* has compute capability 7.0: .* only from 7.5 on"):
+        choose_device("auto")
+    gpus(1, "Tesla T4", capability=(7, 5))
+    assert choose_device("auto")[0] == CUDA
 
 
 def test_peak_flops_by_name(gpus):
