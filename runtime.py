@@ -223,8 +223,6 @@ def choose_device(
     major, minor = torch.cuda.get_device_capability(index)
     oldest = min((int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)), default=0)
     if 10 * major + minor < oldest:  # for example a V100 with a build for CUDA 13
-        raise ValueError(
-            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}: PyTorch {torch.__version__} has "
-            f"no kernels for it, only from {oldest / 10} on; install a PyTorch for an older CUDA"
-        )
+        gpu = f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}"
+        raise ValueError(f"{gpu}, this PyTorch has kernels from {oldest / 10} on; install one for an older CUDA")
     return torch.device("cuda", index), why

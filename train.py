@@ -191,7 +191,8 @@ def train(config: TrainConfig) -> dict:
     model = torch.compile(raw_model) if chosen["compile"] else raw_model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # Buckets of 100 MB instead of 25: torch.compile makes a graph of each.
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=100)
     say(f"{machine.note}\n{why}\ncompile: {compile_why}")
 
     # ---- 7. The batch: the recipe fixes its size in tokens, the machine the number of pieces it is computed in -------
