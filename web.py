@@ -67,11 +67,9 @@ def line(**event) -> str:
 
 def make_app(answer: Answer, about: str, defaults: dict):
     """The Flask application: the page, what fills its form, and the answers."""
-    try:
-        from flask import Flask, Response, abort, request
-        from werkzeug.exceptions import HTTPException
-    except ImportError:
-        raise ValueError("--web needs Flask: pip install flask==3.1.3") from None
+    from flask import Flask, Response, abort, request
+    from werkzeug.exceptions import HTTPException
+
     app = Flask("web", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
     app.desk = desk = Desk(answer)
