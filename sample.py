@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text, repeatable; \\n is a newline"
     )
-    add("--stream", action=argparse.BooleanOptionalAction, help="show text as it comes (default: one, on a terminal)")
+    add("--stream", action=argparse.BooleanOptionalAction, help="show one sample as it comes (default: on a terminal)")
     about = "a JSON object a line: prompt, completion, tokens (with a stop text), their logprob, tokens_per_s"
     add("--json", action="store_true", help=about)
     add("--logprobs", action="store_true", help="also each token's log-probability, and the most likely in its place")

@@ -7,6 +7,7 @@ page under the same name, on whatever port.) The page is web.html, one file that
 
 import json
 import re
+import signal
 import socket
 import threading
 import traceback
@@ -122,7 +123,8 @@ def serve(answer: Answer, about: str, defaults: dict, port: int) -> None:
     try:
         listener = socket.create_server((HOST, port))
     except (OSError, OverflowError) as error:
-        raise ValueError(f"--port {port}: {error}; try another, or 0 for any free one") from None
+        raise ValueError(f"--port {port}: {error} (try another, or 0 for any free one)") from None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, as with nohup, ignores Ctrl-C
     with listener, suppress(KeyboardInterrupt):
         server = make_server(HOST, port, app, threaded=True, request_handler=Handler, fd=listener.fileno())
         print(f"http://{HOST}:{listener.getsockname()[1]}", flush=True)

@@ -29,7 +29,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SERVER = (
     """
 import signal, sys, time, web
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, such as nohup make test, ignores SIGINT
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job, such as nohup make test
 def token(text, p=0.3):
     likely = [[text, p], ["\\n", 0.25], [" <i>a</i>", 0.2], ["b", 0.1], ["\\t", 0.05]]
     return dict(token=text, p=p, likely=likely)
@@ -207,7 +207,7 @@ def test_it_listens_on_this_computer_only_and_says_where(server):
     elsewhere = socket.socket()
     with elsewhere, pytest.raises(OSError):
         elsewhere.connect(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
-    with pytest.raises(ValueError, match=f"^--port {server.port}: .* 0 for any free one$"):
+    with pytest.raises(ValueError, match=rf"^--port {server.port}: .* 0 for any free one\)$"):
         web.serve(words, "a model", SETTINGS, server.port)
     with pytest.raises(ValueError, match=r"^--port 70000: "):
         web.serve(words, "a model", SETTINGS, 70000)
