@@ -24,9 +24,7 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 TOY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
-
-
-TOY = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
+TOY = TOY_MODEL | dict(vocab_size=257, block_size=16)
 
 
 def make_toy(**changes) -> GPT:
@@ -72,26 +70,9 @@ def shards(text_file, tmp_path_factory) -> Path:
 
 def toy_config(data_dir: Path, out_dir: Path, **settings) -> train.TrainConfig:
     """TrainConfig of a run that takes a second: 12 steps of 4 x 32 tokens on the CPU in fp32."""
-    toy = dict(
-        **TOY_MODEL,
-        data_dir=str(data_dir),
-        out_dir=str(out_dir),
-        batch_size=4,
-        total_batch_size=128,
-        learning_rate=1e-2,
-        min_lr=1e-3,
-        warmup_steps=2,
-        max_steps=12,
-        eval_every=0,
-        hellaswag_every=0,
-        sample_every=0,
-        checkpoint_every=0,
-        eval_tokens=512,
-        report=False,
-        device="cpu",
-        dtype="fp32",
-        compile=False,
-    )
+    toy = dict(**TOY_MODEL, data_dir=str(data_dir), out_dir=str(out_dir), device="cpu", dtype="fp32", compile=False)
+    toy |= dict(batch_size=4, total_batch_size=128, learning_rate=1e-2, min_lr=1e-3, warmup_steps=2, max_steps=12)
+    toy |= dict(eval_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0, eval_tokens=512, report=False)
     return train.TrainConfig(**(toy | settings))
 
 

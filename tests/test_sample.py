@@ -1,6 +1,6 @@
 """sample.py as people use it: from a checkpoint, from a hub, from nothing, and wrongly."""
 
-import hashlib
+import functools
 import io
 import json
 import math
@@ -9,12 +9,12 @@ import re
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_MODEL, clean_environment
+from conftest import TOY_MODEL, clean_environment, make_toy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +25,7 @@ from generate import generate, pack
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
+RULE = "-" * 40 + "\n"
 
 
 def run(capsys, *argv: str) -> tuple[str, str]:
@@ -42,43 +43,85 @@ def fails(capsys, *argv: str) -> str:
 
 def type_in(monkeypatch, *lines: str) -> None:
     """What the person types with -i; then the input ends."""
-    typed = iter(lines)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
 
-    def line_or_end(_prompt):
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
 
-    monkeypatch.setattr("builtins.input", line_or_end)
+def watch(monkeypatch) -> list[tuple]:
+    """The (prompts, seeds) of each call of generate.stream from now on."""
+    asked, stream = [], sample.generate.stream
+
+    def watched(model, prompts, max_tokens, seeds, *args, **options):
+        asked.append((prompts, seeds))
+        return stream(model, prompts, max_tokens, seeds, *args, **options)
+
+    monkeypatch.setattr(sample.generate, "stream", watched)
+    return asked
+
+
+def raises(error: BaseException):
+    def function(*_args, **_options):
+        raise error
+
+    return function
+
+
+def plain(text: str) -> str:
+    """Without colours."""
+    return re.sub(r"\033\[[\d;]*m", "", text)
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> str:
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("toy")
-    GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(folder)
+    model = make_toy(**TOY_MODEL)
+    model.transformer.wte.weight.data *= 2  # so that some tokens are likely
+    model.save_pretrained(folder)
     return str(folder)
 
 
-def test_samples_of_several_prompts(toy, capsys):
-    out, err = run(capsys, "--model", toy, "-p", "ab", "-p", "c", "-n", "2", "-m", "5")
-    texts = out.split("-" * 40 + "\n")
-    assert len(texts) == 4 and [text[:1] for text in texts] == ["a", "a", "c", "c"]
-    assert texts[0] != texts[1]
-    assert f"model: {toy}" in err
+# ---- Prompts, seeds, models ------------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_text_whatever_the_batch(toy, capsys):
     arguments = ("--model", toy, "-m", "40", "--seed", "3")
-    alone, _ = run(capsys, *arguments, "-p", "The fox")
-    again, _ = run(capsys, *arguments, "-p", "The fox")
-    batch, _ = run(capsys, *arguments, "-p", "A longer prompt", "-p", "The fox", "-n", "3")
-    assert alone == again and alone.strip("\n") in batch
+    alone, err = run(capsys, *arguments, "-p", "The fox")
+    assert f"model: {toy}" in err
     other, _ = run(capsys, "--model", toy, "-m", "40", "--seed", "4", "-p", "The fox")
     assert other != alone
-    both, _ = run(capsys, *arguments, "-p", "The fox", "-n", "2")  # sample i draws from seed + i
-    assert both == alone + "-" * 40 + "\n" + other
+    batch, _ = run(capsys, *arguments, "-p", "A longer prompt", "-p", "The fox", "-n", "2")
+    texts = [text.rstrip("\n") for text in batch.split(RULE)]
+    assert len(texts) == 4 and [text[:5] for text in texts] == ["A lon", "A lon", "The f", "The f"]
+    assert texts[2:] == [alone.rstrip("\n"), other.rstrip("\n")]  # sample i draws from seed + i
+
+
+def test_more_samples_than_fit_at_once_come_in_turn(toy, capsys, monkeypatch):
+    arguments = ("--model", toy, "-p", "ab", "-p", "The fox", "-n", "3", "-m", "9")
+    whole, _ = run(capsys, *arguments)
+    asked = watch(monkeypatch)
+    monkeypatch.setattr(sample, "BATCH", 4)
+    assert run(capsys, *arguments)[0] == whole and [len(prompts) for prompts, _ in asked] == [4, 2]
+
+
+def test_prompts_come_from_arguments_files_and_the_standard_input(toy, tmp_path, capsys, monkeypatch):
+    def prompts(*argv: str) -> list[str]:
+        out, _ = run(capsys, "--model", toy, "-m", "2", "--json", *argv)
+        return [json.loads(line)["prompt"] for line in out.splitlines()]
+
+    assert prompts("ab", "-p", "c", "--seed", "2", "d", "-p", "") == ["ab", "d", "c", ""]
+    (tmp_path / "prompts.txt").write_text("first\n \nsecond\n")
+    (tmp_path / "prompts.jsonl").write_text('\ufeff{"prompt": "third\\nline"}\n{"prompt": "fourth\u2028"}\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
+    assert prompts("--file", str(tmp_path / "prompts.txt"), "-p", "-") == ["from a pipe\n", "first", "second"]
+    assert prompts("--file", str(tmp_path / "prompts.jsonl")) == ["third\nline", "fourth\u2028"]
+    for name, content, message in (
+        ("a.jsonl", '{"prompt": "ok"}\n{"text": "x"}\n', 'a.jsonl, line 2: not a JSON object with a text as "prompt"'),
+        ("b.jsonl", "[1]\n", "b.jsonl, line 1: not a JSON object"),
+        ("b.jsonl", '{"prompt": 1}\n', "b.jsonl, line 1: not a JSON object"),
+        ("c.txt", "\n", "c.txt: no prompts in it"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert message in fails(capsys, "--model", toy, "--file", str(tmp_path / name))
+    assert "nowhere.txt" in fails(capsys, "--model", toy, "--file", "nowhere.txt")
 
 
 def test_the_newest_checkpoint_and_its_prompt_are_the_default(config, tmp_path, capsys, monkeypatch):
@@ -103,60 +146,13 @@ def test_without_any_model_an_untrained_one_says_so(tmp_path, capsys, monkeypatc
     assert "UNTRAINED" in err and out.startswith("Hello, I'm a language model,")
 
 
-def test_an_empty_prompt_begins_a_document(toy, capsys):
-    out, _ = run(capsys, "--model", toy, "-p", "", "-m", "5")
-    ids = generate(GPT.from_pretrained(toy), [[256]], 5, seeds=[1337], top_k=50, stop_token=256)[0]
-    assert out == data.printable(data.get_tokenizer("bytes").decode(ids)) + "\n"
+class Hub(SimpleHTTPRequestHandler):
+    """A hub on loopback, as files: /api/models/NAME/revision/main and /NAME/resolve/COMMIT/FILE."""
 
-
-def test_bad_input_is_one_line(toy, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    run(capsys, "--model", toy, "-p", "x" * 32, "-m", "3")  # a full window is not too long
-    line = fails(capsys, "--model", toy, "-p", "short", "-p", "long " * 20)
-    assert "the prompt 'long long long long long long '... has 100 tokens, the model reads 32; shorten it" in line
-    assert "not fetched from the Hugging Face hub" in fails(capsys, "--model", "no-such/model")
-    assert "gpt2-mediun: no such model; name gpt2, gpt2-medium" in fails(capsys, "--model", "gpt2-mediun")
-    nowhere = str(tmp_path / "nowhere")
-    (tmp_path / "run").mkdir()
-    assert f"{nowhere}: no such model" in fails(capsys, "--model", nowhere)
-    assert "no config.json in this folder" in fails(capsys, "--model", str(tmp_path))
-    assert "samples is 0; it must be at least 1" in fails(capsys, "--model", toy, "-n", "0")
-    assert "temperature is nan; it must" in fails(capsys, "--model", toy, "--temperature", "nan")
-    GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path)
-    assert "no tokenizer here is 100" in fails(capsys, "--model", str(tmp_path))
-
-
-# ---- The hub, played by a server on loopback -------------------------------------------------------------------------
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks for a model: the list of its files, then HEAD (size, hash, commit) and GET of each."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_GET(self):
-        self.asked.append(self.path)
-        file = self.folder / self.path.rsplit("/", 1)[-1]
-        if self.path.startswith("/api/models/openai-community/gpt2"):
-            names = [file.name for file in self.folder.iterdir()]
-            content = dict(id="openai-community/gpt2", sha="0" * 40, siblings=[dict(rfilename=name) for name in names])
-            if "/tree/" in self.path:
-                content = [dict(type="file", path=name, size=1, oid="0" * 40) for name in names]
-            status, headers, content = 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
-        elif self.path.startswith("/openai-community/gpt2/resolve/") and file.is_file():
-            content = file.read_bytes()
-            status, headers = 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": "0" * 40}
-        else:
-            status, headers, content = 404, {"X-Error-Code": "RepoNotFound"}, b""
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    do_HEAD = do_GET
+    def end_headers(self):
+        self.send_header("ETag", f'"{os.path.basename(self.path)}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        super().end_headers()
 
     def log_message(self, *_):
         pass
@@ -164,11 +160,18 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on loopback with one model: a toy with GPT-2's vocabulary, named openai-community/gpt2."""
+    """It has one model: a toy with GPT-2's vocabulary, named openai-community/gpt2."""
     torch.manual_seed(0)
-    GPT(GPTConfig(**TOY_MODEL | dict(n_layer=1, n_embd=16))).save_pretrained(tmp_path / "hub")
-    handler = type("ThisHub", (Hub,), dict(folder=tmp_path / "hub", asked=[]))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    folder, about = (tmp_path / part for part in ("openai-community/gpt2/resolve", "api/models/openai-community/gpt2"))
+    GPT(GPTConfig(**TOY_MODEL | dict(n_layer=1, n_embd=16))).save_pretrained(folder / ("0" * 40))
+    files = [dict(rfilename=file.name) for file in folder.glob("*/*")]
+    for name, content in (
+        ("revision/main", dict(id="openai-community/gpt2", sha="0" * 40, siblings=files)),
+        ("tree/" + "0" * 40, [dict(type="file", path=file["rfilename"], size=1, oid="0" * 40) for file in files]),
+    ):
+        (about / name).parent.mkdir(parents=True)
+        (about / name).write_text(json.dumps(content))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
     constants = dict(ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=url + "/{repo_id}/resolve/{revision}/{filename}")
@@ -176,26 +179,61 @@ def hub(tmp_path, monkeypatch):
     for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
-    yield handler
+    yield server
     server.shutdown()
     server.server_close()
 
 
-def test_gpt2_comes_from_the_hub_once(hub, capsys, monkeypatch):
+def test_gpt2_comes_from_the_hub_once(hub, capsys):
     first, _ = run(capsys, "--model", "gpt2", "-m", "8")
-    assert first.startswith(sample.HELLO) and any(path.endswith("model.safetensors") for path in hub.asked)
+    assert first.startswith(sample.HELLO)
     line = fails(capsys, "--model", "nobody/nothing")
     assert line.startswith("sample.py: nobody/nothing: not a folder here, and not fetched from the Hugging Face hub")
-    hub.asked.clear()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first and not hub.asked  # from the cache
+    hub.shutdown()
+    hub.server_close()
+    assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first  # from the cache
 
 
-# ---- Streaming, stops, JSON, files -----------------------------------------------------------------------------------
+# ---- What is wrong is one line ---------------------------------------------------------------------------------------
 
 
-def completion(tokens: list[bytes], stops: list[str], end=None) -> tuple[sample.Completion, list[str]]:
-    """A completion fed with tokens of these bytes, number `end` ending it, and what it showed after each."""
+def test_bad_models_and_prompts_are_one_line(toy, capsys, tmp_path, monkeypatch):
+    run(capsys, "--model", toy, "-p", "x" * 32, "-m", "3")  # a full window is not too long
+    line = fails(capsys, "--model", toy, "-p", "short", "-p", "long " * 20)
+    assert "the prompt 'long long long long long long '... has 100 tokens, the model reads 32; shorten it" in line
+    assert "gpt2-mediun: no such model; name gpt2, gpt2-medium" in fails(capsys, "--model", "gpt2-mediun")
+    assert "no config.json in this folder" in fails(capsys, "--model", str(tmp_path))
+    GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path)
+    assert "no tokenizer here is 100" in fails(capsys, "--model", str(tmp_path))
+    model = GPT.from_pretrained(toy)
+    model.transformer.ln_f.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    assert "logits are NaN: it is damaged, or its training diverged" in fails(capsys, "--model", str(tmp_path))
+    monkeypatch.setattr(sample.generate, "stream", raises(torch.OutOfMemoryError("CUDA out of memory")))
+    assert "out of memory; fewer --samples" in fails(capsys, "--model", toy)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ("--temperature -1", "sample.py: temperature must be 0 or more"),
+        ("--temperature nan", "sample.py: temperature must be 0 or more"),
+        ("--top_p 1.5", "sample.py: top_p must be at most 1"),
+        ("--repetition_penalty 0", "sample.py: repetition_penalty must be 0.01 or more"),
+        ("-n 0", "samples must be 1 or more, not 0"),
+        *((f"{mode} {other}", "exclude each other") for mode in ("-i", "--web") for other in ("-n 2", "--json")),
+        *(("-i " + other, "exclude each other") for other in ("--web", "--file x", "--logprobs")),
+    ],
+)
+def test_bad_options_are_one_line(capsys, options, says):
+    assert says in fails(capsys, *options.split())
+
+
+# ---- What is shown: characters, stops, streams, JSON, colours --------------------------------------------------------
+
+
+def grow(tokens: list[bytes], stops: list[str], end=None) -> tuple[sample.Text, list[str]]:
+    """A text that grew by tokens of these bytes, number `end` ending it, and what it showed after each."""
 
     class Spelling(data.BytesTokenizer):
         end_of_text = end
@@ -203,84 +241,70 @@ def completion(tokens: list[bytes], stops: list[str], end=None) -> tuple[sample.
         def decode_bytes(self, ids):
             return b"".join(tokens[i] for i in ids)
 
-    grown = sample.Completion(Spelling(), stops)
-    shown = []
-    for i in range(len(tokens)):
-        if not grown.done:
-            shown.append(grown.add(i))
-    return grown, [*shown, grown.finish()]
+    text = sample.Text(Spelling(), "x", 0, stops)
+    shown = [text.add(i) for i in range(len(tokens)) if not text.done]
+    return text, shown if text.done else [*shown, text.add(None)]
 
 
-@given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.data())
+@given(st.text(max_size=20), st.lists(st.text(max_size=3), max_size=3), st.data())
 def test_what_is_shown_is_the_text_up_to_the_first_stop(text, stops, draw):
     """However the text's bytes are cut into tokens: never half a character, never a part of a stop."""
     raw = text.encode("utf-8", errors="replace")
     text = raw.decode()
     stops = [stop for stop in stops if stop.encode("utf-8", errors="replace").decode() == stop]
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
-    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)])]
-    grown, shown = completion(pieces, stops)
-    ends = [text.find(stop) for stop in stops if stop in text]
+    grown, shown = grow([raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)])], stops)
+    ends = [text.find(stop) for stop in grown.stops if stop in text]
     # With several stops the one that is whole first ends the text; of one, the earliest.
-    if len(stops) <= 1:
+    if len(grown.stops) <= 1:
         assert grown.text == (text[: min(ends)] if ends else text)
     assert "".join(shown) == grown.text and text.startswith(grown.text)
-    assert not any(stop in grown.text for stop in stops)
+    assert not any(stop in grown.text for stop in grown.stops)
 
 
-def test_half_a_character_at_the_end_is_shown_as_such():
-    grown, shown = completion([b"a\xe6\xbc", b"\xa2b", b"\xe6"], [])
-    assert shown == ["a", "漢b", "", "\ufffd"] and grown.text == "a漢b\ufffd"
+def test_what_ends_a_text():
+    assert grow([b"a\xe6\xbc", b"\xa2b", b"\xe6"], [])[1] == ["a", "漢b", "", "\ufffd"]  # half a character at the end
+    assert grow([b"a", b"<|endoftext|>"], ["ab"], end=1)[1] == ["", "a"]  # is no part of it
+    assert grow([b"x", b"abc"], ["c", "b"])[1] == ["x", "a"]  # of two stops in a token, the first
+    assert grow([b"ab\xe6"], ["b"])[1] == ["a"]  # nor is half a character behind a stop
+    assert grow([b"a", b"\n", b"\n"], ["", "\\n\\n"])[1] == ["a", "", ""]  # no text is no stop
 
 
-def test_what_ends_a_text_is_no_part_of_it():
-    assert completion([b"a", b"<|endoftext|>"], ["ab"], end=1)[1] == ["", "a", ""]
-    assert completion([b"x", b"abc"], ["c", "b"])[1] == ["x", "a", ""]  # of two stops in a token, the first
-    assert completion([b"ab\xe6"], ["b"])[1] == ["a", ""]  # nor is half a character behind a stop
+def test_a_stop_text_ends_the_sample(toy, capsys):
+    arguments = ("--model", toy, "-p", "ab", "-m", "80")
+    text = run(capsys, *arguments)[0][2:-1]
+    stop = next(text[i : i + 2] for i in range(5, 60) if "\ufffd" not in text[i : i + 2])
+    stopped, _ = run(capsys, *arguments, "--stop", stop, "--stop", "\\n never \\n")
+    assert stopped == "ab" + text[: text.index(stop)] + "\n"
+    # It stays ended beside one that goes on.
+    assert run(capsys, *arguments, "-p", "x", "--stop", stop)[0].startswith(stopped + RULE)
+    # Nothing is computed behind it.
+    model, settings = GPT.from_pretrained(toy), sample.checked(vars(sample.parse_arguments(["-m", "80"])))
+    grown = sample.Text(data.get_tokenizer("bytes"), "ab", 1337, [stop])
+    assert len(list(sample.complete(model, [grown], settings, logprobs=True))) == len(grown.record) < 80
 
 
 def test_streamed_is_whole(toy, capsys, monkeypatch):
     arguments = ("--model", toy, "-p", "The fox", "-m", "60", "--top_k", "0")
     whole, _ = run(capsys, *arguments)
-    shown = []
-    monkeypatch.setattr(sample, "show", lambda text: (shown.append(text), print(data.printable(text), end=""))[0])
-    streamed, _ = run(capsys, *arguments, "--stream")
-    assert streamed == whole and sum(map(bool, shown)) > 30
+    shown, show = [], sample.show
+    monkeypatch.setattr(sample, "show", lambda text, *style: (shown.append(text), show(text, *style)))
+    assert run(capsys, *arguments, "--stream")[0] == whole and sum(map(bool, shown)) > 30
+    several = (*arguments, "-n", "2")
+    assert run(capsys, *several, "--stream") == run(capsys, *several)  # they would mix
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     shown.clear()
-    assert re.sub(r"\033\[[\d;]*m", "", run(capsys, *arguments, "--no-stream")[0]) == whole and not shown
-    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
-    lone, _ = run(capsys, *arguments, "-n", "2", "--stream")  # several samples are not mixed into each other
-    assert lone.startswith(whole)
-
-
-def test_a_stop_text_ends_the_sample(toy, capsys):
-    whole, _ = run(capsys, "--model", toy, "-p", "ab", "-m", "80")
-    text = whole[2:-1]
-    stop = next(text[i : i + 2] for i in range(5, 60) if "\ufffd" not in text[i : i + 2])
-    stopped, _ = run(capsys, "--model", toy, "-p", "ab", "-m", "80", "--stop", stop, "--stop", "\\n never \\n")
-    assert stopped == "ab" + text[: text.index(stop)] + "\n"
-    # Beside one that goes on, it stays ended.
-    both, _ = run(capsys, "--model", toy, "-p", "ab", "-p", "x", "-m", "80", "--stop", stop)
-    assert both.startswith(stopped + "-" * 40 + "\n")
-    # Nothing is computed behind it.
-    model, settings = GPT.from_pretrained(toy), sample.parse_arguments(["-m", "80"]).settings
-    grown = sample.Completion(data.get_tokenizer("bytes"), [stop])
-    assert len(list(sample.complete(model, [list(b"ab")], [1337], [grown], settings))) == len(grown.ids) < 80
-    # What begins a stop that does not come is text, and no text is no stop.
-    raw = json.loads(run(capsys, "--model", toy, "-p", "ab", "-m", "80", "--json")[0])["completion"]
-    assert run(capsys, "--model", toy, "-p", "ab", "-m", "80", "--stop", "", "--stop", raw[-1] + " never")[0] == whole
+    assert plain(run(capsys, *arguments, "--no-stream")[0]) == whole and len(shown) == 2
+    assert plain(run(capsys, *arguments)[0]) == whole and len(shown) > 30
 
 
 def test_json_is_for_programs(toy, capsys):
     arguments = ("--model", toy, "-p", "ab", "-p", "The fox", "-n", "2", "-m", "7", "--temperature", "0")
-    plain, _ = run(capsys, *arguments)
+    whole, _ = run(capsys, *arguments)
     out, _ = run(capsys, *arguments, "--json", "--logprobs")
     records = [json.loads(line) for line in out.splitlines()]
     assert [record["prompt"] for record in records] == ["ab", "ab", "The fox", "The fox"]
-    assert [record["prompt"] + data.printable(record["completion"]) for record in records] == plain[:-1].split(
-        "\n" + "-" * 40 + "\n"
-    )
+    assert RULE.join(f"{record['prompt']}{data.printable(record['completion'])}\n" for record in records) == whole
     # Against a plain sum over the model's own log-probabilities.
     model, tokens = GPT.from_pretrained(toy), data.get_tokenizer("bytes")
     prompt = tokens.encode("The fox").tolist()
@@ -293,84 +317,22 @@ def test_json_is_for_programs(toy, capsys):
     assert set(json.loads(lone)) == {"prompt", "completion", "tokens", "logprob", "tokens_per_s"}
 
 
-def test_prompts_come_from_files_and_the_standard_input(toy, tmp_path, capsys, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("first\n \nsecond\n")
-    (tmp_path / "prompts.jsonl").write_text('\ufeff{"prompt": "third\\nline"}\n"fourth\u2028"\n')
-    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
-    common = ("--model", toy, "-m", "2", "--json")
-    out, _ = run(capsys, *common, "--file", str(tmp_path / "prompts.txt"), "-p", "-")
-    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["from a pipe\n", "first", "second"]
-    out, _ = run(capsys, *common, "--file", str(tmp_path / "prompts.jsonl"))
-    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["third\nline", "fourth\u2028"]
-    for name, content, message in (
-        ("a.jsonl", '{"text": "x"}\n', 'a.jsonl, line 1: not a JSON object with a text as "prompt"'),
-        ("b.jsonl", '"ok"\n[1]\n', "b.jsonl, line 2: not a JSON object with a text"),
-        ("b.jsonl", '{"prompt": 1}\n', "b.jsonl, line 1: not a JSON object with a text"),
-        ("c.txt", "\n", "c.txt: no prompts in it"),
-    ):
-        (tmp_path / name).write_text(content)
-        assert message in fails(capsys, "--model", toy, "--file", str(tmp_path / name))
-    assert "nowhere.txt" in fails(capsys, "--model", toy, "--file", "nowhere.txt")
-
-
-@pytest.mark.parametrize("option", ["--top_p 1.5", "--min_p -1", "--repetition_penalty 0", "--temperature nan"])
-def test_sampling_out_of_range_is_one_line(toy, capsys, option):
-    assert "it must be at least" in fails(capsys, "--model", toy, *option.split())
-
-
-def test_prompts_without_an_option(toy, capsys):
-    """A prompt may stand before or behind the options, and beside -p."""
-    expected = run(capsys, "-p", "ab", "-p", "c", "--model", toy, "-m", "3")[0]
-    assert run(capsys, "ab", "c", "--model", toy, "-m", "3")[0] == expected
-    assert run(capsys, "ab", "--model", toy, "-m", "3", "c")[0] == expected
-    assert run(capsys, "--model", toy, "-m", "3", "-p", "c", "ab")[0] == expected
-
-
-def test_writing_together(toy, capsys, monkeypatch):
-    """The text grows by lines of both. Commands change what comes after them, mistakes change nothing."""
-    type_in(monkeypatch, "/temperature 0", "/max 5", "ab", "/top_p 7", "/seed x", "/nonsense", "cd", "/reset", "ab")
-    out, err = run(capsys, "--model", toy, "-i")
-    tokens, model = data.get_tokenizer("bytes"), GPT.from_pretrained(toy)
-
-    def continued(text: bytes) -> bytes:
-        return bytes(generate(model, [list(text)], 5, temperature=0, stop_token=256)[0])
-
-    first = continued(b"ab")
-    second = continued(b"ab" + first + b"\ncd")
-    assert (
-        out == "".join(data.printable(tokens.decode(list(answer))) + "\n" for answer in (first, second, first)) + "\n"
-    )
-    mistakes = err.splitlines()[-3:]
-    assert mistakes[0] == "/top_p 7: top_p is 7.0; it must be at least 0 and at most 1"
-    assert mistakes[1].startswith("/seed x: ") and mistakes[2] == "/nonsense: no such command; /help lists them"
-    type_in(monkeypatch, "/help")
-    assert set(re.findall(r"^  /(\w+)", run(capsys, "--model", toy, "-i")[1], re.M)) == {*sample.SETTINGS, "reset"}
-
-
-@pytest.mark.parametrize("mode", ["-i", "--web"])
-def test_options_that_exclude_each_other(capsys, mode):
-    for other in ("-n 2", "--file x", "--json", "--logprobs", "-i --web"):
-        assert "exclude each other" in fails(capsys, mode, *other.split())
-
-
-def test_an_empty_line_begins_a_document_or_adds_nothing(toy, capsys, monkeypatch):
-    contexts = []
-    type_in(monkeypatch, "", "")
-    monkeypatch.setattr(sample.generate, "stream", lambda _, prompts, *a, **o: contexts.append(prompts[0]) or iter(()))
-    run(capsys, "--model", toy, "-i")
-    assert contexts == [[256], [256, ord("\n")]]
-
-
-def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
-    def interrupted(*_args, **_options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sample.generate, "stream", interrupted)
-    type_in(monkeypatch, "a", "b")
-    assert run(capsys, "--model", toy, "-i")[0] == "\n\n\n"  # two answers and the end of the input
-    with pytest.raises(SystemExit) as exit_:
-        run(capsys, "--model", toy)
-    assert exit_.value.code == 130
+def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
+    """Colours, on a terminal only, say how likely the token was itself."""
+    arguments = ("--model", toy, "-p", "ab", "-m", "40", "--logprobs", "--temperature", "2", "--no-stream")
+    whole, _ = run(capsys, *arguments)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    coloured, _ = run(capsys, *arguments)
+    assert coloured.startswith("\033[1mab\033[0m") and plain(coloured) == whole and "\033" not in whole
+    styles = set()
+    for row in coloured.splitlines()[-40:]:
+        value, style, likely = re.match(r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m  of  (.*)$", row).groups()
+        likely = [float(other) for other in re.findall(r" (-\d+\.\d\d)(?:  |$)", likely)]
+        assert len(likely) == 5 and likely == sorted(likely, reverse=True) and likely[0] >= float(value) - 0.006
+        p = math.exp(float(value))
+        assert style == (sample.LIKELY if p > 0.5 else sample.UNLIKELY if p < 0.05 else sample.BOLD)
+        styles.add(style)
+    assert len(styles) == 3
 
 
 def test_a_terminal_that_lacks_letters_gets_others(toy, monkeypatch):
@@ -378,112 +340,6 @@ def test_a_terminal_that_lacks_letters_gets_others(toy, monkeypatch):
     sample.main(["--model", toy, "-p", "漢", "-m", "1", "--device", "cpu"])
     sys.stdout.flush()
     assert sys.stdout.buffer.getvalue().startswith(b"?")
-
-
-def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
-    """-p opens the text; the model reads its end. Each answer has its own seed."""
-    asked, stream = [], sample.generate.stream
-
-    def watched(model, prompts, max_tokens, seeds, *args, **options):
-        asked.append((bytes(prompts[0]), seeds))
-        return stream(model, prompts, max_tokens, seeds, *args, **options)
-
-    monkeypatch.setattr(sample.generate, "stream", watched)
-    type_in(monkeypatch, "a line of some length, number one", "another line", "/max 30", "/seed 50", "and on")
-    assert run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8", "--seed", "7")[0].startswith("Once ")
-    (first, second, third), seeds = zip(*asked)
-    assert first == b"Once a line of some length, number one"[-24:]  # of 32, with room for the answer
-    assert len(second) == 24 and second.endswith(b"\nanother line")
-    assert len(third) == 16  # at least half a window
-    assert seeds == ([7], [8], [50])
-
-
-def test_a_model_without_numbers_is_one_line(tmp_path, capsys):
-    model = GPT(GPTConfig(vocab_size=257, **TOY_MODEL))
-    model.transformer.ln_f.weight.data[3] = float("nan")
-    model.save_pretrained(tmp_path)
-    for temperature in ("0", "1"):
-        line = fails(capsys, "--model", str(tmp_path), "-p", "a", "--temperature", temperature)
-        assert line == "sample.py: the model's logits are NaN: it is damaged, or its training diverged"
-
-
-def test_more_samples_than_fit_at_once_come_in_turn(toy, capsys, monkeypatch):
-    arguments = ("--model", toy, "-p", "ab", "-p", "The fox", "-n", "3", "-m", "9")
-    whole, _ = run(capsys, *arguments)
-    sizes, stream = [], sample.generate.stream
-    monkeypatch.setattr(sample, "BATCH", 4)
-    monkeypatch.setattr(
-        sample.generate,
-        "stream",
-        lambda self, prompts, *a, **o: (sizes.append(len(prompts)), stream(self, prompts, *a, **o))[1],
-    )
-    assert run(capsys, *arguments)[0] == whole and sizes == [4, 2]
-
-
-def test_out_of_memory_is_one_line(toy, capsys, monkeypatch):
-    def full(*_args, **_options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(sample.generate, "stream", full)
-    assert "out of memory; fewer --samples" in fails(capsys, "--model", toy)
-
-
-def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
-    """Greedy text: the first of the likeliest is the token itself. Colours on a terminal only."""
-    arguments = ("--model", toy, "-p", "ab", "-m", "6", "--temperature", "0", "--logprobs")
-    plain, _ = run(capsys, *arguments)
-    rows = plain.splitlines()[-6:]
-    for row in rows:
-        value, token, first, its = re.match(r" *(-[\d.]+)  (\S+) +of  (\S+) (-[\d.]+) ", row).groups()
-        assert first == token and float(its) == pytest.approx(float(value), abs=0.006)
-        assert len(re.findall(r" -\d+\.\d\d(?!\d)", row)) == 5
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    coloured, _ = run(capsys, *arguments, "--no-stream")
-    assert "\033[1mab\033[0m" in coloured and "\033" not in plain
-    assert re.sub(r"\033\[[\d;]+m", "", coloured) == plain
-
-
-def test_colours_say_how_likely_a_token_was(toy, capsys, monkeypatch):
-    def complete(_model, _ids, _seeds, completions, *_):
-        completions[0].record = [(token, value, [(token, value)]) for token, value in zip(b"abc", (-0.1, -1.0, -5.0))]
-        return []
-
-    monkeypatch.setattr(sample, "complete", complete)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    rows = run(capsys, "--model", toy, "-p", "x", "--logprobs")[0].splitlines()[-3:]
-    styles = [re.search(r"\033\[([\d;]+)m", row)[1] for row in rows]
-    assert styles == [sample.LIKELY, sample.BOLD, sample.UNLIKELY]
-
-
-def test_what_the_page_is_given(toy, capsys, monkeypatch):
-    """The command's settings at first; its stop text may have \\n, and long prompts are cut as with -i."""
-    given, contexts = [], []
-    monkeypatch.setattr(sample.web, "serve", lambda *arguments: given.append(arguments))
-    run(capsys, "--model", toy, "--web", "-p", "ab", "--stop", "x", "--port", "7", "--top_k", "3")
-    [(ask, description, defaults, port)] = given
-    assert toy in description and port == 7
-    assert (defaults["prompt"], defaults["stop"], defaults["top_k"], defaults["seed"]) == ("ab", "x", 3, 1337)
-    monkeypatch.setattr(
-        sample, "complete", lambda _model, ids, _seeds, grown, *_, **__: contexts.append((ids, grown)) or []
-    )
-    list(ask(defaults | dict(stop="\\n.", prompt="x" * 99, max_tokens=30)))
-    [([ids], [grown])] = contexts
-    assert grown.stops == ["\n."] and ids == [ord("x")] * 16
-
-
-def test_answers_of_the_page_are_those_of_the_command(toy, capsys):
-    model, tokenizer = pack(GPT.from_pretrained(toy), torch.float32), data.get_tokenizer("bytes")
-    settings = sample.parse_arguments(["-m", "20", "--seed", "5"]).settings | dict(prompt="The fox", stop="")
-    events = list(sample.answer(model, tokenizer, settings))
-    record = json.loads(run(capsys, "--model", toy, "-m", "20", "-p", "The fox", "--seed", "5", "--json")[0])
-    assert "".join(event["text"] for event in events) == record["completion"]
-    tokens = [token for event in events for token in event["tokens"]]
-    assert len(tokens) == record["tokens"] and sum(math.log(t["p"]) for t in tokens) == pytest.approx(record["logprob"])
-    for token in tokens:
-        odds = [p for _, p in token["likely"]]
-        assert len(odds) == 5 and odds == sorted(odds, reverse=True) and token["p"] <= odds[0] + 1e-9
-    with pytest.raises(ValueError, match="top_p is 3; it must be at least 0"):
-        next(sample.answer(model, tokenizer, settings | dict(top_p=3)))
 
 
 def test_a_closed_pipe_is_no_error(toy):
@@ -494,3 +350,106 @@ def test_a_closed_pipe_is_no_error(toy):
         assert process.stdout.readline().startswith('{"prompt"')
         process.stdout.close()
         assert "Broken pipe" not in process.stderr.read() and process.wait(60) == 0
+
+
+# ---- Writing together ------------------------------------------------------------------------------------------------
+
+
+def test_writing_together(toy, capsys, monkeypatch):
+    """The text grows by lines of both. Commands change what comes after them, mistakes change nothing."""
+    lines = "/temperature 0", "/max_tokens 5", "ab", "/top_p 7", "/seed x", "/nonsense", "cd", "/reset", "ab"
+    type_in(monkeypatch, *lines)
+    out, err = run(capsys, "--model", toy, "-i")
+    tokens, model = data.get_tokenizer("bytes"), GPT.from_pretrained(toy)
+
+    def continued(text: str) -> str:
+        return tokens.decode(generate(model, [list(text.encode())], 5, temperature=0, stop_token=256)[0])
+
+    first = continued("ab")
+    second = continued(f"ab{first}\ncd")
+    assert out.replace("> ", "") == "".join(data.printable(text) + "\n" for text in (first, second, first, ""))
+    mistakes = err.splitlines()[-3:]
+    assert mistakes[0] == "/top_p 7: top_p must be at most 1"
+    assert mistakes[1].startswith("/seed x: ") and mistakes[2] == "/nonsense: no such command; /help lists them"
+    type_in(monkeypatch, "/help")
+    assert set(re.findall(r"^  /(\w+)", run(capsys, "--model", toy, "-i")[1], re.M)) == {*sample.SETTINGS, "reset"}
+
+
+def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
+    """-p opens the text; the model reads its end. Each answer has its own seed."""
+    asked = watch(monkeypatch)
+    lines = "a line of some length, number one", "next", "/max_tokens 30", "/seed 50", "and on", "/reset", ""
+    type_in(monkeypatch, *lines)
+    assert run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8", "--seed", "7")[0].startswith("Once ")
+    ([first], [second], [third], [fourth]), seeds = zip(*asked)
+    assert bytes(first) == b"Once a line of some length, number one"[-24:]  # of 32, with room for the answer
+    assert len(second) == 24 and bytes(second).endswith(b"\nnext")
+    assert len(third) == 16  # at least half a window
+    assert fourth == [256]  # nothing at all begins a document
+    assert seeds == ([7], [8], [50], [51])
+
+
+def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
+    monkeypatch.setattr(sample.generate, "stream", raises(KeyboardInterrupt()))
+    type_in(monkeypatch, "a", "b")
+    assert run(capsys, "--model", toy, "-i")[0] == "> \n> \n> \n"  # two answers and the end of the input
+    with pytest.raises(SystemExit) as exit_:
+        run(capsys, "--model", toy)
+    assert exit_.value.code == 130
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_page_is_given(toy, capsys, monkeypatch):
+    """The command's settings at first; long prompts are cut as with -i."""
+    given = []
+    monkeypatch.setattr(sample.web, "serve", lambda *arguments: given.append(arguments))
+    run(capsys, "--model", toy, "--web", "-p", "ab", "--stop", "\\n", "--port", "7", "--top_k", "3")
+    [(ask, description, form, port)] = given
+    assert toy in description and port == 7
+    assert (form["prompt"], form["stop"], form["top_k"], form["seed"]) == ("ab", "\\n", 3, 1337)
+    asked = watch(monkeypatch)
+    list(ask(form | dict(prompt="x" * 99, max_tokens=30)))
+    assert asked == [([[ord("x")] * 16], [1337])]
+
+
+@pytest.fixture
+def answer(toy):
+    """The page's answer to the settings of a command."""
+    model, tokenizer = pack(GPT.from_pretrained(toy), torch.float32), data.get_tokenizer("bytes")
+
+    def answer(*argv: str, **changes) -> list[dict]:
+        asked = sample.checked(vars(sample.parse_arguments([*argv]))) | dict(prompt="The fox", stop="")
+        return list(sample.answer(model, tokenizer, asked | changes))
+
+    return answer
+
+
+def test_answers_of_the_page_are_those_of_the_command(toy, capsys, answer):
+    arguments = ("-m", "20", "--seed", "5")
+    events = answer(*arguments)
+    record = json.loads(run(capsys, "--model", toy, "-p", "The fox", *arguments, "--json")[0])
+    assert "".join(event["text"] for event in events) == record["completion"]
+    tokens = [token for event in events for token in event["tokens"]]
+    assert len(tokens) == record["tokens"] and sum(math.log(t["p"]) for t in tokens) == pytest.approx(record["logprob"])
+    assert all(len(token["likely"]) == 5 and token["p"] <= token["likely"][0][1] + 1e-9 for token in tokens)
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(top_p=3), "top_p must be at most 1"),
+        (dict(temperature=-(10**400)), "temperature must be 0 or more"),
+        (dict(min_p=float("nan")), "min_p must be 0 or more"),
+        (dict(min_p=False), "min_p must be a number"),
+        (dict(top_k=None), "top_k must be a whole number"),
+        (dict(max_tokens=2.5), "max_tokens must be a whole number"),
+        (dict(seed="1"), "seed must be a whole number"),
+        (dict(stop=["a"]), "prompt and stop must be texts"),
+    ],
+)
+def test_what_the_page_may_not_ask(answer, wrong, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        answer(**wrong)
+    assert answer("-m", "2", prompt="half a character \ud800", temperature=2)

@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import threading
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -30,14 +29,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SERVER = (
     """
 import signal, sys, time, web
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, such as nohup make test, ignores SIGINT
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job, such as nohup make test
 def token(text, p=0.3):
     likely = [[text, p], ["\\n", 0.25], [" <i>a</i>", 0.2], ["b", 0.1], ["\\t", 0.05]]
     return dict(token=text, p=p, likely=likely)
 def answer(settings):
     try:
-        if settings["prompt"] == "wrong":
-            raise ValueError("--temperature -1.0:\\n it must be at least 0")
+        if settings["temperature"] is None:  # an empty field
+            raise ValueError("temperature must be a number")
         if settings["prompt"] == "html":
             text = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
             yield dict(text=text, tokens=[token(text)])
@@ -90,17 +89,6 @@ def error_of(response) -> str:
 # The application
 
 
-def test_importing_needs_no_flask():
-    script = "import sys, web; assert not {'flask', 'werkzeug'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=clean_environment(), check=True)
-
-
-def test_without_flask_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flask", None)
-    with pytest.raises(ValueError, match=r"^--web needs Flask: pip install flask==\S+$"):
-        web.serve(words, "a model", SETTINGS, 0)
-
-
 def test_the_page_and_what_fills_it():
     page = client().get("/")
     assert page.status_code == 200 and page.mimetype == "text/html"
@@ -111,30 +99,11 @@ def test_the_page_and_what_fills_it():
 
 
 def test_events_are_lines_in_order():
-    response = post(client())
-    assert response.status_code == 200
-    assert parsed(response) == list(words({}))
-    assert response.get_data().count(b"\n") == 3  # whatever line ends are in the text
-
-
-def test_the_answer_gets_the_settings():
     got = []
-    post(client(lambda settings: got.append(settings) or words(settings)), {**SETTINGS, "temperature": 2}).get_data()
-    assert got == [{**SETTINGS, "temperature": 2.0}] and type(got[0]["temperature"]) is float
-
-
-def test_an_event_is_sent_before_the_next_is_made():
-    made = []
-
-    def answer(settings):
-        for text in "abc":
-            made.append(text)
-            yield event(text)
-
-    lines = post(client(answer)).iter_encoded()
-    for text in "abc":
-        assert json.loads(next(lines)) == event(text) and made[-1] == text
-    assert not list(lines)
+    response = post(client(lambda settings: got.append(settings) or words(settings)))
+    assert response.status_code == 200
+    assert parsed(response) == list(words({})) and got == [SETTINGS]
+    assert response.get_data().count(b"\n") == 3  # whatever line ends are in the text
 
 
 def failing(error: Exception, after: int):
@@ -147,9 +116,9 @@ def failing(error: Exception, after: int):
 
 @pytest.mark.parametrize("after", [0, 2])
 def test_errors_are_a_line_and_the_next_request_is_served(after, capfd):
-    app = client(failing(ValueError("--top_p 2.0:\nit must be at most 1"), after))
+    app = client(failing(ValueError("top_p must be at most 1"), after))
     for _ in range(2):
-        assert parsed(post(app)) == [event("a")] * after + [dict(error="--top_p 2.0: it must be at most 1")]
+        assert parsed(post(app)) == [event("a")] * after + [dict(error="top_p must be at most 1")]
     assert capfd.readouterr() == ("", "")
     assert parsed(post(client(failing(MemoryError("no room"), after))))[-1] == dict(error="MemoryError: no room")
     assert "Traceback" in capfd.readouterr().err  # a mistake of the program's, for who can mend it
@@ -157,40 +126,10 @@ def test_errors_are_a_line_and_the_next_request_is_served(after, capfd):
     assert "error" in parsed(post(client(lambda settings: (yield not_a_number))))[-1]
 
 
-def test_settings_that_are_wrong_at_once():
-    def answer(settings):  # a function that checks, then gives a generator
-        raise ValueError("no")
-
-    assert error_of(post(client(answer))) == "no"
-
-
-@pytest.mark.parametrize(
-    "body, says",
-    [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b"[]", "object"),
-        (b"null", "object"),
-        ({}, "exactly prompt, max_tokens"),
-        ({**SETTINGS, "device": "cuda"}, "exactly"),
-        ({**SETTINGS, "prompt": None}, "prompt: it must be a text"),
-        ({**SETTINGS, "prompt": "a\ud800"}, "prompt: it has half a character"),
-        ({**SETTINGS, "max_tokens": 2.5}, "max_tokens: it must be a whole number"),
-        ({**SETTINGS, "max_tokens": True}, "max_tokens"),
-        ({**SETTINGS, "seed": "1"}, "seed"),
-        ({**SETTINGS, "temperature": None}, "temperature: it must be a number"),
-        ({**SETTINGS, "temperature": float("nan")}, "temperature"),
-        ({**SETTINGS, "top_p": float("inf")}, "top_p"),
-        ({**SETTINGS, "min_p": 10**400}, "min_p"),
-        ({**SETTINGS, "min_p": False}, "min_p"),
-        ({**SETTINGS, "stop": ["a"]}, "stop"),
-    ],
-)
-def test_bad_requests_are_refused_in_a_line(body, says):
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b"null", b'"prompt"'])
+def test_bad_requests_are_refused_in_a_line(body):
     response = post(client(failing(AssertionError(), 0)), body)
-    assert response.status_code == 400 and says in error_of(response)
+    assert response.status_code == 400 and error_of(response)
 
 
 def test_too_much_is_refused():
@@ -208,7 +147,6 @@ def test_too_much_is_refused():
         ("evil.example:8000", "http://evil.example:8000", 403),
         ("127.0.0.1.evil.example", None, 403),
         ("127.0.0.1:8000@evil.example", None, 403),
-        ("localhost:", None, 403),
         ("0.0.0.0:8000", None, 403),
         ("", None, 403),
         ("127.0.0.1:8000", "http://evil.example", 403),
@@ -223,60 +161,6 @@ def test_only_the_page_itself_may_ask(host, origin, status):
     for response in (post(client(), **headers), client().get("/form", headers=headers)):
         assert response.status_code == status
         assert status == 200 or error_of(response)
-
-
-class Endless:
-    """An answer without end that knows whether it was closed."""
-
-    def __init__(self):
-        self.closed = 0
-
-    def __call__(self, settings):
-        try:
-            while True:
-                yield event("a")
-        finally:
-            self.closed += 1
-
-
-def test_who_leaves_ends_the_answer():
-    answer = Endless()
-    app = client(answer)
-    for n in (1, 2, 3):
-        response = post(app)
-        assert json.loads(next(response.iter_encoded())) == event("a")
-        assert answer.closed == n - 1
-        response.close()
-        assert answer.closed == n
-
-
-def test_a_second_request_waits_for_its_turn():
-    answer = Endless()
-    app = client(answer)
-    first, second, third = (post(app) for _ in range(3))
-    lines = [response.iter_encoded() for response in (first, second, third)]
-    assert json.loads(next(lines[0])) == event("a")
-    for waiting in lines[1:]:
-        assert json.loads(next(waiting)) == dict(waiting=True)
-    second.close()  # who leaves the queue takes nothing along
-    assert answer.closed == 0 and json.loads(next(lines[0])) == event("a")
-    first.close()
-    assert answer.closed == 1 and json.loads(next(lines[2])) == event("a")
-    third.close()
-
-
-def test_closing_lets_the_running_answer_end():
-    answer = Endless()
-    app = web.make_app(answer, "a model", SETTINGS)
-    lines = post(app.test_client()).iter_encoded()
-    next(lines)
-    closing = threading.Thread(target=app.desk.close)
-    closing.start()
-    rest = list(islice(lines, 1_000_000))
-    assert len(rest) < 1_000_000 and answer.closed == 1
-    closing.join()
-    late = [json.loads(line) for line in post(app.test_client()).iter_encoded()]
-    assert late == [dict(waiting=True)] and answer.closed == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,7 +207,7 @@ def test_it_listens_on_this_computer_only_and_says_where(server):
     elsewhere = socket.socket()
     with elsewhere, pytest.raises(OSError):
         elsewhere.connect(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
-    with pytest.raises(ValueError, match=f"^--port {server.port}: .* 0 for any free one$"):
+    with pytest.raises(ValueError, match=rf"^--port {server.port}: .* 0 for any free one\)$"):
         web.serve(words, "a model", SETTINGS, server.port)
     with pytest.raises(ValueError, match=r"^--port 70000: "):
         web.serve(words, "a model", SETTINGS, 70000)
@@ -345,11 +229,15 @@ def test_the_answer_ends_when_the_connection_does(server, how):
 def test_a_second_connection_waits(server):
     connection, first = server.ask("forever")
     first.readline()
-    _, second = server.ask("x")
-    assert json.loads(second.readline()) == dict(waiting=True)
+    (leaving, second), (_, third) = server.ask("x"), server.ask("x")
+    for response in (second, third):
+        assert json.loads(response.readline()) == dict(waiting=True)
+    second.close()  # who leaves the queue takes nothing along
+    leaving.close()
+    assert json.loads(first.readline())["text"] == " word"
     first.close()
     connection.close()
-    events = [json.loads(line) for line in second.read().splitlines()]
+    events = [json.loads(line) for line in third.read().splitlines()]
     assert [event["text"] for event in events if "text" in event] == [" end"]
 
 
@@ -384,11 +272,10 @@ def page(browser, server):
     context.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    refused = "Failed to load resource: the server responded with a status of 400"  # the browser's note of bad settings
     page.goto(server.url)
     page.wait_for_selector("#generate:enabled")
     yield page
-    assert all(text.startswith(refused) for text in wrong), wrong
+    assert not wrong
     assert asked and all(url.startswith((f"{server.url}/", "data:")) for url in asked)
     context.close()
 
@@ -464,11 +351,9 @@ def test_text_is_never_html(page):
 
 
 def test_errors_are_shown(page, server):
-    ask(page, "wrong")
-    status(page, "--temperature -1.0: it must be at least 0")
-    page.get_by_label("Top k").fill("")
+    page.get_by_label("Temperature").fill("")
     ask(page, "x")
-    status(page, "top_k: it must be a whole number")
-    page.get_by_label("Top k").fill("5")
+    status(page, "temperature must be a number")
+    page.get_by_label("Temperature").fill("1")
     ask(page, "x")
     status(page, "Done.")
