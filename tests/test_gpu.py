@@ -75,13 +75,13 @@ def test_a_token_takes_one_graph_and_two_reads(results):
     assert results["one prompt"]["reads_after"] <= 2 * 40
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_metrics_of_a_run(results, folder, dtype):
+@pytest.mark.parametrize("dtype, chosen", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_metrics_of_a_run(results, folder, dtype, chosen):
     """What `auto` chose on a GPU with and without bf16, and a record of each thing."""
     starts = [0, 2] if dtype == "fp16" else [0]  # it was resumed
     expected = dict(run=starts, train=[0, 1, 2], val=[0, 3], hellaswag=[3], sample=[3], checkpoint=[2, 3])
     assert {kind: [r["step"] for r in metrics(folder / dtype, kind)] for kind in expected} == expected
-    assert f"dtype: {dtype}" in results[dtype]["out"]
+    assert metrics(folder / dtype, "run")[-1]["dtype"] == chosen
 
 
 # ---- What the compilers make of it -----------------------------------------------------------------------------------
