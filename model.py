@@ -277,7 +277,8 @@ class GPT(nn.Module):
 # autograd would keep several tensors of that size.
 
 ROWS = 8192  # of logits that exist at once: 0.8 GB in bf16
-CACHE_BYTES = 6_500_000  # float32 logits that a CPU handles at once: 32 rows of GPT-2's stay in its cache
+# Of these, float32 copies exist of a slice at a time: on a CPU what stays in its cache, 32 rows of GPT-2's.
+CACHE_BYTES, GPU_ROWS = 6_500_000, 1024
 
 
 class HeadLoss(torch.autograd.Function):
@@ -302,11 +303,12 @@ class HeadLoss(torch.autograd.Function):
                 logits = F.linear(low[rows], w)  # (rows, PV)
                 # Padding gets no probability, so it has no part in the loss and a gradient of zero.
                 logits[:, vocab_size:] = float("-inf")
-                total = total + summed_loss(logits, targets[rows])  # overwrites the logits with their gradient
+                total = total + summed_loss(logits, targets[rows], with_grad)  # overwrites logits with their gradient
                 if with_grad:
                     grad_x[rows] = logits @ w
                     piece = logits.t() @ low[rows]
                     grad_w = piece.float() if grad_w is None else grad_w.add_(piece)
+                del logits  # before the next ones are made
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w)
         return total / len(targets)
@@ -319,13 +321,20 @@ class HeadLoss(torch.autograd.Function):
         return grad_x.float() * scale, grad_w * scale, None, None, None
 
 
-def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of the cross entropies of logits (N, PV), float32. The logits are overwritten by its gradient."""
-    in_slices = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    rows = max(1, CACHE_BYTES // (4 * logits.size(1))) if in_slices else len(logits)
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> torch.Tensor:
+    """The sum of the cross entropies of logits (N, PV), float32. With grad, the gradient overwrites the logits."""
+    fused = torch.compiler.is_compiling()  # into kernels that write no float32 logits, so no slices are needed
+    if fused:
+        rows = len(logits)
+    else:
+        rows = max(1, CACHE_BYTES // (4 * logits.size(1))) if logits.device.type == "cpu" else GPU_ROWS
     total = torch.zeros((), device=logits.device)
     for some, target in zip(logits.split(rows), targets[:, None].split(rows)):
         log_p = F.log_softmax(some, dim=-1, dtype=torch.float32)
         total = total - log_p.gather(1, target).sum()
-        some.copy_(log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
+        if with_grad and fused:  # one kernel, where a scatter is another one and writes p to memory
+            p, columns = log_p.exp(), torch.arange(logits.size(1), device=logits.device)
+            some.copy_(torch.where(columns == target, p - 1, p))
+        elif with_grad:
+            some.copy_(log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
     return total

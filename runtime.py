@@ -72,9 +72,10 @@ class Runtime:
 
     def max(self, value: int) -> int:
         """The largest value on any rank, on every rank."""
+        if self.world_size == 1:
+            return value  # a tensor would make the CPU wait for the GPU
         tensor = torch.tensor(value, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def broadcast(self, value: Any) -> Any:

@@ -1,0 +1,141 @@
+"""The path over a GPU, on machines without one: whole runs on fake CUDA tensors, and what the compilers make of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_cuda
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import clean_environment, ids, make_toy, metrics
+from torch._inductor.graph import GraphLowering
+
+import model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture(scope="module")
+def results(shards, folder) -> dict[str, dict]:
+    """What fake_cuda.main found in each of its runs. They are done once, in a process of their own."""
+    try:
+        shim = fake_cuda.build(folder)
+    except OSError as error:
+        pytest.skip(str(error))
+    task = dict(ctx="the quick", endings=["brown fox", "jumps", "over", "a lazy dog"], label=3)
+    (folder / "tasks.jsonl").write_text(json.dumps(task) + "\n")
+    arguments = str(shards), str(folder / "tasks.jsonl"), str(folder)
+    script = f"""
+import ctypes, sys
+ctypes.CDLL({str(shim)!r}, ctypes.RTLD_GLOBAL)  # before torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import fake_cuda
+fake_cuda.main(*{arguments!r})
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("run", ["bf16", "fp16", "fp32", "resumed", "sample", "one prompt", "hellaswag"])
+def test_no_run_mixes_devices(results, run):
+    """Training, watching, checkpoints, resuming, and the commands."""
+    assert results[run]["error"] is None, results[run]["error"]
+
+
+@pytest.mark.parametrize(
+    "run, error",
+    [
+        ("targets on the CPU", "FakeTensorDeviceMismatchError"),
+        ("positions on the CPU", "FakeTensorDeviceMismatchError"),
+        ("read in a graph", "reads a value while a CUDA graph is captured"),
+    ],
+)
+def test_what_is_broken_on_purpose_is_seen(results, run, error):
+    assert error in results[run]["error"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_step_reads_two_values(results, dtype):
+    """The norm of the gradient and the loss. Each read makes the CPU wait until the GPU has nothing left to do."""
+    reads = dict(results[dtype]["reads"])[1]  # a step that follows no evaluation
+    assert len(reads) <= 2, reads
+
+
+def test_a_token_takes_one_graph_and_two_reads(results):
+    """40 tokens behind 9, in a context of 32: a prefill, 23 from the graph, and then a prefill each."""
+    assert results["one prompt"]["replays"] == 23
+    assert results["one prompt"]["reads_after"] <= 2 * 40
+
+
+@pytest.mark.parametrize("dtype, chosen", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_metrics_of_a_run(results, folder, dtype, chosen):
+    """What `auto` chose on a GPU with and without bf16, and a record of each thing."""
+    starts = [0, 2] if dtype == "fp16" else [0]  # it was resumed
+    expected = dict(run=starts, train=[0, 1, 2], val=[0, 3], hellaswag=[3], sample=[3], checkpoint=[2, 3])
+    assert {kind: [r["step"] for r in metrics(folder / dtype, kind)] for kind in expected} == expected
+    assert metrics(folder / dtype, "run")[-1]["dtype"] == chosen
+
+
+# ---- What the compilers make of it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_training_forward_is_one_graph(monkeypatch, recompute):
+    """With the loss in several pieces. A break in the graph hands the rest of it to Python."""
+    monkeypatch.setattr(model, "ROWS", 50)
+    gpt = make_toy(recompute=recompute).train()
+    x = ids(4, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch._dynamo.explain(gpt)(x, x)
+    assert (found.graph_count, found.break_reasons) == (1, [])
+
+
+def test_the_compiled_loss_is_the_loss():
+    """Compiled, the gradient of the logits is computed in another way."""
+    gpt = make_toy()
+    found = []
+    for function in (gpt, torch.compile(gpt, backend="eager")):
+        gpt.zero_grad()
+        loss = function(ids(2, 16), ids(2, 16, seed=1))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in gpt.parameters())])
+    for one, two in zip(*found):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo")
+def test_the_compiled_head_moves_no_more_bytes_than_cross_entropy(monkeypatch):
+    """By Inductor's count for forward and backward, products and all. Nothing is built: its graphs run in Python."""
+    moved = []
+
+    def count_bytes(graph: GraphLowering):
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        moved.append(graph.count_bytes()[0])
+        return SimpleNamespace(call=lambda inputs: graph.module(*inputs), __file__="", key="")
+
+    def ours(x, weight, targets):
+        return model.HeadLoss.apply(x, weight, targets, 1000, True)
+
+    def plain(x, weight, targets):
+        return F.cross_entropy(F.linear(x, weight)[:, :1000].float(), targets)
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", count_bytes)
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    x, weight = torch.randn(512, 16, requires_grad=True), torch.randn(1024, 16, requires_grad=True)
+    totals = []
+    for head in (ours, plain):
+        moved.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = torch.compile(head)(x, weight, ids(512))
+        loss.backward()
+        totals.append(sum(moved))
+    assert 0 < totals[0] <= totals[1]
