@@ -294,6 +294,8 @@ class HeadLoss(torch.autograd.Function):
         """x (N, C), weight (PV, C), targets (N) int64 below vocab_size -> the mean loss, float32."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        # The gradient of W is a sum over ROWS, and fp16 ends at 65,504: its summands are divided by this.
+        ctx.room = 256 if dtype == torch.float16 else 1
         with torch.autocast(kind, enabled=False):  # the dtypes below are explicit
             low, w = x.to(dtype), weight.to(dtype)
             total = torch.zeros((), device=x.device)
@@ -306,7 +308,7 @@ class HeadLoss(torch.autograd.Function):
                 total = total + summed_loss(logits, targets[rows], with_grad)  # overwrites logits with their gradient
                 if with_grad:
                     grad_x[rows] = logits @ w
-                    piece = logits.t() @ low[rows]
+                    piece = logits.t() @ (low[rows] / ctx.room if ctx.room > 1 else low[rows])
                     grad_w = piece.float() if grad_w is None else grad_w.add_(piece)
                 del logits  # before the next ones are made
         if with_grad:
@@ -318,7 +320,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
         scale = grad_loss / len(grad_x)
-        return grad_x.float() * scale, grad_w * scale, None, None, None
+        return grad_x.float() * scale, grad_w * (scale * ctx.room), None, None, None
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> torch.Tensor:

@@ -8,11 +8,15 @@
 The same command resumes a stopped run, and says so when the run is finished.
 """
 
+import os
+
+# Before torch loads OpenMP: threads that wait for each other go to sleep soon, and do not spin against other programs.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import collections
 import contextlib
 import dataclasses
 import math
-import os
 import re
 import signal
 import sys

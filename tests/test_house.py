@@ -90,7 +90,8 @@ def test_nothing_but_definitions_at_the_top_level(name):
     for node in tree(name).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         guard = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
-        assert docstring or guard or isinstance(node, allowed), node.lineno
+        environment = name == "train" and ast.unparse(node).startswith("os.environ.setdefault(")
+        assert docstring or guard or environment or isinstance(node, allowed), node.lineno
 
 
 @pytest.mark.parametrize("name", HOUSE)

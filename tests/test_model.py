@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import model as gpt
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES, GPTConfig, HeadLoss
 from pretrained import is_conv1d
 
 DEVICES = [
@@ -175,3 +175,13 @@ def test_dropout_acts_in_training_only():
 def test_impossible_shapes(changes, message):
     with pytest.raises(ValueError, match=message):
         GPT(GPTConfig(**(TOY | changes)))
+
+
+def test_the_heads_gradient_does_not_overflow_in_fp16():
+    """Thousands of rows with one target: their sum is beyond fp16's largest number, the mean is not."""
+    x, targets = torch.full((4096, 8), 30.0, dtype=torch.float16), torch.full((4096,), 3)
+    weight = torch.zeros(64, 8, requires_grad=True)
+    HeadLoss.apply(x, weight, targets, 64, True).backward()
+    expected = torch.full((64, 8), 30.0 / 64)
+    expected[3] -= 30.0
+    assert torch.allclose(weight.grad, expected, rtol=1e-2)
