@@ -75,35 +75,36 @@ def precisions(setting: str, device: torch.device) -> list[str]:
     return ["fp32", "bf16"] if has_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["fp32"]
 
 
-def arithmetic(config, model: GPT, machine: Runtime, seconds: float, before: dict) -> tuple[dict, str]:
-    """How a run computes, {"dtype", "flash", "threads"}, and a line that says why.
+def choose(config, model: GPT, machine: Runtime, before: dict) -> tuple[dict, str]:
+    """How a training run computes, {"dtype", "flash", "threads", "compile"}, and two lines that say why.
 
-    seconds: how long the run is expected to take. before: what a run that is resumed has chosen; it stays.
+    The whole run decides what pays, not the steps left. before: what a run that is resumed has chosen; it stays.
     """
-    on_cpu = machine.device.type == "cpu"
+    on_cpu, T = machine.device.type == "cpu", config.block_size
+    seconds = expected_seconds(model.flops_per_token(T) * config.total_batch_size * config.max_steps, machine)
     dtypes = precisions(config.dtype, machine.device)
     # Spelled-out attention can win where the (T, T) matrix is small.
-    flashes = [True, False] if on_cpu and config.block_size <= 256 else [True]
+    flashes = [True, False] if on_cpu and T <= 256 else [True]
     flashes = flashes if config.flash == "auto" else [config.flash]
     named = {in_words(dtype, flash): (dtype, flash) for dtype in dtypes for flash in flashes}
     name, threads, times, why = next(iter(named)), None, {}, ""
     if on_cpu and seconds > RACE_PAYS:
-        runs = {name: block_pass(model, config.block_size, DTYPES[d], f) for name, (d, f) in named.items()}
+        runs = {name: block_pass(model, T, DTYPES[dtype], flash) for name, (dtype, flash) in named.items()}
         times = race(runs)
         name = fastest(times)
         if thread_times := race_threads(runs[name], times[name]):
             threads = fastest(thread_times)
-            times |= {f"{n} threads": ms for n, ms in thread_times.items()}
-        why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in times.items())})"
+        shown = times | {f"{n} threads": ms for n, ms in thread_times.items()}
+        why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in shown.items())})"
         model.zero_grad(set_to_none=True)
 
     choice = dict(zip(("dtype", "flash"), named[name]), threads=threads)
-    kept = {n: before[n] for n in choice if before.get(n) is not None and getattr(config, n, "auto") == "auto"}
-    choice |= kept
+    choice["compile"], compile_why = compilation(config.compile, machine.device, seconds)
+    choice |= {n: before[n] for n in choice if before.get(n) is not None and getattr(config, n, "auto") == "auto"}
     used = in_words(choice["dtype"], choice["flash"])
     if times and times.get(used, math.inf) > 1.1 * times[name]:
         why += f"; kept from the checkpoint, this machine would take {name}"
-    return choice, f"arithmetic: {used}{why}"
+    return choice, f"arithmetic: {used}{why}\ncompile: {'on' if choice['compile'] else 'off'} ({compile_why})"
 
 
 def in_words(dtype: str, flash: bool) -> str:
@@ -111,7 +112,7 @@ def in_words(dtype: str, flash: bool) -> str:
 
 
 def apply(choice: dict, model: GPT) -> None:
-    """Set the model and torch to what `arithmetic` has chosen (the precision is the Runtime's)."""
+    """Set the model and torch to what `choose` has chosen (the precision is the Runtime's)."""
     for block in model.transformer.h:
         block.attn.flash = choice["flash"]
     if choice["threads"]:
@@ -138,17 +139,13 @@ def compilation(setting: bool | str, device: torch.device, seconds: float) -> tu
     if setting is True and (missing := missing_for_compile(device)):
         raise ValueError(f"compile=True: {missing}; use --compile=False, or install what is missing")
     if setting != "auto":
-        return setting, f"{'on' if setting else 'off'} (as set)"
+        return setting, "as set"
     # Compiling takes 15 to 60 s. A GPU wins that back in a minute or two; a CPU gains some 15 %, if anything.
-    worth = {"cuda": 120, "cpu": 900}.get(device.type)
-    if worth is None:
-        return False, f"off (not worth it on {device.type})"
+    worth = {"cuda": 120, "cpu": 900}.get(device.type, math.inf)
     if seconds < worth:
-        minutes = f"about {seconds / 60:.1f} minutes" if seconds > 60 else "less than a minute"
-        return False, f"off (compiling would not pay in a run of {minutes})"
-    if missing := missing_for_compile(device):
-        return False, f"off ({missing})"
-    return True, "on (the first step takes a minute longer, the others less)"
+        return False, f"compiling would not pay in a run of about {seconds / 60:.1f} minutes on {device.type}"
+    missing = missing_for_compile(device)
+    return not missing, missing or "the first step takes a minute longer, the others less"
 
 
 def missing_for_compile(device: torch.device) -> str:

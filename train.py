@@ -173,11 +173,9 @@ def train(config: TrainConfig) -> dict:
         f"model: {found or config.init_from}; {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
         f"{raw_model.num_params():,} parameters"
     )
-    # The whole run decides what pays, not the steps left: a resumed run computes as the first one did.
-    flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
-    seconds, before = auto.expected_seconds(flops_per_step * config.max_steps, machine), state.get("chosen", {})
-    choice = auto.arithmetic(config, raw_model, machine, seconds, before) if machine.is_main else None
+    choice = auto.choose(config, raw_model, machine, state.get("chosen", {})) if machine.is_main else None
     chosen, why = machine.broadcast(choice)
+    say(f"{machine.note}\n{why}")
     auto.apply(chosen, raw_model)
     machine = machine.computing_in(chosen["dtype"])
 
@@ -190,14 +188,11 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 6. Compile, then wrap. Only raw_model is evaluated, sampled and saved: it shares the parameters, its names
     # ----    have no prefix, and the shapes of evaluation do not recompile the training step. -------------------------
-    setting = before.get("compile", "auto") if config.compile == "auto" else config.compile
-    chosen["compile"], compile_why = auto.compilation(setting, machine.device, seconds)
     model = torch.compile(raw_model) if chosen["compile"] else raw_model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         # Buckets of 100 MB instead of 25: torch.compile makes a graph of each.
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=100)
-    say(f"{machine.note}\n{why}\ncompile: {compile_why}")
 
     # ---- 7. The batch: the recipe fixes its size in tokens, the machine the number of pieces it is computed in -------
     batch_size = auto.batch_size(config.batch_size, sequences, raw_model, config.block_size, machine)
@@ -221,6 +216,7 @@ def train(config: TrainConfig) -> dict:
     log("run", start_step, **run.facts(config, machine, raw_model, chosen["compile"], tokenizer, windows.n_tokens))
     micro_steps = ((s, k, machine.rank) for s in range(start_step, config.max_steps) for k in range(n_accumulate))
     coming = data.prefetch(batches.batch, micro_steps, machine.device)
+    flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
     val_loss, skipped, skipped_in_a_row = None, 0, 0
     train_seconds, waited, steps_timed = 0.0, 0.0, 0  # since the last log line; waited: for data, log and checkpoints
     recent = collections.deque(maxlen=run.SPIKE_WINDOW)  # losses

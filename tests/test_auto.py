@@ -72,13 +72,15 @@ def test_a_run_computes_as_the_race_says_and_its_resume_as_it_began(
     assert "kept from the checkpoint, this machine would take fp32, spelled-out attention" in capsys.readouterr().out
 
 
-def test_the_race_leaves_no_gradients_and_the_settings_of_a_short_run(config):
-    model, machine = make_toy(), Runtime(CPU, torch.float32)
-    choice, why = auto.arithmetic(config(dtype="auto", flash="auto"), model, machine, seconds=1000, before={})
+def test_the_race_leaves_no_gradients_and_a_short_run_has_none(config, monkeypatch):
+    model, machine, free = make_toy(), Runtime(CPU, torch.float32), config(dtype="auto", flash="auto")
+    choice, why = auto.choose(free, model, machine, before={})
+    assert choice == dict(dtype="fp32", flash=True, threads=None, compile=False)
+    assert why == "arithmetic: fp32, fused attention\ncompile: off (as set)"
+    monkeypatch.setattr(auto, "RACE_PAYS", -1)
+    choice, why = auto.choose(free, model, machine, before={})
     assert choice["dtype"] in ("fp32", "bf16") and "ms for a block" in why
     assert all(parameter.grad is None for parameter in model.parameters())
-    choice, why = auto.arithmetic(config(dtype="auto", flash="auto"), model, machine, seconds=1, before={})
-    assert (choice, why) == (dict(dtype="fp32", flash=True, threads=None), "arithmetic: fp32, fused attention")
 
 
 def test_threads_race_where_nobody_has_set_them(monkeypatch):
@@ -106,13 +108,13 @@ def test_inference_has_a_race_of_its_own(monkeypatch, race_is_won_by, winner):
 
 def test_compiling_must_pay(monkeypatch):
     monkeypatch.setattr(auto, "missing_for_compile", lambda device: "")
-    assert compilation("auto", CPU, seconds=100)[1] == "off (compiling would not pay in a run of about 1.7 minutes)"
-    assert "less than a minute" in compilation("auto", CPU, seconds=5)[1]
+    wanted = (False, "compiling would not pay in a run of about 1.7 minutes on cpu")
+    assert compilation("auto", CPU, seconds=100) == wanted
     assert compilation("auto", CPU, seconds=5000)[0]
     assert compilation("auto", torch.device("mps"), seconds=5000)[0] is False
     assert compilation(True, CPU, seconds=0)[0] and not compilation(False, CPU, seconds=5000)[0]
     monkeypatch.setattr(auto, "missing_for_compile", lambda device: "no C++ compiler found")
-    assert compilation("auto", CPU, seconds=5000) == (False, "off (no C++ compiler found)")
+    assert compilation("auto", CPU, seconds=5000) == (False, "no C++ compiler found")
     with pytest.raises(ValueError, match="compile=True: no C"):
         compilation(True, CPU, seconds=0)
 

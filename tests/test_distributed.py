@@ -22,7 +22,7 @@ import train
 
 def look(module, _):
     if isinstance(module, train.GPT) and module.training:
-        print("gradient:", module.lm_head.weight.grad is not None, file=sys.stderr)
+        sys.stderr.write(f"gradient: {module.lm_head.weight.grad is not None}\\n")
 
 torch.nn.modules.module.register_module_forward_pre_hook(look)
 train.main()
