@@ -179,14 +179,8 @@ def test_draws_are_distributed_as_the_softmax_says():
     """Draws spread evenly over [0, 1) must hit each token in proportion to its probability, to within one draw."""
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).expand(5000, 20)
     draws = (torch.arange(5000) + 0.5) / 5000
-    for temperature, options in (
-        (1.0, dict()),
-        (0.5, dict()),
-        (1.0, dict(top_k=4)),
-        (2.0, dict(top_k=1)),
-        (3.0, dict(top_p=0.6)),
-        (3.0, dict(min_p=0.4)),
-    ):
+    cases = [(1.0, {}), (0.5, {}), (1.0, dict(top_k=4)), (2.0, dict(top_k=1)), (3.0, dict(top_p=0.6, min_p=0.4))]
+    for temperature, options in cases:
         kept = restrict(logits[:1] / temperature, **options)[0]
         counts = sample(logits, draws, temperature, **options).bincount(minlength=20)
         assert (counts - 5000 * kept.softmax(0)).abs().max() <= 1.01
@@ -226,19 +220,15 @@ def test_only_tokens_that_may_be_drawn_are_drawn(logits, draw, temperature, top_
     """Also at the edges: a draw of 0, of nearly 1, and logits so far apart that most probabilities round to 0."""
     logits = torch.tensor([logits])
     token = sample(logits, torch.tensor([draw]), temperature, top_k).item()
-    if temperature < 1e-6:
-        assert logits[0, token] == logits.max()
-        return
-    scaled = (logits / temperature)[0]
+    scaled = (logits / max(temperature, 1e-6))[0]
     assert scaled.softmax(-1)[token] > 0
-    if top_k:
-        assert (scaled > scaled[token]).sum() < top_k
+    assert not top_k or (scaled > scaled[token]).sum() < top_k
+    assert temperature >= 1e-6 or logits[0, token] == logits.max()
 
 
 def test_no_id_of_the_padding_is_ever_sampled():
     """Weights so large in the padding that it would win every time."""
     model = make_toy()
-    with torch.no_grad():
-        model.transformer.wte.weight[257:] = 100.0
-    for options in (dict(temperature=0), dict(temperature=100.0)):
-        assert max(max(row) for row in generate(model, [[1], [2]], 200, **options)) < 257
+    model.transformer.wte.weight.data[257:] = 100.0
+    for temperature in (0, 100.0):
+        assert max(max(row) for row in generate(model, [[1], [2]], 200, temperature=temperature)) < 257
