@@ -1,9 +1,4 @@
-"""Inference: a model continues token ids, with a KV cache, packed weights, and a CUDA graph for the one-token step.
-
-pack(model, dtype)                        ready for inference only, with its matrix products in dtype
-stream(model, prompts, n, ...)            a Step for each new token, all prompts as one batch
-generate(model, prompts, n, ...)          the same, whole
-"""
+"""Inference: a model continues token ids, with a KV cache, packed weights, and a CUDA graph for the one-token step."""
 
 import copy
 import functools
@@ -39,7 +34,7 @@ class KVCache:
         self.length = 0  # columns filled; the same in every layer between two forward passes
         self.pad = pad  # (B,) int64, or None when all rows start at column 0
         self.layers = [None] * n_layer  # each (2, B, nh, capacity, hs): keys and values
-        self.column = None  # (1,) int64 on the device: where the next token goes, when a CUDA graph writes it
+        self.column = None  # for a CUDA graph, which always reads all columns: where the next token goes, (1,) int64
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append k and v (B, nh, T, hs); returns the layer's keys and values so far, (B, nh, past + T, hs) each."""
@@ -47,38 +42,35 @@ class KVCache:
         if self.layers[layer] is None:
             # Zeros, because 0 x NaN is NaN behind a mask too.
             self.layers[layer] = k.new_zeros(2, B, nh, self.capacity, hs, dtype=self.dtype)
+        keys, values = self.layers[layer][0], self.layers[layer][1]
         if self.column is not None:
-            self.layers[layer][0].index_copy_(2, self.column, k)
-            self.layers[layer][1].index_copy_(2, self.column, v)
-            return self.layers[layer][0], self.layers[layer][1]
-        stored = self.layers[layer][:, :, :, : self.length + T]  # a view
-        stored[0, :, :, self.length :] = k
-        stored[1, :, :, self.length :] = v
-        return stored[0], stored[1]
+            keys[:, :, self.column], values[:, :, self.column] = k, v
+            return keys, values
+        end = self.length + T
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
 
-    def positions(self, T: int, device: torch.device) -> torch.Tensor:
-        """Positions of the next T tokens: (T) when all rows are aligned at the left, else (B, T)."""
-        column = torch.arange(self.length, self.length + T, device=device)
-        return column if self.pad is None else (column - self.pad[:, None]).clamp(min=0)
-
-    def mask(self, T: int, device: torch.device) -> torch.Tensor | None:
-        """The columns that each of the next T tokens may see, (B or 1, 1, T, past + T) bool; None if plain causal."""
-        if self.pad is None and (self.length == 0 or T == 1):
-            return None
-        query = torch.arange(self.length, self.length + T, device=device)[:, None]
-        key = torch.arange(self.length + T, device=device)[None, :]
-        mask = (key <= query)[None]
+    def places(self, T: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Positions of the next T tokens, (T) or (B, T), and their mask, (B or 1, 1, T, keys); None if plain causal."""
+        if self.column is None:
+            column = torch.arange(self.length, self.length + T, device=device)
+            key = torch.arange(self.length + T, device=device)
+        else:
+            column, key = self.column, torch.arange(self.capacity, device=device)
+        mask = key <= column[:, None]  # (T, keys)
         if self.pad is not None:
             # An empty column sees itself: a softmax over nothing is 0/0, and its NaN would spread.
-            mask = mask & (key >= self.pad[:, None, None]) | (key == query)
-        return mask[:, None]
+            mask = mask & (key >= self.pad[:, None, None]) | (key == column[:, None])  # (B, T, keys)
+            return (column - self.pad[:, None]).clamp(min=0), mask[:, None]
+        is_plain = self.column is None and (self.length == 0 or T == 1)
+        return column, None if is_plain else mask[None, None]
 
 
 def forward_cached(model: GPT, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Token ids (B, T) that continue the cache -> logits (B, V) of the last one."""
-    T = idx.size(1)
-    x = model.hidden(idx, cache.positions(T, idx.device), cache.mask(T, idx.device), cache)
-    cache.length += T
+    x = model.hidden(idx, *cache.places(idx.size(1), idx.device), cache)
+    if cache.column is None:
+        cache.length += idx.size(1)
     return model.logits(x[:, -1])
 
 
@@ -90,33 +82,11 @@ class TokenGraph:
     with a mask over what is not filled, and reads the next column from a tensor.
     """
 
-    def __init__(self, model: GPT, cache: KVCache, B: int):
-        device = model.transformer.wte.weight.device
+    def __init__(self, model: GPT, cache: KVCache):
         self.model, self.cache, self.graph = model, cache, None
+        B, device = cache.layers[0].size(1), cache.layers[0].device
         self.idx = torch.zeros(B, 1, dtype=torch.int64, device=device)
         cache.column = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def forward(self) -> torch.Tensor:
-        """self.idx (B, 1) at cache.column -> logits (B, V). Repeating it writes the same column again."""
-        column, pad = self.cache.column, self.cache.pad
-        key = torch.arange(self.cache.capacity, device=column.device)
-        position, mask = column[None], (key <= column)[None]  # (1, 1), (1, capacity)
-        if pad is not None:
-            position, mask = column - pad[:, None], mask & (key >= pad[:, None])  # (B, 1), (B, capacity)
-        x = self.model.hidden(self.idx, position, mask[:, None, None], self.cache)
-        return self.model.logits(x[:, -1])
-
-    def capture(self) -> None:
-        # Kernels set things up at their first calls, which must not be recorded: warm up on a side stream.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.forward()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.forward()
 
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
         """The next token of each row (B, 1) -> logits (B, V)."""
@@ -124,11 +94,24 @@ class TokenGraph:
         self.cache.column.fill_(self.cache.length)
         self.cache.length += 1
         if not self.idx.is_cuda:  # nothing to capture, but the same arithmetic
-            return self.forward()
-        if self.graph is None:
-            self.capture()
-        self.graph.replay()
+            return forward_cached(self.model, self.idx, self.cache)
+        with torch.cuda.device_of(self.idx):  # a thread's current device, and so its streams, may be another GPU
+            if self.graph is None:
+                self.capture()
+            self.graph.replay()
         return self.logits.clone()  # the next replay overwrites them
+
+    def capture(self) -> None:
+        # Kernels set things up at their first calls, which must not be recorded: warm up on the side stream first.
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(3):  # the same column each time
+                forward_cached(self.model, self.idx, self.cache)
+        current.wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=side):  # torch's own is on the GPU of the process's first graph
+            self.logits = forward_cached(self.model, self.idx, self.cache)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,6 +270,7 @@ def stream(
     seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
     for mask, row in zip(seen, rows):
         mask[row] = True
+    graphed = isinstance(model.lm_head, PackedLinear) and device.type == "cuda" and max_new_tokens >= GRAPH_FROM
     cache, was_training = None, model.training
     model.eval()
     try:
@@ -295,9 +279,10 @@ def stream(
             # Positions are learned, so once the window slides every cached key stands at a wrong position.
             if cache is None or cache.length == block_size:
                 cache, logits = prefill(model, [row[-block_size:] for row in rows], max_new_tokens)
-                decode_one_token = decoder(model, cache, len(rows), max_new_tokens)
+                graph = TokenGraph(model, cache) if graphed else None
             else:
-                logits = decode_one_token(torch.tensor([row[-1:] for row in rows]).to(device))  # (B, V)
+                idx = torch.tensor([row[-1:] for row in rows], device=device)
+                logits = graph(idx) if graph else forward_cached(model, idx, cache)  # (B, V)
             logits = logits.float()
             if logits.isnan().any():
                 raise ValueError("the model's logits are NaN: it is damaged, or its training diverged")
@@ -323,21 +308,10 @@ def prefill(model: GPT, rows: list[list[int]], max_new_tokens: int) -> tuple[KVC
     idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)  # (B, longest)
     pad = torch.tensor([longest - len(row) for row in rows])
     # With a single query in bf16, a CPU's fused attention takes three times as long over bf16 keys as over float32.
-    dtype = torch.float32 if is_packed(model) and device.type == "cpu" else None
+    dtype = torch.float32 if isinstance(model.lm_head, PackedLinear) and device.type == "cpu" else None
     capacity = min(model.config.block_size, longest + max_new_tokens)
     cache = KVCache(model.config.n_layer, capacity, pad.to(device) if pad.any() else None, dtype)
     return cache, forward_cached(model, idx, cache)
-
-
-def decoder(model: GPT, cache: KVCache, B: int, max_new_tokens: int):
-    """The function from each row's next token (B, 1) to logits (B, V)."""
-    if is_packed(model) and model.transformer.wte.weight.is_cuda and max_new_tokens >= GRAPH_FROM:
-        return TokenGraph(model, cache, B)
-    return functools.partial(forward_cached, model, cache=cache)
-
-
-def is_packed(model: GPT) -> bool:
-    return isinstance(model.lm_head, PackedLinear)
 
 
 def generate(model: GPT, prompts, max_new_tokens: int, **options) -> list[list[int]]:

@@ -27,13 +27,11 @@ OpenAI's weights in this style (Karpathy, build-nanogpt), n = 10,042:
 
 import argparse
 import functools
+import hashlib
 import http.client
-import itertools
 import json
 import math
 import os
-import secrets
-import shutil
 import sys
 import time
 import urllib.request
@@ -53,10 +51,11 @@ from pretrained import resolve
 from runtime import Runtime
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
-SHA256 = {"val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"}
+SHA256 = {
+    "val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",  # 12 MB
+    "train": "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d",  # 47 MB
+}
 FOLDER = Path("shards/hellaswag")  # where the tasks are kept
-WAITS = (2, 10)  # seconds before a download is tried again
-
 PUBLISHED = {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)}  # acc, acc_norm
 BATCH_TOKENS = 8192  # tokens in one forward pass
 LOGIT_ROWS = 256  # how many predictions are over the whole vocabulary at once: 50 MB in float32
@@ -86,56 +85,44 @@ class Rendered:
 
 
 def examples(path: str | Path | None = None, limit: int = 0, split: str = "val") -> list[Example]:
-    """The tasks of a file, or of the official one, which is fetched once; only the first `limit` unless it is 0.
-
-    ValueError if a line is not a task.
-    """
-    path = Path(path or fetch(split))
-    with open(path, encoding="utf-8", errors="replace") as file:
-        numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        found = [read_example(line, f"{path}, line {n}") for n, line in itertools.islice(numbered, limit or None)]
-    if not found:
+    """The tasks of a file (None: the official one), the first `limit` or all. ValueError for a line that is not one."""
+    path, tasks = Path(path or fetch(split)), []
+    lines = enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1)
+    for number, line in [(number, line) for number, line in lines if line.strip()][: limit or None]:
+        try:
+            record = json.loads(line)
+            task = Example(record["ctx"], tuple(record["endings"]), int(record["label"]))  # "3" in some copies
+            texts = all(isinstance(text, str) for text in (task.context, *task.endings))
+            if not texts or len(task.endings) != 4 or not 0 <= task.label < 4:
+                raise ValueError("ctx must be a string, endings four strings, label 0 to 3")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}, line {number}: not a HellaSwag task ({reason})") from None
+        tasks.append(task)
+    if not tasks:
         raise ValueError(f"{path}: no tasks in it; it should have one JSON object a line")
-    return found
+    return tasks
 
 
-def read_example(line: str, where: str) -> Example:
-    try:
-        record = json.loads(line)
-        context, endings, label = record["ctx"], tuple(record["endings"]), int(record["label"])  # "3" in some copies
-        texts = all(isinstance(text, str) for text in (context, *endings))
-        if not texts or len(endings) != 4 or not 0 <= label < 4:
-            raise ValueError("ctx must be a string, endings four strings, label 0 to 3")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{where}: not a HellaSwag task ({type(error).__name__}: {error})") from None
-    return Example(context, endings, label)
-
-
-def fetch(split: str = "val") -> Path:
+def fetch(split: str) -> Path:
     """The official file, downloaded if it is not here yet. ValueError if that fails three times."""
     path, url = FOLDER / f"hellaswag_{split}.jsonl", URL.format(split=split)
     if path.is_file():
         return path
     FOLDER.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{secrets.token_hex(4)}.part")  # no two processes write to the same file
-    for wait in (*WAITS, None):
+    for attempt in range(3):
+        time.sleep(5 * attempt)
         try:
-            with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
-                shutil.copyfileobj(answer, file)
-                if answer.length:
-                    raise ConnectionError(f"the connection broke off {answer.length:,} bytes before the end")
-            digest = data.sha256(part)
-            if SHA256.get(split, digest) != digest:
-                raise ConnectionError("the SHA-256 of what arrived is not that of the official file")
-            os.replace(part, path)
-            return path
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            part.unlink(missing_ok=True)
-            if wait is None:
-                raise ValueError(
-                    f"HellaSwag could not be fetched from {url} ({error}); without network, copy the file to {path}"
-                ) from None
-            time.sleep(wait)
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                content = answer.read()
+            if hashlib.sha256(content).hexdigest() != SHA256[split]:
+                raise OSError("the SHA-256 of what arrived is not that of the official file")
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_bytes(content)
+            return part.replace(path)
+        except (OSError, http.client.HTTPException) as error:
+            reason = error
+    raise ValueError(f"HellaSwag could not be fetched from {url} ({reason}); copy the file to {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,29 +160,25 @@ def batches_of(rendered: list[Rendered], batch_tokens: int) -> list[list[int]]:
 
 
 def lay_out(rendered: list[Rendered]) -> tuple[np.ndarray, ...]:
-    """A batch as arrays: ids, positions and parts (B, T); and one row for each token of an ending, (N) each.
+    """A batch as int64 arrays: ids, positions and parts (B, T); and for each token of an ending, in order, (N) each:
 
-    part is 0 in the context and behind the end, else 1 + the number of the ending. The rows: where in the flattened
-    (B T) the token is predicted, the token, and 4 b + the number of the ending it belongs to (4: for four endings).
+    where in the flattened (B T) it is predicted, and the token. A part is 0, or 1 + the number of the ending.
     """
     B, T = len(rendered), max(map(len, rendered))
     idx, position, part = np.zeros((3, B, T), dtype=np.int64)
-    predicted_at, targets, owners = [], [], []
+    predicted_at, targets = [], []
     for b, task in enumerate(rendered):
-        n = len(task.context)
+        n = column = len(task.context)
         idx[b, :n], position[b, :n] = task.context, np.arange(n)
-        column = n
-        for number, ending in enumerate(task.endings):
+        for number, ending in enumerate(task.endings, 1):
             end = column + len(ending) - 1
-            idx[b, column:end], part[b, column:end] = ending[:-1], number + 1
-            position[b, column:end] = n + np.arange(len(ending) - 1)
+            idx[b, column:end], part[b, column:end] = ending[:-1], number
+            position[b, column:end] = np.arange(n, n + len(ending) - 1)
             # The context's last token predicts the first of each ending.
             predicted_at += [b * T + n - 1, *range(b * T + column, b * T + end)]
             targets.append(ending)
-            owners += [b * len(task.endings) + number] * len(ending)
             column = end
-        part[b, column:] = -1
-    return idx, position, part, np.array(predicted_at), np.concatenate(targets).astype(np.int64), np.array(owners)
+    return idx, position, part, np.array(predicted_at), np.concatenate(targets).astype(np.int64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,12 +188,9 @@ def lay_out(rendered: list[Rendered]) -> tuple[np.ndarray, ...]:
 @torch.no_grad()
 def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.ndarray:
     """The summed loss, in nats, of each ending of each task: (B, 4). ValueError if they are not numbers."""
-    idx, position, part, predicted_at, targets, owners = lay_out(rendered)
-    idx, position, part, predicted_at, targets = (
-        torch.from_numpy(array).to(machine.device) for array in (idx, position, part, predicted_at, targets)
-    )
-    T = idx.size(1)
-    before = torch.ones(T, T, dtype=torch.bool, device=machine.device).tril()
+    arrays = (torch.from_numpy(array).to(machine.device) for array in lay_out(rendered))
+    idx, position, part, predicted_at, targets = arrays
+    before = torch.ones(idx.size(1), idx.size(1), dtype=torch.bool, device=machine.device).tril()
     same = part[:, :, None] == part[:, None, :]
     mask = before & (same | (part[:, None, :] == 0))  # (B, T, T): what came before in its own part, or in the context
     with machine.autocast():
@@ -219,32 +199,15 @@ def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.
             F.cross_entropy(model.logits(some).float(), target, reduction="none")
             for some, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
         ]
-    losses = torch.cat(losses).cpu().double().numpy()  # (N)
-    sums = np.bincount(owners, weights=losses).reshape(len(rendered), -1)
-    # Equal endings are a tie, and must not be told apart by a rounding that depends on where they lie in the row.
-    for row, task in zip(sums, rendered):
-        first = {}
-        row[:] = [row[first.setdefault(ending.tobytes(), i)] for i, ending in enumerate(task.endings)]
+    of_endings = torch.cat(losses).cpu().double().split([len(ending) for task in rendered for ending in task.endings])
+    sums = torch.stack([of_one.sum() for of_one in of_endings]).view(len(rendered), -1).numpy()
     if not np.isfinite(sums).all():
         raise ValueError("the model's losses are not numbers: it is damaged, or its training diverged")
     return sums
 
 
-def score(sums: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Summed losses (B, 4) and numbers of tokens (B, 4) of the endings -> predictions by sum and by mean, (B) each.
-
-    Of equals the first is taken.
-    """
-    return sums.argmin(axis=1), (sums / lengths).argmin(axis=1)
-
-
 def evaluate(
-    model: GPT,
-    tokenizer: data.Tokenizer,
-    machine: Runtime,
-    tasks: list[Example],
-    batch_tokens: int = BATCH_TOKENS,
-    show_progress: bool = False,
+    model: GPT, tokenizer, machine: Runtime, tasks: list[Example], batch_tokens=BATCH_TOKENS, show_progress=False
 ) -> dict:
     """{"n", "acc", "acc_norm", ...} over the tasks. Each rank scores a share of them; all get the result.
 
@@ -254,48 +217,32 @@ def evaluate(
 
     rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
     batches = batches_of(rendered, batch_tokens)[machine.rank :: machine.world_size]
-    counts = torch.zeros(3, device=machine.device)  # tasks, right by sum, right by mean
+    right = torch.zeros(2)  # tasks that the lowest sum and the lowest mean get right
     was_training = model.training
     model.eval()
     for batch in tqdm(batches, unit="batch", disable=None if show_progress else True, dynamic_ncols=True):
-        some = [rendered[i] for i in batch]
-        sums = ending_losses(model, some, machine)
-        by_sum, by_mean = score(sums, np.array([[len(ending) for ending in task.endings] for task in some]))
+        sums = ending_losses(model, [rendered[i] for i in batch], machine)  # (B, 4)
+        lengths = np.array([[len(ending) for ending in rendered[i].endings] for i in batch])
         labels = np.array([tasks[i].label for i in batch])
-        counts += torch.tensor([len(batch), (by_sum == labels).sum(), (by_mean == labels).sum()], device=machine.device)
+        chosen = np.stack([sums.argmin(axis=1), (sums / lengths).argmin(axis=1)])  # (2, B); of equals, the first
+        right += torch.from_numpy((chosen == labels).sum(axis=1))
     model.train(was_training)
-    n, right, right_norm = (int(count) for count in machine.sum(counts).tolist())
-    acc, acc_norm = right / n, right_norm / n
-    return {
-        "n": n,
-        "acc": acc,
-        "acc_norm": acc_norm,
-        "acc_stderr": math.sqrt(acc * (1 - acc) / n),
-        "acc_norm_stderr": math.sqrt(acc_norm * (1 - acc_norm) / n),
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
+    n = len(tasks)
+    acc, acc_norm = (count / n for count in machine.sum(right.to(machine.device)).tolist())
+    stderr, stderr_norm = (math.sqrt(p * (1 - p) / n) for p in (acc, acc_norm))
+    return {"n": n, "acc": acc, "acc_norm": acc_norm, "acc_stderr": stderr, "acc_norm_stderr": stderr_norm}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="hellaswag.py",
-        description="Score a GPT-2 on HellaSwag, completion style.",
-    )
+    about = "Score a GPT-2 on HellaSwag, completion style."
+    parser = argparse.ArgumentParser(prog="hellaswag.py", description=about)
     add = parser.add_argument
     add("--model", default="gpt2", help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: %(default)s)")
     add("--data", metavar="FILE", help="tasks, one JSON object a line (none: the official ones, fetched once)")
     add("--split", choices=["val", "train"], default="val", help="which of the official files (default: %(default)s)")
     add("--limit", type=int, default=0, metavar="N", help="only the first N tasks; 0 is all (default: %(default)s)")
-    add(
-        "--batch_tokens",
-        type=int,
-        default=BATCH_TOKENS,
-        metavar="N",
-        help="tokens in one forward pass, as memory allows (default: %(default)s)",
-    )
+    about = "tokens in one forward pass, as memory allows (default: %(default)s)"
+    add("--batch_tokens", type=int, default=BATCH_TOKENS, metavar="N", help=about)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of sentences")
@@ -305,12 +252,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def hellaswag(arguments: argparse.Namespace) -> None:
+def in_words(result: dict, published: tuple[float, float] | None) -> str:
+    lines = [f"HellaSwag, completion style, {result['n']:,} tasks:"]
+    for i, (name, what) in enumerate([("acc", "lowest sum"), ("acc_norm", "lowest mean a token")]):
+        beside = f"   published: {published[i]:.4f}" if published else ""
+        lines.append(f"  {name:9}{result[name]:.4f} +- {result[name + '_stderr']:.4f}  ({what}){beside}")
+    return "\n".join([*lines, f"  {result['n'] / result['seconds']:.1f} tasks/s"])
+
+
+@configurator.command("hellaswag.py")
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     machine = runtime.start(arguments.device)
-    if machine.is_main:
-        examples(arguments.data, arguments.limit, arguments.split)  # one process fetches, and the others wait
-    machine.barrier()
-    tasks = examples(arguments.data, arguments.limit, arguments.split)
+    tasks = machine.broadcast(machine.is_main and examples(arguments.data, arguments.limit, arguments.split))
     source = resolve(arguments.model)
     model = GPT.from_pretrained(source)
     n_parameters = model.num_params()
@@ -319,12 +273,14 @@ def hellaswag(arguments: argparse.Namespace) -> None:
     if machine.is_main:
         print(f"model: {source}, {n_parameters:,} parameters; {machine.note}; {note}", file=sys.stderr)
     start = time.perf_counter()
-    result = evaluate(model, tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main)
-    seconds = time.perf_counter() - start
+    try:
+        result = evaluate(model, tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of memory; set --batch_tokens={arguments.batch_tokens // 2 or 1}") from None
+    result = {"model": str(source), "style": "completion"} | result | {"seconds": time.perf_counter() - start}
     if machine.is_main:
-        result = {"model": str(source), "style": "completion"} | result | {"seconds": seconds}
-        official = not arguments.data and arguments.split == "val" and not arguments.limit
-        published = PUBLISHED.get(arguments.model, (None, None)) if official else (None, None)
+        official = (arguments.data, arguments.split, arguments.limit) == (None, "val", 0)
+        published = PUBLISHED.get(arguments.model) if official else None
         print(json.dumps(result) if arguments.json else in_words(result, published))
     machine.close()
     if machine.world_size > 1:
@@ -332,23 +288,6 @@ def hellaswag(arguments: argparse.Namespace) -> None:
         # and torchrun would report a failure of work that is done.
         sys.stdout.flush()
         os._exit(0)
-
-
-def in_words(result: dict, published: tuple[float | None, float | None]) -> str:
-    lines = [f"HellaSwag, completion style, {result['n']:,} tasks:"]
-    for name, figure, what in zip(("acc", "acc_norm"), published, ("lowest sum", "lowest mean a token")):
-        beside = f"   published: {figure:.4f}" if figure else ""
-        lines.append(f"  {name:9}{result[name]:.4f} +- {result[name + '_stderr']:.4f}  ({what}){beside}")
-    return "\n".join([*lines, f"  {result['n'] / result['seconds']:.1f} tasks/s"])
-
-
-@configurator.command("hellaswag.py")
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    try:
-        hellaswag(arguments)
-    except torch.OutOfMemoryError:
-        raise ValueError(f"out of memory; set --batch_tokens={arguments.batch_tokens // 2 or 1}") from None
 
 
 if __name__ == "__main__":

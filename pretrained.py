@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import torch
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-SHAPE = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+# The sizes of a model: GPTConfig's names -> config.json's
+SHAPE = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
 
 # What config.json may say otherwise and model.py does not do.
 ONLY = {
@@ -56,31 +56,25 @@ def locate(name: str | Path) -> Path:
         return fetch(f"openai-community/{name}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir():
         return fetch(str(name))
-    runs = ", ".join(sorted(str(folder) for folder in path.parent.glob("*") if checkpoints(folder)))
-    runs = runs or ", ".join(sorted(str(folder) for folder in Path("out").glob("*") if checkpoints(folder)))
-    raise ValueError(
-        f"{name}: no such model; name gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id such as user/model, or a folder"
-        + (f" (there are {runs})" if runs else "")
-    )
+    beside = {*path.parent.glob("*"), *Path("out").glob("*")}
+    runs = ", ".join(sorted(str(folder) for folder in beside if checkpoints(folder))) or "no runs"
+    sizes = "gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    raise ValueError(f"{name}: no such model; name {sizes}, a hub id such as user/model, or a folder (here are {runs})")
 
 
 def fetch(repo: str) -> Path:
     """A model of the hub as a folder in the hub's cache: its safetensors or, where it has none, its pickled weights."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
-        for suffix in ("safetensors", "bin"):
-            patterns = ["config.json", f"*.{suffix}", f"*.{suffix}.index.json"]
-            folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns="*/*"))
-            if any((folder / file).exists() for file in WEIGHTS):
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            folder = Path(snapshot_download(repo, allow_patterns=["config.json", weights], ignore_patterns="*/*"))
+            if any(folder.glob(weights)):
                 break
-        return folder
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{repo}: not a folder here, and not fetched from the Hugging Face hub ({type(error).__name__}: {reason})"
-        ) from None
+    except (OSError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise ValueError(f"{repo}: not a folder here, and not fetched from the Hugging Face hub ({reason})") from None
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,12 +87,8 @@ def read(name: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises ValueError when files are missing, damaged, or not those of a GPT-2.
     """
     path = locate(name)
-    if path.is_file():
-        shape, state = read_nanogpt(path)
-        transposed = False
-    else:
-        shape, state = read_config(path / "config.json"), read_folder(path)
-        transposed = True
+    is_folder = path.is_dir()
+    shape, state = (read_config(path / "config.json"), read_folder(path)) if is_folder else read_nanogpt(path)
     if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
         raise ValueError(f"{path}: not a table of names and tensors")
 
@@ -108,7 +98,7 @@ def read(name: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     head, embedding = state.pop("lm_head.weight", None), state.get("transformer.wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise ValueError(f"{path}: lm_head differs from the token embedding; GPT-2 shares one matrix for both")
-    if transposed:
+    if is_folder:
         state = {n: t.t() if is_conv1d(n) else t for n, t in state.items()}
     check(shape, state, path)
     return shape, state
@@ -121,12 +111,9 @@ def check(shape: dict, state: dict[str, torch.Tensor], path: Path) -> None:
         raise ValueError(f"{path}: n_layer is {shape['n_layer']}, but the file has the tensors of {len(layers)} layers")
     expected = parameter_shapes(shape)
     for name, size in expected.items():
-        if name not in state:
-            raise ValueError(f"{path}: the tensor {name} is missing; is it a whole GPT-2 checkpoint?")
-        if tuple(state[name].shape) != size:
-            raise ValueError(
-                f"{path}: {name} has the shape {tuple(state[name].shape)}, but config.json makes it {size}"
-            )
+        found = tuple(state[name].shape) if name in state else "missing"
+        if found != size:
+            raise ValueError(f"{path}: {name} is {found}, but a GPT-2 of this config has it with the shape {size}")
     extra = [n for n, t in state.items() if n not in expected and (shape["bias"] or not n.endswith("bias") or t.any())]
     if extra:
         raise ValueError(f"{path}: {extra[0]} has no place in a GPT-2 ({len(extra)} such tensors)")
@@ -135,16 +122,15 @@ def check(shape: dict, state: dict[str, torch.Tensor], path: Path) -> None:
 def parameter_shapes(shape: dict) -> dict[str, tuple[int, ...]]:
     """Every parameter's name -> its shape in nn.Linear's orientation."""
     V, T, n_layer, _, C = (shape[name] for name in SHAPE)
-    shapes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C), "transformer.ln_f.weight": (C,)}
+    shapes = {"transformer.ln_f.weight": (C,)}
     for layer in range(n_layer):
         block = f"transformer.h.{layer}."
         shapes |= {f"{block}{norm}.weight": (C,) for norm in ("ln_1", "ln_2")}
         shapes |= {f"{block}attn.c_attn.weight": (3 * C, C), f"{block}attn.c_proj.weight": (C, C)}
         shapes |= {f"{block}mlp.c_fc.weight": (4 * C, C), f"{block}mlp.c_proj.weight": (C, 4 * C)}
     if shape["bias"]:
-        with_bias = {name: size for name, size in shapes.items() if "wte" not in name and "wpe" not in name}
-        shapes |= {name.removesuffix("weight") + "bias": size[:1] for name, size in with_bias.items()}
-    return shapes
+        shapes |= {name.removesuffix("weight") + "bias": size[:1] for name, size in shapes.items()}
+    return shapes | {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C)}
 
 
 def read_config(file: Path) -> dict:
@@ -153,31 +139,25 @@ def read_config(file: Path) -> dict:
         raise ValueError(f"{file.parent}: no config.json in this folder; a checkpoint has it beside model.safetensors")
     try:
         hf = json.loads(file.read_text())
-        shape = {name: hf["n_positions" if name == "block_size" else name] for name in SHAPE}
+        shape = {name: hf[theirs] for name, theirs in SHAPE.items()}
         if not all(type(size) is int and size > 0 for size in shape.values()):
             raise TypeError(f"sizes are not positive integers: {shape}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
+    if hf.get("n_inner") == 4 * hf["n_embd"]:
+        hf["n_inner"] = None  # which means the same
     for name, value in ONLY.items():
-        if hf.get(name, value) not in (value, 4 * hf["n_embd"] if name == "n_inner" else value):
+        if hf.get(name, value) != value:
             raise ValueError(f"{file}: {name} is {hf[name]!r}; this model is GPT-2 with {value!r} only")
     return shape | dict(bias=bool(hf.get("bias", True)))
 
 
 def read_folder(folder: Path) -> dict:
-    """All tensors of a folder. Large models come in parts, with a list of which tensor is where."""
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise ValueError(
-            f"{folder}: no {WEIGHTS[0]} in this folder; a checkpoint has config.json and model.safetensors"
-        )
-    if file.suffix != ".json":
-        return read_file(file)
-    try:
-        parts = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a list of parts ({type(error).__name__}: {error})") from None
-    return {name: tensor for part in parts for name, tensor in read_file(folder / part).items()}
+    """All tensors of a folder; those of a large model come in parts, such as model-00001-of-00004.safetensors."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"{folder}: no model.safetensors in this folder; a checkpoint has it beside config.json")
+    return {name: tensor for file in files for name, tensor in read_file(file).items()}
 
 
 def read_file(file: Path) -> dict:
@@ -191,13 +171,11 @@ def read_file(file: Path) -> dict:
         with torch.serialization.safe_globals([(SimpleNamespace, "__main__.GPTConfig")]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        if needs := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{file}: needs the pickled object {needs[1]}; refused, it could run code") from None
-        raise ValueError(
-            f"{file}: not a file of weights, damaged, or half copied ({type(error).__name__}); copy it again"
-        ) from None
+        needs = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"{needs[1]} in it could run code" if needs else f"damaged, or half copied: {type(error).__name__}"
+        raise ValueError(f"{file}: not a file of weights ({reason})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, not a table of tensors")
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not a table of names and tensors")
     return content
 
 
@@ -211,16 +189,13 @@ def read_nanogpt(file: Path) -> tuple[dict, dict]:
         options = dict(content["model_args"] if "model_args" in content else vars(content["config"]))
         shape = {name: options[name] for name in SHAPE} | dict(bias=bool(options.get("bias", True)))
         state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
+        if shape["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
+            shape["vocab_size"] = 50257
+            padded = ("wte.weight", "lm_head.weight")
+            state = {name: tensor[:50257] if name.endswith(padded) else tensor for name, tensor in state.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: not a checkpoint of nanoGPT ({type(error).__name__}: {error}); for weights alone, name their "
-            "folder, with config.json"
-        ) from None
-    if shape["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
-        shape["vocab_size"] = 50257
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            if name in state:
-                state[name] = state[name][:50257]
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: not nanoGPT's ckpt.pt ({reason}); for weights alone, name their folder") from None
     return shape, state
 
 
@@ -238,36 +213,14 @@ def write(folder: str | Path, config, weights: dict[str, torch.Tensor]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.t().contiguous() if is_conv1d(name) else value for name, value in weights.items()}
-    if not config.bias:
-        linears = {name: value for name, value in weights.items() if "wte" not in name and "wpe" not in name}
-        state |= {name.removesuffix("weight") + "bias": torch.zeros(len(value)) for name, value in linears.items()}
-    (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
+    shapes = parameter_shapes(vars(config) | dict(bias=True))
+    state |= {name: torch.zeros(size) for name, size in shapes.items() if name not in state}
+    hf = ONLY | dict(architectures=["GPT2LMHeadModel"], dtype="float32", initializer_range=0.02)
+    hf |= {theirs: getattr(config, name) for name, theirs in SHAPE.items()} | dict(n_ctx=config.block_size)
+    hf |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+    # End of text is the last id in every tokenizer of this project, as in GPT-2's.
+    hf |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
+    hf["bias"] = config.bias  # this project's own: False means that the biases in the file are all zero
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors gives access to the owner only
-
-
-def hf_config(config) -> dict:
-    """GPTConfig -> what transformers expects in config.json."""
-    end_of_text = config.vocab_size - 1  # the last id in every tokenizer of this project, as in GPT-2's
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-        "bias": config.bias,  # this project's own: False means that the biases in the file are all zero
-    }

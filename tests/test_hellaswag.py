@@ -27,9 +27,7 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 
 TASKS = [
     Example("A man is sitting on a roof. he", ("is using wrap.", "rips level tiles off.", "holds a cube.", "x"), 3),
-    Example(
-        "She bends down", ("and", "and", "and lifts the weight over her head, slowly.", "and lets go."), 0
-    ),  # a tie
+    Example("She bends down", ("and", "x", "and lifts the weight over her head, slowly.", "and lets go."), 0),
     Example("[header] Wie man Äpfel schält [title] 漢字 ☃\n", ("naïve", "é", "日本語のテキスト", "…"), 1),
     Example("", ("no context", "at all", "is here", "to go on from"), 2),
     Example("word " * 300, ("a " * 40, "b " * 7, "c", "the end."), 0),  # longer than the window
@@ -72,13 +70,11 @@ def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens):
     model, tokens = toy(tokenizer).eval(), data.get_tokenizer(tokenizer)
     rendered = [hellaswag.render(task, tokens, model.config.block_size) for task in TASKS]
     expected = np.array([plain_losses(model, task, tokens) for task in TASKS])
-    batches = hellaswag.batches_of(rendered, batch_tokens)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(TASKS)))
-    lengths = np.array([[len(ending) for ending in one.endings] for one in rendered])
-    for batch in batches:
+    for batch in hellaswag.batches_of(rendered, batch_tokens):
         sums = hellaswag.ending_losses(model, [rendered[i] for i in batch], CPU)
         np.testing.assert_allclose(sums, expected[batch], rtol=1e-5, atol=1e-4)
     labels = np.array([task.label for task in TASKS])
+    lengths = np.array([[len(ending) for ending in one.endings] for one in rendered])
     right, right_norm = (expected.argmin(1) == labels).sum(), ((expected / lengths).argmin(1) == labels).sum()
     result = hellaswag.evaluate(model, tokens, CPU, TASKS, batch_tokens)
     assert (result["n"], result["acc"], result["acc_norm"]) == (len(TASKS), right / len(TASKS), right_norm / len(TASKS))
@@ -98,32 +94,9 @@ def test_batches_take_each_task_once_and_keep_the_budget(sizes, draw):
         assert len(batch) == 1 or len(batch) * max(len(rendered[i]) for i in batch) <= budget
 
 
-def test_ties_go_to_the_first():
-    by_sum, by_mean = hellaswag.score(np.array([[2.0, 1, 1, 3], [4, 4, 4, 4]]), np.array([[1, 1, 1, 3], [1, 2, 4, 4]]))
-    assert by_sum.tolist() == [1, 0] and by_mean.tolist() == [1, 2]
-
-
-def test_the_right_ending_wins_where_a_model_knows_it():
-    """A model trained on four sentences prefers their endings, by both counts."""
-    tokens = data.get_tokenizer("bytes")
-    pairs = [("one two", "three"), ("red green", "blue!"), ("do re", "mi fa"), ("a b c", "d e f")]
-    tasks = [Example(a, tuple(b for _, b in pairs), label) for label, (a, _) in enumerate(pairs)]
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=257, **TOY_MODEL))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    rows = [torch.from_numpy(tokens.encode(f"{a} {b}").astype(np.int64))[None] for a, b in pairs]
-    for _ in range(40):
-        sum(model(row[:, :-1], row[:, 1:]) for row in rows).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    result = hellaswag.evaluate(model, tokens, CPU, tasks)
-    assert result["acc"] == result["acc_norm"] == 1 and model.training
-
-
 def test_bf16_and_both_attentions_agree():
-    tokens = data.get_tokenizer("gpt2")
     model = toy("gpt2").eval()
-    rendered = [hellaswag.render(task, tokens, 128) for task in TASKS]
+    rendered = [hellaswag.render(task, data.get_tokenizer("gpt2"), 128) for task in TASKS]
     exact = hellaswag.ending_losses(model, rendered, CPU)
     rounded = hellaswag.ending_losses(model, rendered, Runtime(torch.device("cpu"), torch.bfloat16))
     np.testing.assert_allclose(rounded, exact, rtol=0.03)
@@ -133,14 +106,9 @@ def test_bf16_and_both_attentions_agree():
     np.testing.assert_allclose(hellaswag.ending_losses(model, rendered, CPU), exact, rtol=1e-5)
 
 
-def test_the_window_is_never_exceeded():
-    """The longest positions are used, and none beyond."""
-    tokens = data.get_tokenizer("bytes")
-    for task in TASKS:
-        rendered = hellaswag.render(task, tokens, 64)
-        position = hellaswag.lay_out([rendered])[1]
-        assert position.max() <= 63 and len(rendered.context) >= 1
-    assert hellaswag.lay_out([hellaswag.render(TASKS[4], tokens, 64)])[1].max() == 63
+def test_the_window_is_used_and_never_exceeded():
+    rendered = [hellaswag.render(task, data.get_tokenizer("bytes"), 64) for task in TASKS]
+    assert all(len(task.context) >= 1 for task in rendered) and hellaswag.lay_out(rendered)[1].max() == 63
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -161,6 +129,7 @@ def test_tasks_come_back_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
+        ("", "no tasks in it"),
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
         ('{"ctx": "a", "label": 0}', "KeyError: 'endings'"),
@@ -172,39 +141,26 @@ def test_tasks_come_back_from_a_file(tmp_path):
 )
 def test_a_broken_line_is_named(tmp_path, capsys, line, message):
     path = write_tasks(tmp_path / "tasks.jsonl", TASKS[:1])
-    path.write_text(path.read_text() + line + "\n")
+    path.write_text(path.read_text() + line + "\n" if line else "")
     with pytest.raises(SystemExit) as exit_:
         hellaswag.main(["--data", str(path), "--model", "out/none", "--device", "cpu"])
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.startswith(f"hellaswag.py: {path}, line 2: not a") and message in error
-    assert error.count("\n") == 1
-
-
-def test_an_empty_file_is_named(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match=r"empty.jsonl: no tasks in it"):
-        hellaswag.examples(tmp_path / "empty.jsonl")
+    start = f"hellaswag.py: {path}, line 2: not a HellaSwag task" if line else f"hellaswag.py: {path}: "
+    assert exit_.value.code == 2 and error.startswith(start) and message in error and error.count("\n") == 1
 
 
 class Server(BaseHTTPRequestHandler):
     """Serves one file; `trouble` is what goes wrong at each of the next requests."""
 
-    content: bytes
-    trouble: list
-    ranges: list
-
     def do_GET(self):
-        self.ranges.append(self.headers.get("Range"))
+        type(self).asked += 1
         wrong = self.trouble.pop(0) if self.trouble else ""
         if isinstance(wrong, int):
-            self.send_error(wrong)
-            return
-        first = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
-        body = self.content[first:]
-        self.send_response(206 if first else 200)
-        self.send_header("Content-Length", str(len(body)))
+            return self.send_error(wrong)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if wrong == "drop" else body[::-1] if wrong == "corrupt" else body)
+        self.wfile.write(self.content[:99] if wrong == "drop" else self.content[:: -1 if wrong == "corrupt" else 1])
 
     def log_message(self, *_):
         pass
@@ -213,34 +169,31 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     content = write_tasks(tmp_path / "source.jsonl").read_bytes()
-    handler = type("ThisServer", (Server,), dict(content=content, trouble=[], ranges=[]))
+    handler = type("ThisServer", (Server,), dict(content=content, trouble=[], asked=0))
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{http.server_address[1]}/hellaswag_{{split}}.jsonl")
     monkeypatch.setattr(hellaswag, "SHA256", {"val": data.sha256(tmp_path / "source.jsonl")})
     monkeypatch.setattr(hellaswag, "FOLDER", tmp_path / "kept")
-    monkeypatch.setattr(hellaswag, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
     yield handler
     http.shutdown()
     http.server_close()
 
 
-@pytest.mark.parametrize(
-    "trouble", [[], ["drop"], ["drop", 503, "drop"], ["corrupt", 429], ["drop", "corrupt"]], ids=str
-)
+@pytest.mark.parametrize("trouble", [[], ["drop", 503], ["corrupt", 429]], ids=str)
 def test_the_file_is_fetched_once(server, trouble):
     server.trouble += trouble
     assert hellaswag.examples() == TASKS
-    asked = len(server.ranges)
-    assert hellaswag.examples(limit=5) == TASKS[:5] and len(server.ranges) == asked == len(trouble) + 1
+    assert hellaswag.examples(limit=5) == TASKS[:5] and server.asked == len(trouble) + 1
 
 
-@pytest.mark.parametrize("wrong, message", [(404, "404"), ("corrupt", "SHA-256"), ("drop", "the connection broke off")])
+@pytest.mark.parametrize("wrong, message", [(404, "404"), ("corrupt", "SHA-256"), ("drop", "IncompleteRead")])
 def test_what_cannot_be_fetched_is_one_line(server, wrong, message):
-    server.trouble += [wrong] * 9
+    server.trouble += [wrong] * 3
     with pytest.raises(ValueError, match=f"HellaSwag could not be fetched from http.*{message}.*copy the file to"):
         hellaswag.examples()
-    assert not list(hellaswag.FOLDER.glob("*.jsonl"))
+    assert not list(hellaswag.FOLDER.iterdir())
 
 
 # ---- The command, and a run ------------------------------------------------------------------------------------------
@@ -252,23 +205,23 @@ def folder(tmp_path) -> str:
     return str(tmp_path / "toy")
 
 
-def test_the_command(folder, tmp_path, capsys):
+def test_the_command(folder, tmp_path, capsys, monkeypatch):
     path = write_tasks(tmp_path / "tasks.jsonl")
-    arguments = ["--model", folder, "--data", str(path), "--device", "cpu", "--dtype", "fp32"]
-    hellaswag.main([*arguments, "--json"])
+    arguments = ["--model", folder, "--device", "cpu", "--dtype", "fp32"]
+    hellaswag.main([*arguments, "--data", str(path), "--json"])
     result = json.loads(capsys.readouterr().out)
     expected = hellaswag.evaluate(toy("bytes"), data.get_tokenizer("bytes"), CPU, TASKS)
     assert result["style"] == "completion" and expected.items() <= result.items()
-    hellaswag.main([*arguments, "--limit", "8"])
+    # Published figures stand beside those of the official tasks, if all of them were scored.
+    monkeypatch.setattr(hellaswag, "PUBLISHED", {folder: (0.2859, 0.2955)})
+    monkeypatch.setattr(hellaswag, "fetch", lambda split: path)
+    hellaswag.main(arguments)
     out = capsys.readouterr().out
-    assert "HellaSwag, completion style, 8 tasks" in out and "tasks/s" in out and "+-" in out
-
-
-def test_published_figures_stand_beside():
-    result = dict(n=10_042, acc=0.2859, acc_norm=0.2955, acc_stderr=0.0045, acc_norm_stderr=0.0046, seconds=1.0)
-    words = hellaswag.in_words(result, hellaswag.PUBLISHED["gpt2"])
-    assert "acc_norm 0.2955 +- 0.0046  (lowest mean a token)   published: 0.2955" in words
-    assert "published" not in hellaswag.in_words(result, (None, None))
+    assert f"acc_norm {result['acc_norm']:.4f} +- {result['acc_norm_stderr']:.4f}  (lowest mean a token)" in out
+    assert "HellaSwag, completion style, 36 tasks" in out and "published: 0.2955" in out and "tasks/s" in out
+    for partly in (["--limit", "8"], ["--data", str(path)], ["--split", "train"]):
+        hellaswag.main([*arguments, *partly])
+        assert "published" not in capsys.readouterr().out
 
 
 def test_a_model_without_numbers_has_no_score():
