@@ -19,7 +19,7 @@ import torch
 
 import data
 import pretrained
-import report
+import run
 from model import GPT, GPTConfig
 from pretrained import checkpoints
 
@@ -42,7 +42,7 @@ def choose(config, restarts: int, say: Callable[[str], None]) -> Path | None:
     """
     out_dir, found = Path(config.out_dir), None
     # A process that torchrun restarts resumes the run that its job has begun; --resume was meant for the first start.
-    begun = [record["job"] for record in report.of_kind(report.read_metrics(out_dir / "metrics.jsonl"), "run")][-1:]
+    begun = [record["job"] for record in run.of_kind(run.read_metrics(out_dir / "metrics.jsonl"), "run")][-1:]
     if config.resume == "auto" or (restarts and begun == [os.environ.get("TORCHELASTIC_RUN_ID")]):
         found = newest_whole(out_dir, say)
     if found is None and config.resume not in ("auto", "never"):
@@ -190,7 +190,7 @@ class Saver(contextlib.AbstractContextManager):
             data.save_tokenizer(tokenizer, aside, config.block_size)
             torch.save(memory, aside / "train_state.pt")
             try:
-                card = report.card(self.out_dir, state["step"])
+                card = run.card(self.out_dir, state["step"])
             except Exception as error:  # no card is worth a checkpoint
                 card = f"Step {state['step']:,}. The card could not be made: {type(error).__name__}: {error}\n"
             (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")

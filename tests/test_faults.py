@@ -22,7 +22,7 @@ from conftest import clean_environment, flags, losses, metrics, toy_config, weig
 import checkpoint
 import train
 from pretrained import checkpoints
-from report import read_metrics
+from run import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
