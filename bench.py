@@ -39,10 +39,10 @@ import generate
 import hellaswag
 import model as gpt
 import prepare
-import report
 import runtime
 import train
 from model import GPT, SIZES, GPTConfig
+from run import read_metrics
 from runtime import Runtime
 
 
@@ -268,7 +268,7 @@ def steps_of_train(arguments: argparse.Namespace, folder: Path, accumulate: int 
         reason = f"train.py ended with {run.returncode}: {(run.stderr.splitlines() or ['?'])[-1]}"
         out_of_memory = run.returncode == -9 or "out of memory" in run.stderr  # -9: the kernel killed it
         raise (torch.OutOfMemoryError if out_of_memory else ValueError)(reason)
-    records = report.read_metrics(folder / "run" / "metrics.jsonl")
+    records = read_metrics(folder / "run" / "metrics.jsonl")
     timed = [record for record in records if record["kind"] == "train"][1:]
     ms = statistics.median(record["ms"] for record in timed)
     flops = records[0]["flops_per_token"] * B * T * accumulate / (ms / 1000)

@@ -1,11 +1,9 @@
 """Pictures of runs, and of what a model has learned about positions and tokens.
 
-    python plot.py out/quickstart                        its curves, from metrics.jsonl, also while the run is going
-    python plot.py out/gpt2_124M out/wsd --out pictures  several runs in the same pictures
-    python plot.py --report out/quickstart               its curves and report.md
-    python plot.py --weights out/quickstart              the embeddings of its newest checkpoint; also: gpt2
-
-Pictures are readable on white and on GitHub's dark page. Curves are written as .svg and .png, embeddings as .png.
+python plot.py out/quickstart                        its curves, from metrics.jsonl, also while the run is going
+python plot.py out/gpt2_124M out/wsd --out pictures  several runs in the same pictures
+python plot.py --report out/quickstart               its curves and report.md
+python plot.py --weights out/quickstart              the embeddings of its newest checkpoint; also: gpt2
 """
 
 import argparse
@@ -16,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 import configurator
-import report
+from run import GPT2_HELLASWAG, of_kind, read_metrics, report, tokens_seen, updates
 
-# Published results. Only losses over the same tokenizer and the same kind of text can be compared.
 GPT2_LOSS = 3.292  # OpenAI's 124M on the FineWeb-Edu validation set, from build-nanogpt
 GPT3_HELLASWAG = 0.337  # acc_norm of GPT-3 124M, from the GPT-3 paper
 # Validation loss of llm.c's GPT-2 124M on FineWeb: tokens seen (524,288 a step) and losses
@@ -28,8 +25,8 @@ HOW_TO_READ = "Trained: smooth curves, a band along the diagonal, groups of toke
 
 # Four colours of the Okabe-Ito palette, which is safe for colour-blind readers. Their contrast with white and with
 # GitHub's dark page is at least 3; the grey, for text, has 4.3 with both.
-COLOURS, LINE_STYLES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), ("-", "--", ":")
-GREY = "#737b86"
+COLOURS, GREY = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), "#737b86"
+LOOKS = [dict(color=colour, ls=style, lw=1.4) for style in ("-", "--", ":") for colour in COLOURS]  # of twelve runs
 STYLE = {
     **{f"{what}color": GREY for what in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.", "grid.")},
     **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
@@ -38,48 +35,42 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.grid": True,
     "grid.alpha": 0.2,
-    "svg.fonttype": "path",  # text as outlines: it looks the same with any fonts
     "svg.hashsalt": "plot.py",  # the same element ids each time
 }
 
 
 class Run(NamedTuple):
     name: str
+    look: dict  # of its lines
     records: list[dict]
-    gpt2_tokens: bool  # its HellaSwag score can be compared with published ones
-    fineweb: bool  # its loss, too
+    fineweb: bool  # its loss can be compared with published ones: GPT-2's tokens, and FineWeb's text
 
     def curve(self, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens seen (n) and values (n), by rising step; NaN for null. The last record of a step counts."""
-        values = {r["step"]: r[key] for r in self.records if r["kind"] == kind and key in r}
-        steps = np.array(sorted(values), dtype=float)
-        # A train record is written after the update of its step, the other records before it.
-        tokens = report.tokens_seen(self.records, steps + (kind == "train"))
-        return tokens, np.array([values[step] for step in steps], dtype=float)
+        """Tokens seen (n) and values (n); NaN for null."""
+        records = of_kind(self.records, kind)
+        tokens = tokens_seen(self.records, np.array([updates(record) for record in records]))
+        return tokens, np.array([record[key] for record in records], dtype=float)
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """The run in this folder; ValueError if there is nothing to draw."""
-    if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl here; name the folder of a run, as in plot.py out/quickstart")
-    records = report.read_metrics(folder / "metrics.jsonl")
-    started = report.last_run(records)
-    if not started:
-        raise ValueError(f"{folder}/metrics.jsonl: no record of kind run, which has the batch size; is line 1 lost?")
-    if not report.of_kind(records, "train", "loss"):
-        raise ValueError(f"{folder}: no training loss was logged yet (--log_every of train.py sets how often it is)")
-    gpt2_tokens = started.get("tokenizer") == "gpt2"
-    text = f"{started['settings'].get('data_dir')} {started.get('data')}".lower()
-    return Run(name, records, gpt2_tokens, gpt2_tokens and "fineweb" in text)
+def read_runs(folders: list[Path]) -> list[Run]:
+    """The runs in these folders; ValueError if one has nothing to draw."""
+    names, runs = [folder.resolve().name for folder in folders], []
+    for i, folder in enumerate(folders):
+        records = read_metrics(folder / "metrics.jsonl")
+        if not (of_kind(records, "run") and of_kind(records, "train", "loss")):
+            raise ValueError(f"{folder}: no training loss in a metrics.jsonl here; name a run, as in out/quickstart")
+        started = of_kind(records, "run")[-1]
+        text = f"{started['settings']['data_dir']} {started['data']}".lower()
+        name = names[i] if len(set(names)) == len(names) else str(folder)
+        fineweb = started["tokenizer"] == "gpt2" and "fineweb" in text
+        runs.append(Run(name, LOOKS[i % len(LOOKS)], records, fineweb))
+    return runs
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and its neighbours without NaN (n): 1 %, at least 5, on both sides. NaN stays NaN.
-
-    There are fewer neighbours at the beginning, where a wide mean of a falling loss would be too high.
-    """
+    """The mean of each value and its neighbours without NaN (n): 1 %, at least 5, on both sides. NaN stays NaN."""
     n, finite, index = len(values), np.isfinite(values), np.arange(len(values))
-    reach = np.minimum(max(5, n // 100), index // 4)
+    reach = np.minimum(max(5, n // 100), index // 4)  # at the beginning, a wide mean of a falling loss is too high
     first, end = index - reach, np.minimum(index + reach + 1, n)
     sums, counts = np.cumsum([0, *np.where(finite, values, 0)]), np.cumsum([0, *finite])
     return np.where(finite, (sums[end] - sums[first]) / np.maximum(counts[end] - counts[first], 1), math.nan)
@@ -89,17 +80,16 @@ def loss_figure(runs: list[Run]):
     """Training and validation loss against tokens, and HellaSwag below if a run has it."""
     from matplotlib.figure import Figure
 
-    scored = any(report.of_kind(run.records, "hellaswag", "acc_norm") for run in runs)
+    scored = any(of_kind(run.records, "hellaswag") for run in runs)
     figure = Figure(figsize=(8, 6.2 if scored else 4.2), layout="constrained")
     rows = figure.subplots(1 + scored, sharex=True, squeeze=False, height_ratios=[5, 3][: 1 + scored])[:, 0]
     draw_losses(rows[0], runs)
     for axes in rows[1:]:
-        for i, run in enumerate(runs):
-            axes.plot(*run.curve("hellaswag", "acc_norm"), **look(i), marker="o", ms=4, mfc="none")
+        for run in runs:
+            axes.plot(*run.curve("hellaswag", "acc_norm"), **run.look, marker="o", ms=4, mfc="none")
         axes.set_ylabel("HellaSwag, acc_norm")
-        if any(run.gpt2_tokens for run in runs):
-            draw_reference(axes, report.GPT2_HELLASWAG, "GPT-2 124M")
-            draw_reference(axes, GPT3_HELLASWAG, "GPT-3 124M")
+        draw_reference(axes, GPT2_HELLASWAG, "GPT-2 124M")
+        draw_reference(axes, GPT3_HELLASWAG, "GPT-3 124M")
     finish(figure, runs)
     return figure
 
@@ -110,17 +100,16 @@ def draw_losses(axes, runs: list[Run]) -> None:
     # The first 5 % of a long run would squash the rest.
     later = losses[tokens >= 0.05 * tokens.max()] if len(losses) >= 50 else losses
     low, high = losses.min(), later.max()
-    for i, run in enumerate(runs):
-        draw_noisy(axes, *run.curve("train", "loss"), i, f"{run.name}: training (smoothed)")
+    for run in runs:
+        draw_noisy(axes, run, "loss", f"{run.name}: training (smoothed)")
+        if val := of_kind(run.records, "val", "loss"):
+            # Circles without a line: a line from before the first step would cut across the fall of the loss.
+            circles = run.look | dict(ls="none", marker="o", ms=5, mfc="none")
+            axes.plot(*run.curve("val", "loss"), **circles, label=f"{run.name}: validation, last {val[-1]['loss']:.3f}")
     if any(run.fineweb for run in runs):
         low = min(low, GPT2_LOSS)
         draw_reference(axes, GPT2_LOSS, "GPT-2 124M")
         axes.plot(*LLMC_LOSSES, color=GREY, ls="--", lw=1, label="llm.c's GPT-2 124M: validation")
-    for i, run in enumerate(runs):
-        if val := report.of_kind(run.records, "val", "loss"):
-            # Circles without a line: a line from before the first step would cut across the fall of the loss.
-            circles = look(i) | dict(ls="none", marker="o", ms=5, mfc="none")
-            axes.plot(*run.curve("val", "loss"), **circles, label=f"{run.name}: validation, last {val[-1]['loss']:.3f}")
     margin = 0.04 * (high - low) or 0.1
     axes.set(ylabel="loss, nats per token", ylim=(low - margin, high + margin))
     if losses.max() > high + margin:
@@ -130,42 +119,34 @@ def draw_losses(axes, runs: list[Run]) -> None:
 def training_figure(runs: list[Run]):
     """Learning rate, gradient norm, tokens/s and, if the device's peak is known, MFU against tokens."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     panels = dict(lr="learning rate", grad_norm="gradient norm", tokens_per_s="tokens/s", mfu="MFU")
-    if not any(report.of_kind(run.records, "train", "mfu") for run in runs):
+    if not any(of_kind(run.records, "train", "mfu") for run in runs):
         del panels["mfu"]
     figure = Figure(figsize=(8, 1.6 * len(panels)), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(len(panels), sharex=True), panels.items()):
-        for i, run in enumerate(runs):
-            if key == "lr":
-                axes.plot(*run.curve("train", "lr"), **look(i), label=run.name)
-            else:
-                draw_noisy(axes, *run.curve("train", key), i)
+        for run in runs:
+            draw_noisy(axes, run, key, run.name if key == "lr" else None)
         axes.set_ylabel(label)
         if key == "grad_norm":
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())
         else:
             axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if key == "mfu" else in_words)
+        axes.yaxis.set_major_formatter(in_words)
     figure.align_ylabels()
     finish(figure, runs)
     return figure
 
 
-def look(i: int) -> dict:
-    """How the lines of run i look: twelve runs differ in colour or style."""
-    return dict(color=COLOURS[i % 4], ls=LINE_STYLES[i // 4 % 3], lw=1.4)
-
-
-def draw_noisy(axes, tokens: np.ndarray, values: np.ndarray, i: int, label: str | None = None) -> None:
-    """The values of run i as pale dots, with their running mean in front."""
-    dots = dict(color=look(i)["color"], alpha=min(0.6, 12 / math.sqrt(len(values) + 1)), zorder=1.5)
+def draw_noisy(axes, run: Run, key: str, label: str | None) -> None:
+    """A quantity of training as pale dots, with its running mean (of the learning rate: itself) in front."""
+    tokens, values = run.curve("train", key)
     # Pixels also in an .svg: ten thousand shapes would take megabytes.
-    axes.plot(tokens, values, "o", ms=2.2, mew=0, rasterized=True, **dots)
-    axes.plot(tokens, smooth(values), **look(i), label=label)
+    dots = dict(color=run.look["color"], alpha=min(0.6, 12 / math.sqrt(len(values) + 1)), zorder=1.5, rasterized=True)
+    axes.plot(tokens, values, "o", ms=2.2, mew=0, **dots)
+    axes.plot(tokens, values if key == "lr" else smooth(values), **run.look, label=label)
 
 
 def draw_reference(axes, value: float, name: str) -> None:
@@ -194,11 +175,8 @@ def in_words(number: float, _=None) -> str:
 
 def draw_curves(folders: list[Path], out: Path) -> list[Path]:
     """Draw the runs in these folders into out/loss and out/training, .svg and .png each; return the files."""
-    folders = list({folder.resolve(): folder for folder in folders}.values())  # a run that is named twice is one run
-    names = [folder.resolve().name for folder in folders]
-    names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    runs = read_runs(folders)
     with style():
-        runs = [read_run(folder, name) for folder, name in zip(folders, names)]
         figures = dict(loss=loss_figure(runs), training=training_figure(runs))
         return [save(figure, out / f"{name}.{kind}") for name, figure in figures.items() for kind in ("svg", "png")]
 
@@ -209,7 +187,7 @@ def write_report(run: Path, say=print) -> Path:
         draw_curves([run], run)
     except (ValueError, ImportError) as error:
         say(f"NOTE: no curves are drawn: {error}")
-    return report.write(run)
+    return report(run)
 
 
 def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
@@ -227,8 +205,8 @@ def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
 
     for axes, rows, title in ((left, positions, "Positions"), (right, tokens[:256], "The first 256 tokens")):
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        # Rounding to 0.1 halves the size of the file.
-        shown = axes.imshow((unit @ unit.T).round(1), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        similarity = (unit @ unit.T).round(1)  # rounded: half the file's size
+        shown = axes.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_title(title)
         axes.grid(False)
     figure.colorbar(shown, ax=[left, right], location="bottom", label="cosine similarity", shrink=0.6, aspect=50)
@@ -236,18 +214,18 @@ def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
     return figure
 
 
-def draw_weights(name: str, out: Path) -> list[Path]:
-    """Draw the embeddings of a model, named as for sample.py, into out/weights.png; return that file."""
+def draw_weights(name: str, out: Path | None) -> list[Path]:
+    """Draw the embeddings of a model, named as for sample.py, into weights.png in `out` or beside the model."""
     from model import GPT
     from pretrained import resolve
 
+    source = Path(resolve(name))
+    model = GPT.from_pretrained(source)
+    embeddings = model.transformer.requires_grad_(False)
+    tokens = embeddings.wte.weight[: model.config.vocab_size]  # without padding rows
     with style():
-        source = resolve(name)
-        model = GPT.from_pretrained(source)
-        embeddings = model.transformer.requires_grad_(False)
-        tokens = embeddings.wte.weight[: model.config.vocab_size]  # without padding rows
-        figure = weights_figure(embeddings.wpe.weight.numpy(), tokens.numpy(), "/".join(Path(source).parts[-2:]))
-        return [save(figure, out / "weights.png")]
+        figure = weights_figure(embeddings.wpe.weight.numpy(), tokens.numpy(), "/".join(source.parts[-2:]))
+        return [save(figure, (out or (source.parent if source.exists() else Path())) / "weights.png")]
 
 
 def style():
@@ -276,9 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     if bool(arguments.runs) == bool(arguments.weights) or (arguments.weights and arguments.report):
         raise ValueError("say what to draw: python plot.py [--report] out/RUN ..., or plot.py --weights MODEL")
     if arguments.weights:
-        folder = Path(arguments.weights)
-        folder = folder.parent if folder.name.startswith("step_") else folder  # a checkpoint stays as it is
-        written = draw_weights(arguments.weights, arguments.out or (folder if folder.is_dir() else Path()))
+        written = draw_weights(arguments.weights, arguments.out)
     else:
         first = arguments.runs[0]
         written = draw_curves(arguments.runs, arguments.out or (first.parent if arguments.runs[1:] else first))

@@ -1,69 +1,47 @@
-"""What a run keeps and shows: its folder, metrics.jsonl, the console, the profiler, and the signals that stop it."""
+"""What a run keeps and shows: its folder, metrics.jsonl, report.md and model cards, the console, and signals."""
 
 import contextlib
-import dataclasses
+import datetime
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import torch
 
 import data
-import report
 from pretrained import checkpoints
 from runtime import Runtime
 
 # What a run writes into its folder; no other file there is ever moved.
-OURS = re.compile(
-    r"step_\d+|metrics\.jsonl|(wandb_id|tensorboard|report\.md|(loss|training)\.(svg|png)|profile\.txt|trace\.json)$"
-)
+OURS = "step_* metrics.jsonl* wandb_id tensorboard report.md loss.[sp]?g training.[sp]?g profile.txt trace.json"
 
 # A loss is a spike when it is this many standard deviations above the mean of the last SPIKE_WINDOW losses.
 SPIKE, SPIKE_WINDOW = 6, 100
+GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's GPT-2 124M
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder
+# ---- The folder ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def held(out_dir: Path) -> Iterator[None]:
-    """Lock out_dir against other runs; the lock of a killed process is free. An out_dir that stays empty is removed.
-
-    Raises ValueError if another run holds it or if it cannot be written.
-    """
-    made = not out_dir.exists()
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock = data.lock(out_dir / ".lock", f"out_dir {out_dir}: another run is writing to it; wait for it, or stop it")
-        lock.__enter__()
-    except OSError as error:
-        raise ValueError(f"out_dir {out_dir} cannot be written ({error.strerror}); choose another --out_dir") from None
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
-        if made and not [path for path in out_dir.iterdir() if path.name != ".lock"]:
-            shutil.rmtree(out_dir)
+def held(out_dir: Path) -> contextlib.AbstractContextManager:
+    """Lock out_dir against other runs; ValueError if one holds it."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return data.lock(out_dir / ".lock", f"out_dir {out_dir}: another run is writing to it; wait for it, or stop it")
 
 
 def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
-    """Prepare out_dir for a run that continues from the checkpoint `found`: what came later moves to a folder beside.
+    """Move the checkpoints later than `found` into a new folder beside out_dir, and delete leftovers of killed runs.
 
-    Without one, or with one of another run, all files of a run move there. Leftovers of killed runs are deleted: their
-    names begin with a dot.
+    Without `found`, or if it is another run's, all that a run has written here moves.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     for leftover in out_dir.glob(".step_*"):
@@ -72,10 +50,10 @@ def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
     if continues:
         moved = [folder for folder in checkpoints(out_dir) if int(folder.name.removeprefix("step_")) > start_step]
     else:
-        moved = [path for path in out_dir.iterdir() if OURS.match(path.name)]
+        moved = [path for pattern in OURS.split() for path in out_dir.glob(pattern)]
     if not moved:
         return
-    aside = free_name(out_dir, "old")
+    aside = next(p for n in itertools.count(1) if not (p := Path(f"{out_dir.resolve()}.old{n}")).exists())
     aside.mkdir()
     if continues:
         shutil.copy(out_dir / "metrics.jsonl", aside)
@@ -84,42 +62,37 @@ def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
     print(f"files of the earlier run are moved to {aside}")
 
 
-def free_name(path: Path, word: str) -> Path:
-    """The path with .old1, .old2, ... appended (for the word "old"): the first name that is free."""
-    path = path.resolve()
-    return next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{word}{n}")).exists())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The log
+# ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
 
 class Log:
-    """`log(kind, step, **values)`: on the main rank to metrics.jsonl and, if wanted, to W&B and TensorBoard."""
+    """`log(kind, step, **values)`: on the main rank to metrics.jsonl and, if wanted, to W&B and TensorBoard.
+
+    The kinds: run (how it was started), train, val, hellaswag, sample, note, checkpoint.
+    """
 
     def __init__(self, config, start_step: int, machine: Runtime):
         self.file = self.wandb = self.tensorboard = None
         if not machine.is_main:
             return
         out_dir = Path(config.out_dir)
-        try:
-            if config.wandb:
-                import wandb
+        if config.wandb:
+            import wandb
 
-                id_file = out_dir / "wandb_id"  # a resumed run continues the same curve
-                if start_step == 0 or not id_file.exists():
-                    id_file.write_text(uuid.uuid4().hex[:8])
-                names = dict(project=config.wandb_project, name=out_dir.name, id=id_file.read_text())
-                self.wandb = wandb.init(**names, resume="allow", config=dataclasses.asdict(config))
-            if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+            id_file = out_dir / "wandb_id"  # a resumed run continues the same curve
+            if start_step == 0 or not id_file.exists():
+                id_file.write_text(os.urandom(4).hex())
+            names = dict(project=config.wandb_project, name=out_dir.name, id=id_file.read_text())
+            self.wandb = wandb.init(**names, resume="allow", config=vars(config))
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step and start_step + 1)
-        except ImportError as error:
-            package = "wandb" if "wandb" in str(error) else "tensorboard"
-            raise ValueError(f"{package}=True needs a package that is not installed: pip install {package}") from None
-        cut_metrics(out_dir / "metrics.jsonl", start_step)
-        self.file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
+            self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step and start_step + 1)
+        # Drop the records that a resumed run will write again, and a line that a kill cut short.
+        path = out_dir / "metrics.jsonl"
+        kept = [json.dumps(record) + "\n" for record in read_metrics(path) if updates(record) <= start_step]
+        data.write_whole(path, "".join(kept).encode())
+        self.file = open(path, "a", encoding="utf-8")
 
     def __call__(self, kind: str, step: int, **values) -> None:
         if self.file:
@@ -140,37 +113,25 @@ class Log:
             self.wandb.finish()
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the records that a run resumed at `step` will write again, and a line that a kill cut short."""
-    # The checkpoint's own step was evaluated before it was saved; only its update is still to come.
-    kept = [
-        record
-        for record in report.read_metrics(path)
-        if record["step"] < step or (record["step"] == step and record["kind"] not in ("train", "note"))
-    ]
-    data.write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
 def spike(loss: float, recent) -> str:
     """A sentence if the loss is far above the recent ones; empty if it is not, or if there are few."""
     recent = [value for value in recent if math.isfinite(value)]
-    if len(recent) < SPIKE_WINDOW // 2 or not loss > statistics.mean(recent) + SPIKE * statistics.pstdev(recent):
+    if len(recent) < SPIKE_WINDOW // 2 or not loss > np.mean(recent) + SPIKE * np.std(recent):
         return ""
-    return f"the loss jumped to {loss:.4f} from about {statistics.mean(recent):.4f}"
+    return f"the loss jumped to {loss:.4f} from about {np.mean(recent):.4f}"
 
 
 def facts(config, machine: Runtime, model, compiled: bool, tokenizer: data.Tokenizer, n_tokens: int) -> dict:
     """What is needed to understand or repeat a run: settings, command, machine, commit, versions, data."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    commit = None
+    with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # git is not installed
-        commit = None
     launcher = "python" if machine.world_size == 1 else f"torchrun --nproc_per_node={machine.local_size}"
     meta = data.read_meta(config.data_dir)
     source = {name: value for name, value in meta.get("source", {}).items() if not isinstance(value, (dict, list))}
     return dict(
-        settings=dataclasses.asdict(config),
+        settings=vars(config),
         parameters=model.num_params(),
         flops_per_token=model.flops_per_token(config.block_size),
         device=machine.device_name(),
@@ -187,10 +148,7 @@ def facts(config, machine: Runtime, model, compiled: bool, tokenizer: data.Token
 
 
 def profiler(out_dir: Path, steps: int, machine: Runtime) -> contextlib.AbstractContextManager:
-    """torch's profiler for `steps` steps after two of warm-up, on the main rank; nothing for 0 steps.
-
-    It writes profile.txt (operators by time) and trace.json (for ui.perfetto.dev) into out_dir.
-    """
+    """On the main rank, after two steps of warm-up: profile.txt (operators by time), trace.json (ui.perfetto.dev)."""
     if not (steps and machine.is_main):
         return contextlib.nullcontext()
 
@@ -204,11 +162,117 @@ def profiler(out_dir: Path, steps: int, machine: Runtime) -> contextlib.Abstract
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The console
+def read_metrics(path: Path) -> list[dict]:
+    """The records of metrics.jsonl, without lines that a kill cut short; empty if there is no such file."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
-class Console:
+def of_kind(records: list[dict], kind: str, *names: str) -> list[dict]:
+    """The records of this kind in which none of these values is null (a NaN is logged as null)."""
+    return [r for r in records if r["kind"] == kind and all(r[name] is not None for name in names)]
+
+
+def updates(record: dict) -> int:
+    """The updates before a record. `train` and its note follow the update of their step, all others precede it."""
+    return record["step"] + (record["kind"] in ("train", "note"))
+
+
+def tokens_seen(records: list[dict], n_updates):
+    """Tokens after n_updates (an int or an array); --resume_anyway may have changed the batch on the way."""
+    runs = of_kind(records, "run")
+    # Steps before the first record, of another run, count with its batch.
+    starts = [0, *(record["step"] for record in runs[1:]), math.inf]
+    sizes = [record["settings"]["total_batch_size"] for record in runs]
+    return sum(size * np.clip(n_updates - a, 0, b - a) for size, a, b in zip(sizes, starts, starts[1:]))
+
+
+# ---- report.md and model cards ---------------------------------------------------------------------------------------
+
+
+def report(folder: Path) -> Path:
+    """Write report.md into a run's folder, with the pictures that exist there; return its path."""
+    records, path = read_metrics(folder / "metrics.jsonl"), folder / "report.md"
+    shown = "\n".join(f"\n![{name}]({name}.svg)" for name in ("loss", "training") if (folder / f"{name}.svg").exists())
+    text = sections(folder.resolve().name, records, max(map(updates, records)), shown)
+    path.write_text(text, encoding="utf-8", errors="replace")
+    return path
+
+
+def card(folder: Path, step: int) -> str:
+    """The README.md of a run's checkpoint of this step: the report up to there, below the header that the hub reads."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if updates(record) <= step]
+    started, name = of_kind(records, "run")[-1], folder.resolve().name
+    origin, dataset = started["settings"]["init_from"], started["data"]["source"].get("dataset")
+    facts = dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"], model_name=name)
+    facts["datasets"] = [dataset] if dataset else None
+    facts["base_model"] = f"openai-community/{origin}" if origin.startswith("gpt2") else None
+    if scores := of_kind(records, "hellaswag"):
+        score = EvalResult("text-generation", "hellaswag", "HellaSwag", "acc_norm", scores[-1]["acc_norm"])
+        facts["eval_results"] = [score]
+    use = f'transformers.pipeline("text-generation", model=".")({started["settings"]["sample_prompt"]!r})'
+    body = sections(name, records, step, f"\nIn Python, in this folder:\n\n    {use}")
+    return f"---\n{ModelCardData(**facts).to_yaml()}\n---\n\n{body}"
+
+
+def sections(name: str, records: list[dict], n_steps: int, more: str) -> str:
+    """A run's results after n_steps in Markdown, with `more` below the table."""
+    started = of_kind(records, "run")[-1]
+    table = [("", ""), ("---", "---"), *results(records, n_steps).items()]
+    lines = [f"# {name}", "", *(f"| {left} | {right} |" for left, right in table), more]
+    for title, kind, key in (("Validation loss", "val", "loss"), ("HellaSwag, acc_norm", "hellaswag", "acc_norm")):
+        if scored := of_kind(records, kind, key):
+            lines += ["", f"## {title}", ""]
+            lines += [f"* step {record['step']:,}: {record[key]:.4f}" for record in evenly(scored, 12)]
+    # Indented text is shown as it is: unlike a fence, nothing in it can end the block.
+    for record in evenly(of_kind(records, "sample"), 4):
+        lines += ["", f"## Sample after {record['step']:,} steps", "", indent(data.printable(record["text"]), " " * 4)]
+    if notes := of_kind(records, "note"):
+        lines += ["", "## Notes", "", *(f"* step {record['step']:,}: {record['text']}" for record in notes)]
+    lines += ["", "## Reproduce", "", indent(started["command"], " " * 4), ""]
+    lines += ["<details><summary>Machine, versions, data and all settings</summary>", ""]
+    return "\n".join([*lines, indent(json.dumps(started, indent=2), " " * 4), "", "</details>", ""])
+
+
+def results(records: list[dict], n_steps: int) -> dict[str, str]:
+    """The rows of the table of results after n_steps."""
+    started, tokens = of_kind(records, "run")[-1], int(tokens_seen(records, n_steps))
+    settings = started["settings"]
+    rows = {name: f"`{settings[name]}`" for name in ("data_dir", "init_from")}
+    rows |= {"parameters": f"{started['parameters']:,}", "steps": f"{n_steps:,} of {settings['max_steps']:,}"}
+    rows |= {"tokens": f"{tokens:,}", "compute": f"{started['flops_per_token'] * tokens:.3g} FLOPs"}
+    if train := of_kind(records, "train", "loss"):
+        rows["training loss"] = f"{train[-1]['loss']:.4f} (step {train[-1]['step']:,})"
+        # ms is the mean of the steps since the record before.
+        n_timed = np.diff([record["step"] for record in train], prepend=records[0]["step"] - 1)
+        time = datetime.timedelta(seconds=round(n_timed @ [record["ms"] / 1000 for record in train]))
+        device = started["device"].removeprefix("cuda:0, ")
+        rows["training time (h:mm:ss)"] = f"{time} on {started['world_size']} x {device}"
+        rows["tokens/s (median)"] = f"{np.median([record['tokens_per_s'] for record in train]):,.0f}"
+    if val := of_kind(records, "val", "loss"):
+        best = min(val, key=lambda record: record["loss"])
+        rows["validation loss"] = f"{val[-1]['loss']:.4f} (best: {best['loss']:.4f} at step {best['step']:,})"
+    if scores := of_kind(records, "hellaswag"):
+        rows["HellaSwag (acc_norm)"] = f"{scores[-1]['acc_norm']:.4f} (GPT-2 124M: {GPT2_HELLASWAG})"
+    if mfu := [record["mfu"] for record in of_kind(records, "train", "mfu")]:
+        rows["MFU (median)"] = f"{np.median(mfu):.1%}"
+    return rows
+
+
+def evenly(items: list, n: int) -> list:
+    """At most n of the items, evenly spaced, with the first and the last."""
+    return [items[i] for i in sorted({round(k * (len(items) - 1) / (n - 1)) for k in range(n)})] if items else []
+
+
+# ---- Console and signals ---------------------------------------------------------------------------------------------
+
+
+class Console(contextlib.AbstractContextManager):
     """A progress bar on a terminal, plain lines in a file, nothing on ranks above 0."""
 
     def __init__(self, max_steps: int, start_step: int, log_every: int, is_main: bool):
@@ -216,13 +280,10 @@ class Console:
 
         self.max_steps, self.is_main = max_steps, is_main
         self.on_terminal = is_main and sys.stdout.isatty() and log_every > 0
-        self.latest, self.scores = [], {}  # what the bar shows: the last step, and the last value of each evaluation
+        self.shown = {}  # in the bar: the last step, and the last value of each evaluation
         form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        hidden = not self.on_terminal
-        self.bar = tqdm(total=max_steps, initial=start_step, bar_format=form, dynamic_ncols=True, disable=hidden)
-
-    def __enter__(self) -> "Console":
-        return self
+        off = not self.on_terminal
+        self.bar = tqdm(total=max_steps, initial=start_step, bar_format=form, dynamic_ncols=True, disable=off)
 
     def __exit__(self, *_) -> None:
         self.bar.close()
@@ -234,17 +295,19 @@ class Console:
             except BrokenPipeError:  # the reader of a pipe is gone, but a checkpoint may still have to be saved
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    def show(self, name: str, text: str) -> None:
+        self.shown[name] = text
+        self.bar.set_postfix_str(" | ".join(self.shown.values()), refresh=False)
+
     def score(self, step: int, name: str, value: float, more: str = "") -> None:
         """Show the result of an evaluation as a line, and from then on in the bar."""
-        self.scores[name] = f"{name} {value:.4f}"
-        self.bar.set_postfix_str(" | ".join([*self.latest, *self.scores.values()]), refresh=False)
-        self.line(f"step {step:,} | {self.scores[name]}{more}")
+        self.show(name, f"{name} {value:.4f}")
+        self.line(f"step {step:,} | {self.shown[name]}{more}")
 
     def step(self, step: int, record: dict) -> None:
         """Show one training record (the dict that goes to metrics.jsonl)."""
         speed = f"{record['tokens_per_s']:,.0f} tok/s" + (f" | mfu {record['mfu']:.1%}" if record["mfu"] else "")
-        self.latest = [f"loss {record['loss']:.4f}", speed]
-        self.bar.set_postfix_str(" | ".join([*self.latest, *self.scores.values()]), refresh=False)
+        self.show("loss", f"loss {record['loss']:.4f} | {speed}")
         if not self.on_terminal:
             minutes_left = (self.max_steps - 1 - step) * record["ms"] / 60_000
             self.line(
@@ -253,21 +316,14 @@ class Console:
             )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals
-
-
 class StopSignal:
-    """While in use, a first signal asks the run to stop after its step; a second Ctrl-C stops it at once.
+    """While in use, a first signal asks the run to stop after its step; a second Ctrl-C stops it at once."""
 
-    SIGINT is Ctrl-C, SIGTERM comes from torchrun and most systems, SIGUSR1 from SLURM before the time limit.
-    """
-
+    # Ctrl-C; from torchrun and most systems; from SLURM before the time limit (not on Windows)
     NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self, is_main: bool):
-        self.is_main = is_main
-        self.received = 0  # the signal's number
+        self.is_main, self.received = is_main, 0  # received: the signal's number
 
     def __enter__(self) -> "StopSignal":
         self.before = {number: signal.signal(number, self.receive) for number in self.NUMBERS}

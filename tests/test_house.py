@@ -24,12 +24,11 @@ HOUSE = {
     "hellaswag": {"configurator", "runtime", "pretrained", "model", "data", "generate"},
     "web": set(),
     "sample": {"configurator", "runtime", "pretrained", "model", "data", "generate", "web"},
-    "report": {"data"},
-    "run": {"runtime", "pretrained", "data", "report"},
-    "checkpoint": {"pretrained", "model", "data", "report", "run"},
-    "plot": {"configurator", "pretrained", "model", "report"},
+    "run": {"runtime", "pretrained", "data"},
+    "checkpoint": {"pretrained", "model", "data", "run"},
+    "plot": {"configurator", "pretrained", "model", "run"},
     "train": {"auto", "configurator", "runtime", "model", "data", "generate", "hellaswag", "run", "checkpoint", "plot"},
-    "bench": {"configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "report", "train"},
+    "bench": {"configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "run", "train"},
 }
 SCRIPTS = {"prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench"}
 HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}

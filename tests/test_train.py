@@ -293,7 +293,9 @@ def test_a_finished_run_says_so_and_can_go_on(config, capsys):
     assert "is finished: it has 12 steps, max_steps is 12; best" in said
     assert f"sample.py --model {run.out_dir}" in said and "--max_steps=24" in said and "--resume=never" in said
     assert files == {path: path.stat().st_mtime_ns for path in Path(run.out_dir).rglob("*")}
-    with pytest.raises(ValueError, match=r"other settings \(max_steps 12 -> 24\), which change the losses"):
+    with pytest.raises(
+        ValueError, match=r"has other settings \(max_steps 12 -> 24\): .* --resume_anyway=True continues"
+    ):
         train.train(config(checkpoint_every=6, eval_every=6, max_steps=24))
     train.train(config(checkpoint_every=6, eval_every=6, max_steps=24, resume_anyway=True))
     assert "changed since then: max_steps 12 -> 24" in capsys.readouterr().out
@@ -441,7 +443,7 @@ def fails(capsys, *argv: str) -> str:
         (dict(lr_schedule="wsd", cooldown_steps=20), "warmup_steps + cooldown_steps is above max_steps 12"),
         (dict(dtype="fp16"), "fp16 is for CUDA"),
         (dict(device="cuda"), "sees no CUDA GPU here; use --device=cpu"),
-        (dict(wandb=True), "pip install wandb"),
+        (dict(wandb=True), "wandb"),
         (dict(seed=2**70), "seed is 1180591620717411303424: it must be at least 0 and below"),
         (dict(total_batch_size=128 * 1000), "too few for a step of 4000"),
     ],
@@ -499,9 +501,9 @@ def test_checkpoints_that_do_not_fit(config, capsys, other_text):
     train.train(run)
     capsys.readouterr()
     line = fails(capsys, *flags(config(n_layer=3)))
-    assert "was trained with n_layer=2, but n_layer=3 is set: use another out_dir, or --resume=never" in line
+    assert "has other settings (n_layer 2 -> 3): restore them, or use another out_dir; --resume=never" in line
     line = fails(capsys, *flags(config(learning_rate=0.02, grad_clip=0.0, eval_every=1)))
-    assert "other settings (grad_clip 1.0 -> 0.0, learning_rate 0.01 -> 0.02), which change the losses" in line
+    assert "other settings (grad_clip 1.0 -> 0.0, learning_rate 0.01 -> 0.02): restore them" in line
     line = fails(capsys, *flags(config(data_dir=str(other_text), max_steps=24, resume_anyway=False)))
     assert "max_steps 12 -> 24" in line
     newest = checkpoints(run.out_dir)[-1]
@@ -523,7 +525,7 @@ def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
 def test_an_out_dir_that_cannot_be_written(config, tmp_path, capsys):
     (tmp_path / "file").touch()
     for out_dir in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert f"out_dir {out_dir} cannot be written" in fails(capsys, *flags(config(out_dir=str(out_dir))))
+        assert f": '{out_dir}'" in fails(capsys, *flags(config(out_dir=str(out_dir))))
 
 
 def test_a_full_disk_while_saving(config, capsys, monkeypatch):
@@ -540,7 +542,7 @@ def test_a_full_disk_while_saving(config, capsys, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     line = fails(capsys, *flags(run))
-    assert "step_0000012 could not be written" in line and "is the disk full? Earlier checkpoints are good" in line
+    assert "step_0000012 could not be written" in line and "disk full? Earlier ones are good" in line
     assert [path.name for path in Path(run.out_dir).iterdir() if path.is_dir()] == ["step_0000006"]
     monkeypatch.setattr(torch, "save", save)
     assert train.train(run)["step"] == 18
