@@ -55,7 +55,8 @@ def say(line: str) -> None:
 
 
 def documents_of(files: list[Path], column: str) -> list[str]:
-    return [text.decode("utf-8", errors="replace") for text in prepare.texts_of(files, column)]
+    pieces = prepare.pieces_of(files, column)
+    return [text.decode("utf-8", errors="replace") for piece in pieces for _, _, text in piece]
 
 
 def plain_tiktoken(files: list[Path], column: str) -> tuple[float, float]:

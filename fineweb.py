@@ -13,15 +13,13 @@ command again: it continues.
 """
 
 import argparse
-import dataclasses
 import itertools
 import os
-import queue
 import re
 import shutil
 import sys
-import threading
-from collections.abc import Callable, Iterator
+import time
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +30,7 @@ import prepare
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "karpathy/fineweb-edu-100B-gpt2-token-shards"
-
-
-@dataclasses.dataclass(frozen=True)
-class HubFile:
-    path: str  # in the dataset's repository
-    size: int  # bytes
-    sha256: str | None  # None for small files, which the hub keeps in git
+WAITS = 5, 30, 120  # seconds before a failed download is tried again
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +38,10 @@ class HubFile:
 
 
 def list_files(arguments: argparse.Namespace) -> dict:
-    """What meta.json records of the dataset: the commit of the revision, and the files to process, in order."""
+    """What meta.json records of the dataset: the commit of the revision, and the files to process, in order.
+
+    Of a file: path in the repository, size in bytes, sha256 (None for a small file, which the hub keeps in git).
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.hf_api import RepoFile
@@ -55,149 +50,68 @@ def list_files(arguments: argparse.Namespace) -> dict:
     try:
         commit = api.dataset_info(dataset, revision=arguments.revision).sha
         tree = api.list_repo_tree(dataset, recursive=True, revision=commit, repo_type="dataset")
-        files = [
-            HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None)
-            for entry in tree
-            if isinstance(entry, RepoFile)
-        ]
+        entries = sorted((entry for entry in tree if isinstance(entry, RepoFile)), key=lambda entry: entry.path)
+        files = [dict(path=e.path, size=e.size, sha256=e.lfs.sha256 if e.lfs else None) for e in entries]
         chosen = needed_shards if arguments.pretokenized else training_files
-        files = chosen(arguments, commit, sorted(files, key=lambda file: file.path))
+        return dict(commit=commit, files=chosen(arguments, commit, files))
     except (HTTPError, OSError, ValueError) as error:
         raise ValueError(f"{dataset}: {' '.join(str(error).split())}") from None
-    return dict(commit=commit, files=[dataclasses.asdict(file) for file in files])
 
 
-def training_files(arguments: argparse.Namespace, commit: str, files: list[HubFile]) -> list[HubFile]:
+def training_files(arguments: argparse.Namespace, commit: str, files: list[dict]) -> list[dict]:
     """The files of the subset's training split, which the `datasets` library finds from the dataset's card."""
     import datasets
 
     builder = datasets.load_dataset_builder(arguments.dataset, arguments.name, revision=commit)
     found = {path.partition(f"@{commit}/")[2] for path in (builder.config.data_files or {}).get("train", ())}
-    chosen = [file for file in files if file.path in found]
-    if not chosen or any(prepare.is_text(Path(file.path)) for file in chosen):
+    chosen = [file for file in files if file["path"] in found]
+    if not chosen or not all(file["path"].endswith(prepare.TABLES) for file in chosen):
         raise ValueError(f"the training split of {arguments.name!r} is not in .parquet, .jsonl or .jsonl.gz files")
     return chosen
 
 
-def needed_shards(arguments: argparse.Namespace, commit: str, files: list[HubFile]) -> list[HubFile]:
+def needed_shards(arguments: argparse.Namespace, commit: str, files: list[dict]) -> list[dict]:
     """Ready-made shards with max_tokens tokens together: validation first."""
-    files = [file for file in files if re.search(r"_(train|val)_\d+\.bin$", file.path)]
-    if not any("_train_" in file.path for file in files):
-        raise ValueError("no token shards there (..._train_000001.bin); without --pretokenized, text is read")
-    if len({Path(file.path).name for file in files}) < len(files):
-        raise ValueError("shards of the same name in several folders; download one folder with hf download")
-    files.sort(key=lambda file: ("_val_" not in file.path, file.path))
-    before = itertools.accumulate(((file.size - data.HEADER_BYTES) // 2 for file in files), initial=0)
-    needed = [file for file, n in zip(files, before) if n < arguments.max_tokens]
-    if "_train_" not in needed[-1].path:
-        raise ValueError(f"--max_tokens={arguments.max_tokens}: validation alone has as many; ask for more")
+    shards = [file for file in files if re.search(r"_(train|val)_\d+\.bin$", file["path"])]
+    shards.sort(key=lambda file: ("_val_" not in file["path"], file["path"]))
+    before = itertools.accumulate(((file["size"] - data.HEADER_BYTES) // 2 for file in shards), initial=0)
+    needed = [file for file, n in zip(shards, before) if n < arguments.max_tokens]
+    if not needed or "_train_" not in needed[-1]["path"]:
+        raise ValueError(f"no training shards (..._train_000001.bin) in the first {arguments.max_tokens:,} tokens")
     return needed
 
 
-def fetch(file: HubFile, dataset: str, commit: str, folder: Path, cache: bool, keep: bool) -> Path:
-    """The file on this disk, with the size and SHA-256 that the hub has. A failed download is repeated once.
+def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) -> Path:
+    """The file on this disk, in `folder` or the hub's cache, with the size and SHA-256 that the hub has.
 
-    cache: take it from the hub's cache if it is there. keep: download to that cache, else to `folder`.
+    huggingface_hub continues after a lost connection. Other failures are repeated after WAITS.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-    what = dict(repo_id=dataset, filename=file.path, repo_type="dataset", revision=commit)
-    local_dir = None if keep or (cache and isinstance(try_to_load_from_cache(**what), str)) else folder
-    for left_over in folder.rglob("*.incomplete"):  # of a killed run: hf_hub_download does not resume it
-        left_over.unlink()
-    for again in (False, True):
+    where = dict(repo_id=arguments.dataset, filename=file["path"], repo_type="dataset", revision=commit)
+    for wait in (*WAITS, None):
         try:
-            path = Path(hf_hub_download(**what, local_dir=local_dir, force_download=again))
-            if path.stat().st_size == file.size and file.sha256 in (None, data.sha256(path)):
+            path = Path(hf_hub_download(**where, local_dir=None if arguments.keep_downloads else folder))
+            if path.stat().st_size == file["size"] and file["sha256"] in (None, data.sha256(path)):
                 return path
             path.resolve().unlink()
             problem = "the download differs from the hub's file in size or SHA-256"
-        except (HTTPError, OSError, RuntimeError) as error:  # hf_xet raises RuntimeError
-            problem = " ".join(str(error).split())
-    raise ValueError(f"{file.path}: {problem}. Finished shards are kept: run the same command again")
-
-
-def fetch_ahead(numbers: list[int], fetch_one: Callable[[int], Path], ahead: bool) -> Iterator[Path]:
-    """Each file in turn. With `ahead`, the next one is downloaded while this one is in use."""
-    wanted, results = threading.Semaphore(int(ahead)), queue.SimpleQueue()
-
-    def work():
-        for number in numbers:
-            wanted.acquire()
-            try:
-                results.put(fetch_one(number))
-            except Exception as error:
-                results.put(error)
-
-    threading.Thread(target=work, daemon=True).start()  # a daemon, so that Ctrl-C does not wait for a download
-    for _ in numbers:
-        wanted.release()
-        result = results.get()
-        if isinstance(result, Exception):
-            raise result
-        yield result
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of hf_xet
+            cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+            problem = " ".join(str(cause).split())
+            answer = getattr(cause, "response", None)
+            refused = answer is not None and answer.status_code < 500 and answer.status_code != 429
+            if refused or getattr(cause, "errno", None):  # such as 404, or a full disk
+                break
+        if wait is not None:
+            print(f"{file['path']}: {problem}; again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+    raise ValueError(f"{file['path']}: {problem}. Finished shards are kept: run the same command again")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="fineweb.py",
-        description="Turn a text dataset on the Hugging Face hub into shards of GPT-2's tokens. After an interruption, "
-        "run the same command again: it continues. The variables HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured.",
-    )
-    add = parser.add_argument
-    add("--dataset", metavar="ID", help=f"on the hub (default: {FINEWEB_EDU}; with --pretokenized: {PRETOKENIZED})")
-    add("--name", help="subset of the dataset (default: sample-10BT of FineWeb-Edu; else the dataset's own default)")
-    add("--revision", default="main", help="branch, tag or commit of the dataset (default: %(default)s)")
-    add("--out", metavar="FOLDER", help="folder for the shards (default: shards/fineweb_edu_10B, or after the dataset)")
-    add(
-        "--max_tokens", type=int, metavar="N", help="tokens, with validation (default: all; --pretokenized: 10 billion)"
-    )
-    add(
-        "--part",
-        default="1/1",
-        metavar="I/N",
-        help="do part I of N, on N machines with one --out (default: %(default)s)",
-    )
-    add("--keep_downloads", action="store_true", help="keep the dataset's files in the hub's cache (default: delete)")
-    add("--pretokenized", action="store_true", help="download ready-made shards of GPT-2's tokens (default: make them)")
-    arguments = prepare.parse_shared(parser, argv, "one per CPU")
-    part = re.fullmatch(r"(\d+)/(\d+)", arguments.part)
-    if not part or not 1 <= int(part[1]) <= int(part[2]):
-        parser.error(f"--part={arguments.part}: must be like 1/4, 2/4, 3/4 or 4/4")
-    arguments.part = int(part[1]), int(part[2])
-    if arguments.pretokenized and (arguments.name or arguments.keep_downloads):
-        parser.error("--name and --keep_downloads have no meaning with --pretokenized")
-    add_defaults(arguments)
-    if arguments.max_tokens is not None and not arguments.pretokenized:
-        if arguments.max_tokens <= arguments.shard_tokens:
-            parser.error(
-                f"--max_tokens={arguments.max_tokens}: the first --shard_tokens={arguments.shard_tokens} are for "
-                f"validation, and none is left for training; add --shard_tokens={max(1, arguments.max_tokens // 10)}"
-            )
-        if arguments.part[1] > 1:
-            parser.error("--part and --max_tokens exclude each other: a machine does not know what the others have")
-    return arguments
-
-
-def add_defaults(arguments: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on other options."""
-    named = arguments.dataset
-    if arguments.pretokenized:
-        arguments.max_tokens = 10_000_000_000 if arguments.max_tokens is None else arguments.max_tokens
-        names = [named] if named else [FINEWEB_EDU, "10B"]
-        arguments.dataset = named or PRETOKENIZED
-    else:
-        arguments.dataset = named or FINEWEB_EDU
-        if arguments.dataset == FINEWEB_EDU:
-            arguments.name = arguments.name or "sample-10BT"
-        names = [arguments.dataset, (arguments.name or "").removeprefix("sample-").removesuffix("T")]
-    folder = "_".join(re.sub(r"[^\w.]+", "_", name.rpartition("/")[2]) for name in names if name)
-    arguments.out = arguments.out or f"shards/{folder}"
+# Files -> shards
 
 
 def shards_of(out: Path, i: int, n_files: int, shard_tokens: int) -> prepare.Shards:
@@ -212,50 +126,98 @@ def shards_of(out: Path, i: int, n_files: int, shard_tokens: int) -> prepare.Sha
     return prepare.Shards(out / "progress" / f"{i:06d}.npz", path_of, {"train": shard_tokens}, end_of_text)
 
 
-def take_shard(shards: prepare.Shards, path: Path, file: HubFile, out: Path) -> None:
-    """Check a ready-made shard, and move it to the folder."""
-    tokens = data.open_shard(path).tokens  # checks header and size
-    if (largest := tokens.max(initial=0)) >= data.GPT2Tokenizer.vocab_size:
-        raise ValueError(f"{file.path}: holds the token id {largest}; GPT-2's largest is 50256")
-    documents = int(np.count_nonzero(tokens == shards.end_of_text))
-    row = dict(file=path.name, tokens=len(tokens), sha256=file.sha256 or data.sha256(path), documents=documents)
-    os.replace(path, out / path.name)
-    shards.rows["train"], shards.n_tokens, shards.complete = [row], len(tokens), True
-    shards.save()
-
-
-def process_files(arguments: argparse.Namespace, out: Path, commit: str, files: list[HubFile]) -> None:
-    """Turn this machine's files into shards, one after the other."""
+def tokenise_files(arguments: argparse.Namespace, out: Path, commit: str, files: list[dict]) -> None:
+    """Turn this machine's files into shards, one after the other. The next one is downloaded meanwhile."""
     part, parts = arguments.part
     shards = {i: shards_of(out, i, len(files), arguments.shard_tokens) for i in range(part - 1, len(files), parts)}
-    ready_made = arguments.pretokenized
-    left = sys.maxsize if ready_made or arguments.max_tokens is None else arguments.max_tokens
-
-    def fetch_one(i: int) -> Path:
-        folder = out / "downloads" / f"{i:06d}"
-        return fetch(files[i], arguments.dataset, commit, folder, not ready_made, arguments.keep_downloads)
-
     missing = [i for i in shards if not shards[i].complete]
-    paths = fetch_ahead(missing, fetch_one, ahead=left == sys.maxsize)  # with a limit, the next may not be needed
-    workers = 1 if ready_made else arguments.workers or prepare.available_cpus()
+    left = (arguments.max_tokens or sys.maxsize) - sum(shards[i].n_tokens for i in shards if i not in missing)
     with (
-        prepare.tokenising("gpt2", workers) as tokenise_all,
-        prepare.progress_bar(sum(files[i].size for i in shards), arguments.out) as bar,
+        prepare.tokenising("gpt2", arguments.workers or prepare.available_cpus()) as tokenise_all,
+        prepare.progress_bar(sum(files[i]["size"] for i in shards), arguments.out) as bar,
+        ThreadPool(1) as thread,  # a daemon: Ctrl-C does not wait for its download
     ):
-        for i, file_shards in shards.items():
-            if file_shards.complete or not left:
-                bar.update(files[i].size)
-            else:
-                path = next(paths)
-                bar.write(f"{files[i].path}, {files[i].size / 1e9:.2f} GB ({i + 1} of {len(files)} files)", sys.stderr)
-                if ready_made:
-                    take_shard(file_shards, path, files[i], out)
-                    bar.update(files[i].size)
-                else:
-                    pieces = prepare.pieces_of([path], arguments.text_column)
-                    file_shards.fill(pieces, tokenise_all, bar, left)
-                shutil.rmtree(out / "downloads" / f"{i:06d}", ignore_errors=True)
-            left -= file_shards.n_tokens
+
+        def begin(i: int) -> AsyncResult:
+            return thread.apply_async(fetch, (files[i], arguments, commit, out / "downloads" / str(i)))
+
+        bar.update(sum(files[i]["size"] for i in shards if i not in missing))
+        coming = None
+        for i, following in zip(missing, [*missing[1:], None]):
+            if left == 0:
+                break
+            path = (coming or begin(i)).get()
+            # With a limit, the following file may not be needed.
+            coming = None if following is None or arguments.max_tokens else begin(following)
+            bar.write(f"{files[i]['path']} ({i + 1} of {len(files)} files)", sys.stderr)
+            pieces = prepare.pieces_of([path], arguments.text_column, progress=bar.update)
+            shards[i].fill(pieces, tokenise_all, bar, left)
+            left -= shards[i].n_tokens
+            shutil.rmtree(out / "downloads" / str(i), ignore_errors=True)
+
+
+def take_ready_made(arguments: argparse.Namespace, out: Path, commit: str, files: list[dict]) -> list[dict]:
+    """Download published shards to the folder, and check those that are there. Returns their rows of meta.json."""
+    gpt2, rows = data.GPT2Tokenizer, []
+    with prepare.progress_bar(sum(file["size"] for file in files), arguments.out) as bar:
+        for file in files:
+            path = out / file["path"].replace("/", "_")
+            found = path if path.exists() else fetch(file, arguments, commit, out / "downloads")
+            tokens = data.open_shard(found).tokens  # checks header and size
+            if (largest := tokens.max(initial=0)) >= gpt2.vocab_size:
+                raise ValueError(f"{file['path']}: holds the token id {largest}; GPT-2's largest is 50256")
+            row = dict(file=path.name, tokens=len(tokens), sha256=file["sha256"] or data.sha256(found))
+            rows.append(row | dict(documents=int(np.count_nonzero(tokens == gpt2.end_of_text))))
+            os.replace(found, path)
+            bar.update(file["size"])
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    about = "Turn a text dataset on the Hugging Face hub into shards of GPT-2's tokens. After an interruption, run the "
+    about += "same command again: it continues. The variables HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured."
+    parser = argparse.ArgumentParser("fineweb.py", description=about)
+    add = parser.add_argument
+    add("--dataset", metavar="ID", help=f"on the hub (default: {FINEWEB_EDU}; with --pretokenized: {PRETOKENIZED})")
+    add("--name", help="subset of the dataset (default: sample-10BT of FineWeb-Edu; else the dataset's own default)")
+    add("--revision", default="main", help="branch, tag or commit of the dataset (default: %(default)s)")
+    add("--out", metavar="FOLDER", help="folder for the shards (default: shards/fineweb_edu_10B, or after the dataset)")
+    tokens = "tokens, with validation (default: all; --pretokenized: 10 billion)"
+    add("--max_tokens", type=int, metavar="N", help=tokens)
+    part = "do part I of N, on N machines with one --out (default: %(default)s)"
+    add("--part", default="1/1", metavar="I/N", help=part)
+    add("--keep_downloads", action="store_true", help="keep and use files in the hub's cache (default: delete them)")
+    add("--pretokenized", action="store_true", help="download ready-made shards of GPT-2's tokens (default: make them)")
+    arguments = prepare.parse_shared(parser, argv)
+    settle(parser, arguments)
+    return arguments
+
+
+def settle(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Check the options together, and fill in the defaults that depend on others."""
+    max_tokens, part = arguments.max_tokens, re.fullmatch(r"(\d+)/(\d+)", arguments.part)
+    if not part or not 1 <= int(part[1]) <= int(part[2]):
+        parser.error(f"--part={arguments.part}: must be like 1/4, 2/4, 3/4 or 4/4")
+    arguments.part = int(part[1]), int(part[2])
+    if arguments.pretokenized:
+        if arguments.name or arguments.keep_downloads or arguments.part[1] > 1:
+            parser.error("--name, --part and --keep_downloads have no meaning with --pretokenized")
+        arguments.max_tokens = 10_000_000_000 if max_tokens is None else max_tokens
+    elif max_tokens is not None:
+        if max_tokens < 2 or arguments.part[1] > 1:
+            parser.error(f"--max_tokens={max_tokens}: must be at least 2, and excludes --part")
+        if max_tokens <= arguments.shard_tokens:  # the first shard is for validation
+            arguments.shard_tokens = max(1, max_tokens // 10)
+    arguments.dataset = arguments.dataset or (PRETOKENIZED if arguments.pretokenized else FINEWEB_EDU)
+    if arguments.dataset == FINEWEB_EDU and not arguments.name:
+        arguments.name = "sample-10BT"
+    subset = (arguments.name or "").removeprefix("sample-").removesuffix("T")
+    words = "fineweb edu 10B" if arguments.dataset == PRETOKENIZED else f"{Path(arguments.dataset).name} {subset}"
+    arguments.out = arguments.out or "shards/" + re.sub(r"[^\w.]+", "_", words.strip())
 
 
 def shard_hub_dataset(arguments: argparse.Namespace) -> str:
@@ -267,19 +229,20 @@ def shard_hub_dataset(arguments: argparse.Namespace) -> str:
     with prepare.shard_folder(out, source, lambda: list_files(arguments), part, parts) as meta:
         if meta["complete"]:
             return f"already made from {arguments.dataset}"
-        files = [HubFile(**row) for row in meta["source"]["files"]]
-        process_files(arguments, out, meta["source"]["commit"], files)
-        shards = (shards_of(out, i, len(files), arguments.shard_tokens) for i in range(len(files)))
-        done = [file_shards for file_shards in shards if file_shards.complete]
-        rows, n = [row for s in done for row in s.rows["train"]], sum(s.n_tokens for s in done)
-        if len(done) < len(files) and n != arguments.max_tokens:
-            return f"part {part} of {parts} is done; {len(done)} of {len(files)} files are there"
+        commit, files = meta["source"]["commit"], meta["source"]["files"]
+        if arguments.pretokenized:
+            rows = take_ready_made(arguments, out, commit, files)
+        else:
+            tokenise_files(arguments, out, commit, files)
+            shards = (shards_of(out, i, len(files), arguments.shard_tokens) for i in range(len(files)))
+            done = [file_shards for file_shards in shards if file_shards.complete]
+            rows, n = [row for s in done for row in s.rows["train"]], sum(s.n_tokens for s in done)
+            if len(done) < len(files) and n != arguments.max_tokens:
+                return f"part {part} of {parts} is done; {len(done)} of {len(files)} files are there"
         val = [row for row in rows if "_val_" in row["file"].removeprefix(out.name)]
         if len(val) == len(rows):
-            raise ValueError(
-                f"{arguments.out}: all {n:,} tokens are in the first shard, which is for validation; delete the folder "
-                f"and run again with --shard_tokens={max(1, n // 20)}"
-            )
+            advice = f"delete the folder and run again with --shard_tokens={max(1, n // 20)}"
+            raise ValueError(f"{out}: all {n:,} tokens are in the first shard, which is for validation; {advice}")
         shutil.rmtree(out / "downloads", ignore_errors=True)
         shards = {"train": [row for row in rows if row not in val], "val": val}
         documents = sum(row["documents"] for row in rows)

@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -25,14 +26,13 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,7 @@ import configurator
 import data
 
 START_METHOD = "spawn"  # of worker processes: the same on all systems, and safe with threads
+TABLES = (".parquet", ".jsonl", ".jsonl.gz")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,158 +55,136 @@ class Split:
     seed: int = 0
     tail: float = 0.0
 
-    def ends(self, file: BinaryIO, size: int, document: int) -> dict[str, int]:
-        """Where the training part and the validation part of a document of `size` bytes end."""
+    def ends(self, text: bytes | mmap.mmap, document: int) -> dict[str, int]:
+        """Where the training part and the validation part of a document end."""
         if self.tail:
-            cut = max(1, round((1 - self.tail) * size))
-            file.seek(cut)
-            window = file.read(4096)
+            cut = max(1, round((1 - self.tail) * len(text)))
+            window = text[cut : cut + 4096]
             start = re.search(rb"\s", window) or re.search(rb"[^\x80-\xbf]", window)  # else at a UTF-8 character
-            return {"train": cut + start.start() if start else size, "val": size}
+            return {"train": cut + start.start() if start else len(text), "val": len(text)}
         block, place = divmod(document, self.stride or 1)
         drawn = self.stride and random.Random(f"{self.seed}, {block}").randrange(self.stride) == place
-        return {"val" if drawn else "train": size}
+        return {"val" if drawn else "train": len(text)}
 
 
-class Piece(NamedTuple):
-    size: int  # bytes of the input files
-    parts: list[tuple[str, bool, bytes]]  # split, whether a document begins here, UTF-8
+Piece = list[tuple[str, bool, bytes]]  # split, whether a document begins here, UTF-8
 
 
-def pieces_of(files: list[Path], column: str = "text", split: Split = Split()) -> Iterator[Piece]:
-    """All documents, as pieces of about data.PIECE_BYTES of text. Empty documents are skipped."""
-    parts, text_bytes, file_bytes, n_documents = [], 0, 0, 0
-    for document, size, in_file in itertools.chain.from_iterable(documents_in(path, column) for path in files):
-        ends = split.ends(document, size, n_documents) if size else {}
-        n_documents += size > 0
-        document.seek(0)
-        for name, end in ends.items():
-            begins = True
-            for text in data.segments(document, end):
-                parts.append((name, begins, text))
-                begins, text_bytes, file_bytes = False, text_bytes + len(text), file_bytes + in_file * len(text) / size
-                if text_bytes >= data.PIECE_BYTES:
-                    yield Piece(round(file_bytes), parts)
-                    parts, text_bytes, file_bytes = [], 0, 0
-    if parts:
-        yield Piece(round(file_bytes), parts)
+def pieces_of(files: list[Path], column="text", split=Split(), progress=lambda n_bytes: None) -> Iterator[Piece]:
+    """All documents, as pieces of about data.PIECE_BYTES of text. `progress` is told of the bytes read of the files."""
+    piece, piece_bytes = [], 0
+    for number, (text, in_file) in enumerate(documents_of(files, column)):
+        start = 0
+        for name, end in split.ends(text, number).items():
+            for n, segment in enumerate(data.segments(text, start, end)):
+                piece.append((name, n == 0, segment))
+                piece_bytes += len(segment)
+                progress(in_file * len(segment) / len(text))
+                if piece_bytes >= data.PIECE_BYTES:
+                    yield piece
+                    piece, piece_bytes = [], 0
+            start = end
+    if piece:
+        yield piece
 
 
-def texts_of(files: list[Path], column: str = "text") -> Iterator[bytes]:
-    """The text of every document, UTF-8. A document of more than data.PIECE_BYTES comes in several texts."""
-    return (text for piece in pieces_of(files, column) for _, _, text in piece.parts)
-
-
-def is_text(path: Path) -> bool:
-    return not path.name.endswith((".parquet", ".jsonl", ".jsonl.gz"))
-
-
-def documents_in(path: Path, column: str) -> Iterator[tuple[BinaryIO, int, float]]:
-    """Text, its size, and its bytes in the file: of each row of .jsonl, .jsonl.gz or .parquet; else the whole file."""
-    if is_text(path):
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            yield file, size, size
-    else:
-        for text, in_file in (read_parquet if path.suffix == ".parquet" else read_jsonl)(path, column):
-            yield io.BytesIO(text), len(text), in_file
+def documents_of(files: list[Path], column: str) -> Iterator[tuple[bytes | mmap.mmap, float]]:
+    """(UTF-8, its bytes in the file) of each row of a table, else of the whole file. Empty documents are skipped."""
+    for path in files:
+        try:
+            if path.name.endswith(TABLES):
+                rows = read_parquet(path, column) if path.suffix == ".parquet" else read_jsonl(path, column)
+                yield from ((text, in_file) for text, in_file in rows if text)
+            elif size := path.stat().st_size:
+                with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                    yield text, size
+        except (ValueError, OSError, EOFError, zlib.error) as error:  # what a damaged file raises
+            raise ValueError(f"{path}: {error}") from None
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
     with open(path, "rb") as raw:
-        file, before = gzip.open(raw) if path.suffix == ".gz" else raw, 0
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield text_of(line, column, f"{path}, line {number}"), raw.tell() - before
-                    before = raw.tell()
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: truncated or damaged ({error}). Copy or download it again") from None
-
-
-def text_of(line: bytes, column: str, where: str) -> bytes:
-    """The text in a line of JSON, UTF-8. null is an empty text."""
-    try:
-        text = json.loads(line.decode("utf-8-sig", errors="replace"))[column]
-        return b"" if text is None else text.encode("utf-8", errors="replace")
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        wanted = f"not a JSON object with text in the column {column!r}"
-        raise ValueError(f"{where}: {wanted} (choose with --text_column): {line[:80]!r}") from None
+        before = 0
+        for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
+            try:
+                text = json.loads(line.decode("utf-8-sig", errors="replace"))[column] if line.strip() else None
+                text = b"" if text is None else text.encode("utf-8", errors="replace")
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                wanted = f"not a JSON object with text in the column {column!r} (choose with --text_column)"
+                raise ValueError(f"line {number}: {wanted}: {line[:80]!r}") from None
+            yield text, raw.tell() - before
+            before = raw.tell()
 
 
 def read_parquet(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow
+    import pyarrow.parquet
 
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = {field.name: str(field.type) for field in file.schema_arrow}
-            if columns.get(column) not in ("string", "large_string", "string_view"):
-                names = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-                raise ValueError(f"{path}: no text in the column {column!r} among {names}; choose with --text_column")
-            in_file = path.stat().st_size / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(1000, columns=[column]):
-                for text in batch.column(0).cast(pa.large_binary()).to_pylist():  # bytes: UTF-8 may be invalid
-                    yield text or b"", in_file
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: truncated or damaged ({error}). Copy or download it again") from None
+    with pyarrow.parquet.ParquetFile(path) as file:
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+        if columns.get(column) not in ("string", "large_string", "string_view"):
+            names = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+            raise ValueError(f"no text in the column {column!r} among {names}; choose with --text_column")
+        in_file = path.stat().st_size / max(1, file.metadata.num_rows)
+        for batch in file.iter_batches(1000, columns=[column]):
+            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():  # bytes: UTF-8 may be invalid
+                yield text or b"", in_file
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pieces -> tokens, on worker processes
 
 Tokens = dict[str, np.ndarray]  # split -> uint16
-TokeniseAll = Callable[[Iterable[Piece]], Iterator[tuple[Piece, Tokens]]]
 
 
 def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
     """The tokens of a piece. Each document begins with the end-of-text token."""
-    tokenizer = data.get_tokenizer(tokenizer_name)
+    tokenizer, tokens = data.get_tokenizer(tokenizer_name), {}
     start = np.array([tokenizer.end_of_text], dtype=np.uint16)
-    tokens = {split: [] for split, _, _ in piece.parts}
-    for split, begins, text in piece.parts:
-        tokens[split] += [start, tokenizer.encode(text)] if begins else [tokenizer.encode(text)]
+    for split, begins, text in piece:
+        tokens.setdefault(split, []).extend([start, tokenizer.encode(text)] if begins else [tokenizer.encode(text)])
     return {split: np.concatenate(arrays) for split, arrays in tokens.items()}
 
 
 @contextmanager
-def tokenising(tokenizer_name: str, workers: int) -> Iterator[TokeniseAll]:
-    """A function that tokenises pieces in order on worker processes, which have started when the block begins."""
+def tokenising(tokenizer_name: str, workers: int) -> Iterator[Callable[[Iterator[Piece]], Iterator[Tokens]]]:
+    """A function that tokenises pieces, in order, on worker processes. These have started when the block begins."""
     job = functools.partial(tokenise, tokenizer_name=tokenizer_name)
     if workers == 1:
         data.get_tokenizer(tokenizer_name)  # load it now
-        yield lambda pieces: ((piece, job(piece)) for piece in pieces)
+        yield functools.partial(map, job)
         return
-    context = multiprocessing.get_context(START_METHOD)
-    initargs = (tokenizer_name, context.Barrier(workers))
-    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=initargs)
+    context, can_block = multiprocessing.get_context(START_METHOD), hasattr(signal, "pthread_sigmask")  # not on Windows
+    pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer_name, context.Barrier(workers)))
+
+    def in_order(pieces):
+        running = deque()
+        for piece in pieces:
+            running.append(pool.submit(job, piece))
+            if len(running) == 3 * workers:  # so many are in memory
+                yield running.popleft().result()
+        yield from (future.result() for future in running)
+
     try:
-        for future in [pool.submit(int) for _ in range(workers)]:  # each starts a worker
+        if can_block:  # workers inherit it, and ignore Ctrl-C later; this process gets it when it unblocks
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            starting = [pool.submit(int) for _ in range(workers)]
+        finally:
+            if can_block:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        for future in starting:
             future.result()
-        yield functools.partial(in_order, pool, job, 3 * workers)
+        yield in_order
     except BrokenProcessPool:
-        raise ValueError(
-            "a worker process was killed (out of memory?). Finished shards are kept: run the same command again, "
-            f"with fewer --workers than {workers}"
-        ) from None
+        advice = f"run the same command again, with fewer --workers than {workers}; finished shards are kept"
+        raise ValueError(f"a worker process was killed (out of memory?): {advice}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def in_order(pool: ProcessPoolExecutor, job: Callable, ahead: int, pieces: Iterable[Piece]):
-    """Yield (piece, tokens) in the order of the pieces. At most `ahead` pieces are in memory."""
-    running = deque()
-    for piece in pieces:
-        running.append((piece, pool.submit(job, piece)))
-        if len(running) == ahead:
-            piece, future = running.popleft()
-            yield piece, future.result()
-    for piece, future in running:
-        yield piece, future.result()
-
-
 def start_worker(tokenizer_name: str, all_started) -> None:
-    """Load the tokenizer. Ctrl-C is for the parent only; a worker whose parent was killed exits."""
+    """Load the tokenizer, and wait for the other workers. Ctrl-C is for the parent; without a parent, exit."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def exit_with_parent():
@@ -236,44 +215,32 @@ class Shards:
         self.rest = {split: [np.empty(0, dtype=np.uint16)] for split in sizes}  # tokens that are in no shard yet
         if record.exists():
             with np.load(record) as saved:
-                state = json.loads(str(saved["state"]))
-                files = [record.parent.parent / row["file"] for rows in state["rows"].values() for row in rows]
-                # Pieces of another size have other numbers. And somebody may have removed a shard.
-                if state.pop("piece_bytes") == data.PIECE_BYTES and all(file.exists() for file in files):
-                    vars(self).update(state, rest={split: [saved[split]] for split in sizes})
+                vars(self).update(json.loads(str(saved["state"])), rest={split: [saved[split]] for split in sizes})
 
     def add(self, tokens: Tokens, last: bool = False) -> None:
         """Write the shards that the tokens of the next piece fill; after the last piece, also what is left."""
-        n_shards, self.pieces, self.complete = sum(map(len, self.rows.values())), self.pieces + 1, last
-        self.n_tokens += sum(map(len, tokens.values()))
+        self.pieces, self.complete, new = self.pieces + 1, last, last
+        for split, part in tokens.items():
+            self.rest[split].append(part)
+            self.n_tokens += len(part)
         for split, size in self.sizes.items():
-            self.rest[split].append(tokens.get(split, self.rest[split][0][:0]))
-            if last or sum(map(len, self.rest[split])) >= size:
+            while (n := sum(map(len, self.rest[split]))) >= size or (last and n):
                 stream = np.concatenate(self.rest[split])
-                end = len(stream) if last else len(stream) // size * size
-                for first in range(0, end, size):
-                    shard = stream[first : min(first + size, end)]
-                    row = data.write_shard(self.path_of(split, len(self.rows[split])), shard)
-                    self.rows[split].append(row | {"documents": int(np.count_nonzero(shard == self.end_of_text))})
-                self.rest[split] = [stream[end:].copy()]
-        if last or sum(map(len, self.rows.values())) > n_shards:
-            self.save()
+                shard, self.rest[split], new = stream[:size], [stream[size:].copy()], True
+                row = data.write_shard(self.path_of(split, len(self.rows[split])), shard)
+                self.rows[split].append(row | {"documents": int(np.count_nonzero(shard == self.end_of_text))})
+        if new:
+            state = dict(pieces=self.pieces, n_tokens=self.n_tokens, complete=self.complete, rows=self.rows)
+            rest, file = {split: np.concatenate(parts) for split, parts in self.rest.items()}, io.BytesIO()
+            np.savez(file, state=json.dumps(state), **rest)
+            data.write_whole(self.record, file.getvalue())
 
-    def save(self) -> None:
-        state = dict(pieces=self.pieces, n_tokens=self.n_tokens, complete=self.complete, rows=self.rows)
-        state["piece_bytes"], file = data.PIECE_BYTES, io.BytesIO()
-        np.savez(file, state=json.dumps(state), **{split: np.concatenate(rest) for split, rest in self.rest.items()})
-        data.write_whole(self.record, file.getvalue())
-
-    def fill(self, pieces: Iterator[Piece], tokenise_all: TokeniseAll, bar, limit: int = sys.maxsize) -> None:
+    def fill(self, pieces: Iterator[Piece], tokenise_all: Callable, bar, limit: int = sys.maxsize) -> None:
         """Tokenise the pieces, `limit` tokens at most (of a single split), from where the record ends."""
-        for piece in itertools.islice(pieces, self.pieces):
-            bar.update(piece.size)
-        for piece, tokens in tokenise_all(pieces):
+        for tokens in tokenise_all(itertools.islice(pieces, self.pieces, None)):
             left = limit - self.n_tokens
             self.add({split: new[:left] for split, new in tokens.items()})
             bar.set_postfix(tokens=f"{self.n_tokens:,}", refresh=False)
-            bar.update(piece.size)
             if self.n_tokens == limit:
                 break
         self.add({}, last=True)
@@ -286,21 +253,14 @@ def progress_bar(total: int, what: str):
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
 
 
-def shard_files(
-    files, out: Path, tokenise_all: TokeniseAll, tokenizer, sizes: dict, column="text", split=Split()
-) -> dict:
+def shard_files(files, out: Path, tokenise_all: Callable, tokenizer, sizes: dict, column="text", split=Split()) -> dict:
     """Turn files into shards of sizes[split] tokens in the folder `out`. Returns split -> rows of meta.json."""
     (out / "progress").mkdir(parents=True, exist_ok=True)
     name, record = out / out.name, out / "progress" / "all.npz"
     shards = Shards(record, lambda s, n: Path(f"{name}_{s}_{n + 1:06d}.bin"), sizes, tokenizer.end_of_text)
     with progress_bar(sum(path.stat().st_size for path in files), out.name) as bar:
-        if not shards.complete:
-            shards.fill(pieces_of(files, column, split), tokenise_all, bar)
+        shards.fill(pieces_of(files, column, split, bar.update), tokenise_all, bar)
     return shards.rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder
 
 
 @contextmanager
@@ -310,8 +270,8 @@ def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part
     ValueError if it holds other files or shards of another source, or if another process works on the same part.
     """
     meta, progress = data.read_meta(out), out / "progress"
-    ours = ("meta.json", "progress", "downloads")
-    if not meta and out.is_dir() and any(p.name not in ours and p.suffix != ".tmp" for p in out.iterdir()):
+    left_over = ("progress", "downloads")
+    if not meta and out.is_dir() and any(p.name not in left_over and p.suffix != ".tmp" for p in out.iterdir()):
         raise ValueError(f"{out}: holds files that this command did not write; choose a new folder for --out")
     with ExitStack() as locks:
         if not meta.get("complete"):
@@ -321,31 +281,30 @@ def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part
             for other in set(progress.glob("*.lock")) - set(progress.glob(f"*_of_{parts}.lock")):
                 with data.lock(other, taken):  # only a look
                     pass
-            if parts == 1:
-                begun = [] if any(out.glob("*.bin")) else [out / "meta.json", *progress.glob("*.npz")]
-                for path in [*out.glob("*.tmp"), *progress.glob("*.tmp"), *begun]:  # of killed runs
-                    path.unlink(missing_ok=True)
             meta = data.read_meta(out)
-        if not meta:
+        if not meta or (parts == 1 and not any(out.glob("*.bin"))):  # nothing is made yet: other options are welcome
             meta = {"source": source | begin(), "complete": False}
-            data.write_json(out / "meta.json", meta)
+            write_meta(out, meta)
         before = meta.get("source", {})
         changed = [f"{name} {before.get(name)} -> {new}" for name, new in source.items() if before.get(name) != new]
         if changed:
-            raise ValueError(
-                f"{out}: made from another source ({', '.join(changed)}); choose another --out or delete that folder"
-            )
-        if meta.get("complete"):
-            shutil.rmtree(progress, ignore_errors=True)  # a run was killed at its very end
+            advice = "choose another --out or delete that folder"
+            raise ValueError(f"{out}: made from another source ({', '.join(changed)}); {advice}")
         yield meta
+
+
+def write_meta(out: Path, meta: dict) -> None:
+    data.write_whole(out / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
 
 
 def finish_folder(out: Path, tokenizer: data.Tokenizer, source: dict, shards: dict, documents: int) -> str:
     """Write the meta.json of a complete folder. shards: split -> rows. Returns a summary for the terminal."""
     n_tokens = {split: sum(row["tokens"] for row in rows) for split, rows in shards.items()}
     meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, documents=documents, tokens=n_tokens)
-    data.write_json(out / "meta.json", meta | dict(shards=shards, source=source, complete=True))
+    write_meta(out, meta | dict(shards=shards, source=source, complete=True))
     shutil.rmtree(out / "progress", ignore_errors=True)
+    for path in out.glob("*.tmp"):  # of killed runs
+        path.unlink(missing_ok=True)
     tokens = f"{n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens"
     return f"{documents:,} documents, {tokens} ({tokenizer.name})"
 
@@ -355,18 +314,17 @@ def finish_folder(out: Path, tokenizer: data.Tokenizer, source: dict, shards: di
 
 
 def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) -> list[Path]:
-    """Files, folders and globs -> files, each once, in the order of their names.
+    """Files, folders and globs -> files, each once, in the order of their names. Files in `out` are skipped.
 
-    Skipped are: hidden files and folders inside a folder, what matches `exclude` there, and files in `out`.
+    Inside a folder, names must match `pattern`; hidden files and folders, and what matches `exclude`, are skipped.
     """
-    if Path(pattern).is_absolute():
-        raise ValueError(f"--glob {pattern}: a pattern for names inside folders; give the folder itself as PATH")
     files = {}  # real path -> the first path that leads to it
     for path in paths:
         for top in map(Path, [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True)) or [path]):
             if not top.exists():
                 raise ValueError(f"{top}: no such file or folder")
-            for file in sorted(top.rglob(pattern)) if top.is_dir() else [top]:
+            found = sorted(p for p in top.rglob("*") if fnmatch(p.name, pattern)) if top.is_dir() else [top]
+            for file in found:
                 skipped = (fnmatch(p, e) for p in file.relative_to(top).parts for e in [*exclude, ".*"])
                 if file.is_file() and out not in file.resolve().parents and not any(skipped):
                     files.setdefault(file.resolve(), file)
@@ -376,11 +334,11 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="prepare.py",
-        description="Turn local text into token shards. A document is a row of a .jsonl, .jsonl.gz or .parquet file, "
-        "or any other file as a whole. After an interruption, run the same command again: it continues.",
+    about = (
+        "Turn local text into token shards. A document is a row of a table (.jsonl, .jsonl.gz, .parquet) or a whole "
     )
+    about += "file. After an interruption, run the same command again: it continues."
+    parser = argparse.ArgumentParser("prepare.py", description=about)
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="files, folders, or globs in quotes")
     add("--out", required=True, metavar="FOLDER", help="folder for the shards, such as shards/mine (required)")
@@ -391,19 +349,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     validation = "share of documents for validation; with fewer than 1/F, the last share of each (default: %(default)s)"
     add("--val_fraction", type=float, default=0.05, metavar="F", help=validation)
     add("--seed", type=int, default=1337, metavar="N", help="draws the validation documents (default: %(default)s)")
-    arguments = parse_shared(parser, argv, "one per CPU, fewer for little text")
+    arguments = parse_shared(parser, argv)
     if arguments.val_fraction != 0 and not 1e-6 <= arguments.val_fraction <= 0.5:
         parser.error(f"--val_fraction={arguments.val_fraction}: must be 0, or from 0.000001 to 0.5")
     return arguments
 
 
-def parse_shared(parser: argparse.ArgumentParser, argv: list[str] | None, workers: str) -> argparse.Namespace:
+def parse_shared(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Add the options that prepare.py and fineweb.py share, and parse."""
     add = parser.add_argument
     add("--text_column", default="text", metavar="NAME", help="column with the text, of rows (default: %(default)s)")
     shard = "tokens in a training shard, 2 bytes each (default: %(default)s)"
     add("--shard_tokens", type=int, default=100_000_000, metavar="N", help=shard)
-    add("--workers", type=int, metavar="N", help=f"processes that tokenise (default: {workers})")
+    add("--workers", type=int, metavar="N", help="processes that tokenise (default: one per CPU)")
     arguments = parser.parse_args(argv)
     for name, value in (("shard_tokens", arguments.shard_tokens), ("workers", arguments.workers)):
         if value is not None and not 1 <= value < 2**31:
@@ -416,26 +374,23 @@ def choose_split(files: list[Path], column: str, val_fraction: float, seed: int)
     if val_fraction == 0:
         return Split()
     stride = round(1 / val_fraction)
-    documents = (1 for path in files for _, size, _ in documents_in(path, column) if size)
-    enough = sum(itertools.islice(documents, stride)) == stride
+    enough = sum(1 for _ in itertools.islice(documents_of(files, column), stride)) == stride
     return Split(stride, seed) if enough else Split(tail=val_fraction)
 
 
 def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
     """What decides the shards' bytes, for meta.json: the options, and a hash of the files' names and contents."""
     digest = hashlib.sha256()
-    for path in filter(is_text, files):
+    for path in files:
         with open(path, "rb") as file:
-            if b"\0" in file.read(1 << 20):
+            if not path.name.endswith(TABLES) and b"\0" in file.read(1 << 20):
                 skip = "*" + path.suffix if path.suffix else path.name
                 raise ValueError(f"{path}: binary (NUL bytes), not text; leave it out, in folders: --exclude '{skip}'")
-    with ThreadPoolExecutor() as threads:
-        for path, content in zip(files, threads.map(data.sha256, files)):
-            digest.update(os.fsencode(path.name) + bytes.fromhex(content))
-    size = sum(path.stat().st_size for path in files)
+        digest.update(os.fsencode(path.name) + bytes.fromhex(data.sha256(path)))
+    size, tables = sum(path.stat().st_size for path in files), [path for path in files if path.name.endswith(TABLES)]
     if size == 0:
-        raise ValueError(f"{files[0]}{' and others' * (len(files) > 1)}: empty; there is no text to tokenise")
-    names = ["tokenizer", "shard_tokens", "val_fraction", "seed"] + ["text_column"] * (not all(map(is_text, files)))
+        raise ValueError(f"{files[0]}: empty; there is no text to tokenise")
+    names = ["tokenizer", "shard_tokens", "val_fraction", "seed"] + (["text_column"] if tables else [])
     options = {name: getattr(arguments, name) for name in names}
     return options | dict(files=len(files), bytes=size, sha256=digest.hexdigest())
 
@@ -463,10 +418,8 @@ def shard_local_text(arguments: argparse.Namespace) -> str:
         with tokenising(arguments.tokenizer, workers) as tokenise_all:
             rows = shard_files(files, out, tokenise_all, tokenizer, sizes, arguments.text_column, split)
         if not rows["train"] or (arguments.val_fraction and not rows["val"]):
-            raise ValueError(
-                f"{files[0]}{' and others' * (len(files) > 1)}: too little text for a training and a validation split; "
-                f"delete {arguments.out}, and take more text or --val_fraction 0"
-            )
+            advice = f"delete {arguments.out}, and take more text or --val_fraction 0"
+            raise ValueError(f"{files[0]}: too little text for a training and a validation split; {advice}")
         counted = rows["train"] if split.tail else rows["train"] + rows["val"]  # a tail is no document of its own
         return finish_folder(out, tokenizer, source, rows, sum(row["documents"] for row in counted))
 
