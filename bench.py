@@ -350,7 +350,8 @@ def table(result: dict) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     lines = [f"{result['bench']} on {result['device']}, torch {result['torch']}; {settings}"]
     rows = result["rows"] | {name: result["rows"][name] | {"ratio": r} for name, r in result["ratios"].items()}
-    width = {column: max(10, len(column)) for row in rows.values() if row for column in row}
+    columns = dict.fromkeys(column for row in result["rows"].values() if row for column in row)
+    width = {column: max(10, len(column)) for column in [*columns, "ratio"] if column in columns or result["ratios"]}
     first = max(map(len, rows))
     lines.append(" ".join([" " * first, *(f"{column:>{width[column]}}" for column in width)]))
     for name, row in rows.items():

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -144,3 +146,17 @@ def test_a_file_that_is_no_whole_result_is_one_line(capsys, tmp_path, content):
         bench.main(["show", str(tmp_path / "odd.json")])
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith(f"bench.py: {tmp_path}/odd.json: ") and error.count("\n") == 1
+
+
+def test_a_failed_measurement_costs_measure_sh_no_other(tmp_path):
+    """With a stand-in for python that fails in the middle of what `train` writes, and is killed in `sample --batch`."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    kinds = '*"bench.py train"*) echo -n "{\\"ro"; exit 2;; *"--batch 32"*) kill -9 $$;; *) echo "{}";;'
+    python.write_text(f'#!/bin/bash\ncase "$*" in {kinds} esac\n')
+    python.chmod(0o755)
+    script = [*"bash results/measure.sh".split(), str(out), "tasks.jsonl", "shards"]
+    root = Path(bench.__file__).parent
+    done = subprocess.run(script, cwd=root, env=os.environ | dict(PYTHON=str(python)), capture_output=True, text=True)
+    whole = "hellaswag.json ladder.json ladder_16.json memory.json sample_1.json tests.txt train.txt".split()
+    assert sorted(path.name for path in out.iterdir() if path.read_text() == "{}\n") == whole
+    assert f"failed (see {out}/log.txt): sample_32.json train.json train_64.json\n" in done.stderr
