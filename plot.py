@@ -181,13 +181,13 @@ def draw_curves(folders: list[Path], out: Path) -> list[Path]:
         return [save(figure, out / f"{name}.{kind}") for name, figure in figures.items() for kind in ("svg", "png")]
 
 
-def write_report(run: Path, say=print) -> Path:
-    """Draw a run's curves, if there are any, and write report.md beside them; return its path."""
-    try:
-        draw_curves([run], run)
-    except (ValueError, ImportError) as error:
-        say(f"NOTE: no curves are drawn: {error}")
-    return report(run)
+def write_report(run: Path) -> None:
+    """Draw a run's curves and write report.md beside them. What fails is said, and ends no run."""
+    for write in (lambda: draw_curves([run], run), lambda: print(f"report: {report(run)}")):
+        try:
+            write()
+        except Exception as error:
+            print(f"NOTE: the report of {run} is not whole ({type(error).__name__}: {error})")
 
 
 def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
@@ -258,8 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         first = arguments.runs[0]
         written = draw_curves(arguments.runs, arguments.out or (first.parent if arguments.runs[1:] else first))
-        written += [write_report(run) for run in arguments.runs] if arguments.report else []
     print(*written, sep="\n")
+    for run in arguments.runs if arguments.report else ():
+        write_report(run)
 
 
 if __name__ == "__main__":

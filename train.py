@@ -349,10 +349,7 @@ def train(config: TrainConfig) -> dict:
         say(f"stopped by {signal.Signals(stopping).name} after {step:,} steps; {command} resumes it")
     else:
         if config.report and machine.is_main:
-            try:
-                say(f"report: {plot.write_report(out_dir, say)}")
-            except Exception as error:  # the run is done: no picture may fail it
-                say(f"report: none ({type(error).__name__}: {error}); try python plot.py --report {out_dir}")
+            plot.write_report(out_dir)
         val = f", val loss {val_loss:.4f}" if val_loss is not None else ""
         say(f"done: {step:,} steps{val}{checkpoint.best_note(out_dir)}; metrics in {out_dir}/metrics.jsonl")
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
@@ -407,15 +404,12 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
     source = found or config.init_from
     settings = {name: getattr(config, name) for name in ("dropout", "pad_vocab", "recompute")}
     model = GPT.from_pretrained(source, **settings)
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"{source} has a vocabulary of {model.config.vocab_size}, but the shards in {config.data_dir} are "
-            f"{tokenizer.name}'s with {tokenizer.vocab_size}; make them with the model's tokenizer"
-        )
-    if model.config.block_size < config.block_size:
-        raise ValueError(
-            f"block_size {config.block_size} is beyond {source}'s context; set --block_size={model.config.block_size}"
-        )
+    V, T = model.config.vocab_size, model.config.block_size
+    if V != tokenizer.vocab_size:
+        shards = f"the shards in {config.data_dir} are {tokenizer.name}'s with {tokenizer.vocab_size}"
+        raise ValueError(f"{source} has {V} tokens, but {shards}; make them with the model's tokenizer")
+    if T < config.block_size:
+        raise ValueError(f"block_size {config.block_size} is beyond {source}'s context; set --block_size={T}")
     return model
 
 
