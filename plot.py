@@ -191,7 +191,7 @@ def write_report(run: Path) -> None:
 
 
 def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
-    """Embeddings of positions (T, C) and tokens (V, C): three channels, and cosine similarities between rows."""
+    """Embeddings of positions (T, C) and tokens (V, C): three channels, and similarities, rounded for a small file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 7.6), layout="constrained")
@@ -205,8 +205,7 @@ def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
 
     for axes, rows, title in ((left, positions, "Positions"), (right, tokens[:256], "The first 256 tokens")):
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        similarity = (unit @ unit.T).round(1)  # rounded: half the file's size
-        shown = axes.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        shown = axes.imshow((unit @ unit.T).round(1), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_title(title)
         axes.grid(False)
     figure.colorbar(shown, ax=[left, right], location="bottom", label="cosine similarity", shrink=0.6, aspect=50)
