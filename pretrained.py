@@ -32,8 +32,7 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Names -> folders
+# ---- Names -> folders ------------------------------------------------------------------------------------------------
 
 
 def checkpoints(run: str | Path) -> list[Path]:
@@ -56,10 +55,8 @@ def locate(name: str | Path) -> Path:
         return fetch(f"openai-community/{name}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir():
         return fetch(str(name))
-    beside = {*path.parent.glob("*"), *Path("out").glob("*")}
-    runs = ", ".join(sorted(str(folder) for folder in beside if checkpoints(folder))) or "no runs"
-    sizes = "gpt2, gpt2-medium, gpt2-large, gpt2-xl"
-    raise ValueError(f"{name}: no such model; name {sizes}, a hub id such as user/model, or a folder (here are {runs})")
+    runs = ", ".join(str(run) for run in sorted(Path("out").glob("*")) if checkpoints(run)) or "no runs"
+    raise ValueError(f"{name}: no such model; name gpt2, gpt2-medium, ..., a hub id or a folder (here are {runs})")
 
 
 def fetch(repo: str) -> Path:
@@ -71,24 +68,28 @@ def fetch(repo: str) -> Path:
             folder = Path(snapshot_download(repo, allow_patterns=["config.json", weights], ignore_patterns="*/*"))
             if any(folder.glob(weights)):
                 break
+        return folder
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise ValueError(f"{repo}: not a folder here, and not fetched from the Hugging Face hub ({reason})") from None
-    return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read(name: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The shape (fields of GPTConfig) and the tensors of a model, checked against each other before anything is built.
-
-    Raises ValueError when files are missing, damaged, or not those of a GPT-2.
-    """
+    """Shape (fields of GPTConfig) and tensors of a model, before it is built. ValueError if they are not a GPT-2's."""
     path = locate(name)
     is_folder = path.is_dir()
-    shape, state = (read_config(path / "config.json"), read_folder(path)) if is_folder else read_nanogpt(path)
+    if is_folder:
+        shape = read_config(path / "config.json")
+        # A large model comes in parts, such as model-00001-of-00004.safetensors.
+        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        if not files:
+            raise ValueError(f"{path}: no model.safetensors in this folder; a checkpoint has it beside config.json")
+        state = {name: tensor for file in files for name, tensor in read_file(file).items()}
+    else:
+        shape, state = read_nanogpt(path)
     if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
         raise ValueError(f"{path}: not a table of names and tensors")
 
@@ -135,29 +136,20 @@ def parameter_shapes(shape: dict) -> dict[str, tuple[int, ...]]:
 
 def read_config(file: Path) -> dict:
     """config.json -> shape. ValueError for what GPT-2 can be told to do differently and model.py does not do."""
-    if not file.is_file():
-        raise ValueError(f"{file.parent}: no config.json in this folder; a checkpoint has it beside model.safetensors")
     try:
         hf = json.loads(file.read_text())
         shape = {name: hf[theirs] for name, theirs in SHAPE.items()}
         if not all(type(size) is int and size > 0 for size in shape.values()):
             raise TypeError(f"sizes are not positive integers: {shape}")
+    except FileNotFoundError:
+        raise ValueError(f"{file.parent}: no config.json in this folder; a checkpoint has one") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
-    if hf.get("n_inner") == 4 * hf["n_embd"]:
-        hf["n_inner"] = None  # which means the same
     for name, value in ONLY.items():
-        if hf.get(name, value) != value:
+        # n_inner may be spelled out: None means four times the width.
+        if hf.get(name, value) != value and (name, hf[name]) != ("n_inner", 4 * hf["n_embd"]):
             raise ValueError(f"{file}: {name} is {hf[name]!r}; this model is GPT-2 with {value!r} only")
     return shape | dict(bias=bool(hf.get("bias", True)))
-
-
-def read_folder(folder: Path) -> dict:
-    """All tensors of a folder; those of a large model come in parts, such as model-00001-of-00004.safetensors."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(f"{folder}: no model.safetensors in this folder; a checkpoint has it beside config.json")
-    return {name: tensor for file in files for name, tensor in read_file(file).items()}
 
 
 def read_file(file: Path) -> dict:
@@ -180,10 +172,7 @@ def read_file(file: Path) -> dict:
 
 
 def read_nanogpt(file: Path) -> tuple[dict, dict]:
-    """Shape and tensors of nanoGPT's ckpt.pt or build-nanogpt's model_*.pt.
-
-    nanoGPT computes the exact GELU where GPT-2, and so model.py, has the tanh form.
-    """
+    """Shape and tensors of nanoGPT's ckpt.pt (its GELU is the exact one, not GPT-2's) or build-nanogpt's model_*.pt."""
     content = read_file(file)
     try:
         options = dict(content["model_args"] if "model_args" in content else vars(content["config"]))
@@ -191,29 +180,23 @@ def read_nanogpt(file: Path) -> tuple[dict, dict]:
         state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
         if shape["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
             shape["vocab_size"] = 50257
-            padded = ("wte.weight", "lm_head.weight")
-            state = {name: tensor[:50257] if name.endswith(padded) else tensor for name, tensor in state.items()}
+            state |= {name: state[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
     except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file}: not nanoGPT's ckpt.pt ({reason}); for weights alone, name their folder") from None
+        raise ValueError(f"{file}: not nanoGPT's ckpt.pt ({error!r}); for weights alone, name their folder") from None
     return shape, state
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
+# ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
 def write(folder: str | Path, config, weights: dict[str, torch.Tensor]) -> None:
-    """Write config.json and model.safetensors as transformers' GPT2LMHeadModel does. `config` is a GPTConfig.
-
-    transformers' GPT-2 always has biases: those that the model lacks are written as zeros.
-    """
+    """Write config.json and model.safetensors as transformers' GPT2LMHeadModel does. `config` is a GPTConfig."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.t().contiguous() if is_conv1d(name) else value for name, value in weights.items()}
-    shapes = parameter_shapes(vars(config) | dict(bias=True))
+    shapes = parameter_shapes(vars(config) | dict(bias=True))  # transformers' GPT-2 always has biases
     state |= {name: torch.zeros(size) for name, size in shapes.items() if name not in state}
     hf = ONLY | dict(architectures=["GPT2LMHeadModel"], dtype="float32", initializer_range=0.02)
     hf |= {theirs: getattr(config, name) for name, theirs in SHAPE.items()} | dict(n_ctx=config.block_size)
