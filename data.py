@@ -16,7 +16,7 @@ import secrets
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,7 @@ END_OF_TEXT = "<|endoftext|>"  # in files for transformers
 PIECE_BYTES = 1 << 20
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# ---- Tokenizers ------------------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -162,8 +161,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
         (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shards
+# ---- Shards ----------------------------------------------------------------------------------------------------------
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
@@ -228,15 +226,12 @@ def open_shard(path: Path) -> Shard:
             raise ValueError(f"{path}: holds {tokens.dtype} of shape {tokens.shape}; tokens are a row of uint16")
         return Shard(path, tokens)
 
-    size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if len(header) < HEADER_INTS or header[0] != MAGIC:
-        raise ValueError(f"{path}: not a token shard: it does not begin with {MAGIC}; make it with prepare.py")
-    if header[1] != VERSION:
-        raise ValueError(f"{path}: version {header[1]} of the shard format; this code reads version {VERSION} (uint16)")
-    if size != HEADER_BYTES + 2 * int(header[2]):
-        held = (size - HEADER_BYTES) // 2
-        raise ValueError(f"{path}: its header promises {header[2]} tokens, the file holds {held}; copy it again")
+    if len(header) < HEADER_INTS or tuple(header[:2]) != (MAGIC, VERSION):
+        raise ValueError(f"{path}: not a token shard: it does not begin with {MAGIC} and version {VERSION} (uint16)")
+    held = (path.stat().st_size - HEADER_BYTES) / 2
+    if held != header[2]:
+        raise ValueError(f"{path}: its header promises {header[2]} tokens, the file holds {int(held)}; copy it again")
     return Shard(path, np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
 
 
@@ -270,18 +265,14 @@ def read_meta(data_dir: str | Path) -> dict:
     """meta.json of a shard folder; {} without one, as beside published shards. ValueError if it is not readable."""
     path = Path(data_dir) / "meta.json"
     kinds = {"tokenizer": str, "source": dict, "shards": dict, "complete": bool}
-    try:
+    with suppress(ValueError):
         meta = json.loads(path.read_text()) if path.exists() else {}
-        whole = isinstance(meta, dict) and all(isinstance(meta.get(name, kind()), kind) for name, kind in kinds.items())
-    except ValueError:
-        whole = False
-    if not whole:
-        raise ValueError(f"{path}: damaged, or not what prepare.py writes; make the shards again")
-    return meta
+        if isinstance(meta, dict) and all(isinstance(meta.get(name, kind()), kind) for name, kind in kinds.items()):
+            return meta
+    raise ValueError(f"{path}: damaged, or not what prepare.py writes; make the shards again")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches ---------------------------------------------------------------------------------------------------------
 
 
 class Windows:
@@ -291,17 +282,12 @@ class Windows:
         self.shards, self.block_size, self.vocab_size = shards, block_size, vocab_size
         self.n_tokens = sum(len(shard.tokens) for shard in shards)
 
-    @classmethod
-    def open(cls, data_dir: str | Path, split: str, block_size: int, tokenizer: Tokenizer) -> "Windows":
-        return cls(open_shards(data_dir, split), block_size, tokenizer.vocab_size)
-
     def read(self, places: np.ndarray) -> np.ndarray:
         """The windows at (shard, first token) rows (B, 2) -> (B, T + 1) int64. ValueError if the model lacks an id."""
         batch = [self.shards[s].tokens[first : first + self.block_size + 1] for s, first in places.tolist()]
         batch = np.stack(batch).astype(np.int64)
         if batch.max() >= self.vocab_size:
-            shard = self.shards[places[batch.max(axis=1).argmax(), 0]]
-            # Made with another tokenizer, or damaged.
+            shard = self.shards[places[batch.max(axis=1).argmax(), 0]]  # made with another tokenizer, or damaged
             raise ValueError(f"{shard.path}: holds the token id {batch.max()}; the largest is {self.vocab_size - 1}")
         return batch
 
@@ -368,7 +354,7 @@ class Batches:
 
 def prefetch(make: Callable[..., np.ndarray], keys: Iterator[tuple], device) -> Iterator[tuple]:
     """For each key, (x, y) = make(*key) on the torch.device, (B, T) each; the next is read while this one is in use."""
-    import torch  # here alone, so that this file's command starts in a tenth of a second
+    import torch  # here alone, so that prepare.py starts in a tenth of a second
 
     def read(key):
         batch = torch.from_numpy(make(*key))

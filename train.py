@@ -152,10 +152,10 @@ def train(config: TrainConfig) -> dict:
     # ---- 3. The data -------------------------------------------------------------------------------------------------
     sequences = sequences_per_process(config, machine.world_size)
     tokenizer = data.get_tokenizer(data.read_meta(config.data_dir).get("tokenizer", "gpt2"))  # published: no meta.json
-    windows = data.Windows.open(config.data_dir, "train", config.block_size, tokenizer)
+    windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
     val_windows, val_places = None, []
     if config.eval_every:
-        val_windows = data.Windows.open(config.data_dir, "val", config.block_size, tokenizer)
+        val_windows = data.Windows(data.open_shards(config.data_dir, "val"), config.block_size, tokenizer.vocab_size)
         val_places = val_windows.first(config.eval_tokens)
     say(
         f"data: {config.data_dir}, {windows.n_tokens:,} training tokens ({tokenizer.name}), seen "

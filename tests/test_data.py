@@ -142,7 +142,7 @@ def test_the_name_of_the_folder_does_not_decide_the_split(tmp_path):
     [
         (b"", "not a token shard"),
         (b"\0" * 5000, "not a token shard"),
-        (struct.pack("<256i", 20240520, 2, 10, *[0] * 253) + b"\0" * 20, "version 2"),
+        (struct.pack("<256i", 20240520, 2, 10, *[0] * 253) + b"\0" * 20, "not a token shard"),
         (struct.pack("<256i", 20240520, 1, 10, *[0] * 253) + b"\0" * 18, "promises 10 tokens, the file holds 9;"),
     ],
 )
