@@ -18,10 +18,6 @@ SMALL = 1_000_000  # multiply-adds in a block: threads would spend more time on 
 GRAPH_FROM = 32  # new tokens; for fewer, capturing a CUDA graph does not pay
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The cache
-
-
 class KVCache:
     """Keys and values of all tokens so far, so that a new token costs the work of one token.
 
@@ -114,10 +110,6 @@ class TokenGraph:
             self.logits = forward_cached(self.model, self.idx, self.cache)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed weights
-
-
 class PackedLinear(nn.Module):
     """nn.Linear for inference: weights in the dtype of the product and, on a CPU in bf16, in oneDNN's blocked layout.
 
@@ -128,7 +120,8 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
         weight = linear.weight.detach().to(dtype)
-        self.blocked = weight.device.type == "cpu" and dtype == torch.bfloat16 and onednn_multiplies_bf16()
+        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.blocked = on_cpu and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.blocked else weight
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
@@ -139,17 +132,8 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def onednn_multiplies_bf16() -> bool:
-    ops, names = torch.ops.mkldnn, ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    has_ops = torch.backends.mkldnn.is_available() and all(hasattr(ops, name) for name in names)
-    return has_ops and ops._is_mkldnn_bf16_supported()
-
-
 def pack(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace all Linear layers of a model or a block by PackedLinear, in place; returns it.
-
-    It computes what it would under autocast to dtype. A packed model cannot be moved, trained or saved.
-    """
+    """Replace each Linear layer by PackedLinear, in place; returns the module. It cannot be moved, trained or saved."""
     for part in list(module.modules()):
         for name, child in part.named_children():
             if isinstance(child, nn.Linear):
@@ -182,8 +166,7 @@ def ready(model: GPT, machine: Runtime, dtype: str, rows: int) -> tuple[GPT, Run
     return pack(model, DTYPES[name]), machine.computing_in(name), f"dtype: {name}{why}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Choosing a token
+# ---- Choosing a token ------------------------------------------------------------------------------------------------
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -191,8 +174,6 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
 
     logits (B, V), seen (B, V) bool -> (B, V): divided by the penalty where positive, else multiplied by it.
     """
-    if penalty == 1:
-        return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -218,24 +199,17 @@ def restrict(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: fl
     return logits
 
 
-def sample(
-    logits: torch.Tensor, draw: torch.Tensor, temperature: float = 1.0, top_k=0, top_p=1.0, min_p=0.0
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, draw: torch.Tensor, temperature: float = 1.0, **filters) -> torch.Tensor:
     """One token for each row: logits (B, V) and uniform numbers in [0, 1) (B,) -> ids (B,) int64.
 
-    temperature divides the logits, and 0 always takes the most likely token; for the others see `restrict`. The draw
+    temperature divides the logits, and 0 always takes the most likely token; for the filters see `restrict`. The draw
     becomes a token by inverting the cumulative distribution: a row's token depends on its own logits and number only.
     """
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
-    logits = restrict(logits / temperature, top_k, top_p, min_p)
-    cdf = F.softmax(logits, dim=-1).cumsum(dim=-1)  # (B, V)
+    cdf = F.softmax(restrict(logits / temperature, **filters), dim=-1).cumsum(dim=-1)  # (B, V)
     # The first token whose cumulative probability exceeds the draw's share of the total (rounded, it need not be 1).
     return torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation
 
 
 class Step(NamedTuple):
@@ -247,9 +221,9 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def stream(
-    model: GPT, prompts, max_new_tokens: int, seeds=None, stop_token=None, repetition_penalty=1.0, **sampling
+    model: GPT, prompts, max_new_tokens, seeds=None, stop_token=None, repetition_penalty=1.0, **sampling
 ) -> Iterator[Step]:
-    """Continue each prompt (a list of token ids); yield a Step for each new token.
+    """Continue each prompt (a list of token ids); yield a Step for each new token. The model is in eval mode.
 
     seeds                one for each prompt: a row's text depends on its own seed, not on the rows beside it (in bf16,
                          a batch of another shape rounds differently, and near ties may fall differently)
@@ -271,35 +245,31 @@ def stream(
     for mask, row in zip(seen, rows):
         mask[row] = True
     graphed = isinstance(model.lm_head, PackedLinear) and device.type == "cuda" and max_new_tokens >= GRAPH_FROM
-    cache, was_training = None, model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
-            # 1. Compute what the cache lacks: the last token, or everything at first and whenever the cache is full.
-            # Positions are learned, so once the window slides every cached key stands at a wrong position.
-            if cache is None or cache.length == block_size:
-                cache, logits = prefill(model, [row[-block_size:] for row in rows], max_new_tokens)
-                graph = TokenGraph(model, cache) if graphed else None
-            else:
-                idx = torch.tensor([row[-1:] for row in rows], device=device)
-                logits = graph(idx) if graph else forward_cached(model, idx, cache)  # (B, V)
-            logits = logits.float()
-            if logits.isnan().any():
-                raise ValueError("the model's logits are NaN: it is damaged, or its training diverged")
+    cache = None
+    for _ in range(max_new_tokens):
+        # 1. Compute what the cache lacks: the last token, or everything at first and whenever the cache is full.
+        # Positions are learned, so once the window slides every cached key stands at a wrong position.
+        if cache is None or cache.length == block_size:
+            cache, logits = prefill(model, [row[-block_size:] for row in rows], max_new_tokens)
+            graph = TokenGraph(model, cache) if graphed else None
+        else:
+            idx = torch.tensor([row[-1:] for row in rows], device=device)
+            logits = graph(idx) if graph else forward_cached(model, idx, cache)  # (B, V)
+        logits = logits.float()
+        if logits.isnan().any():
+            raise ValueError("the model's logits are NaN: it is damaged, or its training diverged")
 
-            # 2. Choose, 3. remember, 4. hand over.
-            draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(device)  # (B)
-            chosen = sample(penalize(logits, seen, repetition_penalty), draws, **sampling)  # (B)
-            seen.scatter_(1, chosen[:, None], True)
-            chosen = chosen.tolist()
-            for row, token in zip(rows, chosen):
-                row.append(token)
-            yield Step([None if done else token for done, token in zip(ended, chosen)], logits)
-            ended = [done or token == stop_token for done, token in zip(ended, chosen)]
-            if all(ended):
-                return
-    finally:
-        model.train(was_training)
+        # 2. Choose, 3. remember, 4. hand over.
+        draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(device)  # (B)
+        chosen = sample(penalize(logits, seen, repetition_penalty), draws, **sampling)  # (B)
+        seen.scatter_(1, chosen[:, None], True)
+        chosen = chosen.tolist()
+        for row, token in zip(rows, chosen):
+            row.append(token)
+        yield Step([None if done else token for done, token in zip(ended, chosen)], logits)
+        ended = [done or token == stop_token for done, token in zip(ended, chosen)]
+        if all(ended):
+            return
 
 
 def prefill(model: GPT, rows: list[list[int]], max_new_tokens: int) -> tuple[KVCache, torch.Tensor]:
@@ -315,6 +285,9 @@ def prefill(model: GPT, rows: list[list[int]], max_new_tokens: int) -> tuple[KVC
 
 
 def generate(model: GPT, prompts, max_new_tokens: int, **options) -> list[list[int]]:
-    """The continuations that `stream` yields, whole: one list of new token ids for each prompt."""
+    """The continuations that `stream` yields, whole: one list of new token ids for each prompt. The mode may be any."""
+    was_training = model.training
+    model.eval()
     steps = [step.tokens for step in stream(model, prompts, max_new_tokens, **options)]
+    model.train(was_training)
     return [[tokens[b] for tokens in steps if tokens[b] is not None] for b in range(len(prompts))]

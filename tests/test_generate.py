@@ -19,7 +19,6 @@ from generate import (
     TokenGraph,
     forward_cached,
     generate,
-    onednn_multiplies_bf16,
     pack,
     penalize,
     prefill,
@@ -84,10 +83,10 @@ def test_rows_end_at_the_stop_token_each_on_its_own(toy):
 
 
 def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone():
-    toy = make_toy(dropout=0.5).train()
+    toy = make_toy(dropout=0.5)
     steps = list(stream(toy, [[1, 2], [3]], 5, seeds=[0, 1]))
     rows = [list(row) for row in zip(*(step.tokens for step in steps))]
-    assert rows == generate(toy, [[1, 2], [3]], 5)  # the seeds are 0, 1, ... where none are given
+    assert rows == generate(toy.train(), [[1, 2], [3]], 5)  # the seeds are 0, 1, ... where none are given
     assert toy.training
     # The logits that come with a token are the model's own.
     expected = toy.eval()(torch.tensor([[1, 2, *rows[0]]]))[0, 1:-1]
@@ -172,7 +171,7 @@ def test_what_changes_no_text_only_what_it_costs():
     assert prefill(toy, aligned, 4)[0].dtype is None
     packed = pack(toy, torch.bfloat16)
     assert prefill(packed, aligned, 4)[0].dtype == torch.float32
-    assert packed.lm_head.blocked == onednn_multiplies_bf16()
+    assert packed.lm_head.blocked == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def test_draws_are_distributed_as_the_softmax_says():
@@ -219,7 +218,7 @@ def test_the_tokens_left_are_those_of_transformers(seed, top_k, top_p, min_p, pe
 def test_only_tokens_that_may_be_drawn_are_drawn(logits, draw, temperature, top_k):
     """Also at the edges: a draw of 0, of nearly 1, and logits so far apart that most probabilities round to 0."""
     logits = torch.tensor([logits])
-    token = sample(logits, torch.tensor([draw]), temperature, top_k).item()
+    token = sample(logits, torch.tensor([draw]), temperature, top_k=top_k).item()
     scaled = (logits / max(temperature, 1e-6))[0]
     assert scaled.softmax(-1)[token] > 0
     assert not top_k or (scaled > scaled[token]).sum() < top_k
