@@ -4,19 +4,10 @@
     python hellaswag.py --model out/gpt2_124M --limit 1000        an own run's newest checkpoint, the first 1,000
     torchrun --standalone --nproc_per_node=8 hellaswag.py --model gpt2-xl
 
-A task is a line of JSON:
+A task is a line of JSON. The fields that count (the others say where it comes from):
 
-    {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
-     "ctx": "A man is sitting on a roof. he", "split": "val", "split_type": "indomain", "label": 3,
-     "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
-                 "is holding a rubik's cube.", "starts pulling up roofing on a roof."],
-     "source_id": "activitynet~v_-JhWjGDPHMY"}
-
-    ind, source_id   where it comes from: a video's caption (ActivityNet) or an article (WikiHow)
-    activity_label   what the video or article is about; not shown to the model
-    ctx              the context: ctx_a, and ctx_b where the last sentence is begun
-    endings, label   four of them, three written by a machine; the number of the right one, from 0
-    split_type       whether the training split has the same activity (indomain) or not (zeroshot)
+    {"ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using wrap to wrap a pair of skis.",
+     "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."]}
 
 Completion style: the model never sees the endings side by side. Each follows the context, and the losses of its tokens
 are summed. acc takes the ending with the lowest sum, acc_norm the one with the lowest mean a token. Published for
@@ -50,12 +41,9 @@ from model import GPT
 from pretrained import resolve
 from runtime import Runtime
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
-SHA256 = {
-    "val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",  # 12 MB
-    "train": "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d",  # 47 MB
-}
-FOLDER = Path("shards/hellaswag")  # where the tasks are kept
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+FILE = Path("shards/hellaswag/hellaswag_val.jsonl")  # where it is kept
 PUBLISHED = {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)}  # acc, acc_norm
 BATCH_TOKENS = 8192  # tokens in one forward pass
 LOGIT_ROWS = 256  # how many predictions are over the whole vocabulary at once: 50 MB in float32
@@ -80,13 +68,9 @@ class Rendered:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The tasks
-
-
-def examples(path: str | Path | None = None, limit: int = 0, split: str = "val") -> list[Example]:
+def examples(path: str | Path | None = None, limit: int = 0) -> list[Example]:
     """The tasks of a file (None: the official one), the first `limit` or all. ValueError for a line that is not one."""
-    path, tasks = Path(path or fetch(split)), []
+    path, tasks = Path(path or fetch()), []
     lines = enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1)
     for number, line in [(number, line) for number, line in lines if line.strip()][: limit or None]:
         try:
@@ -104,25 +88,19 @@ def examples(path: str | Path | None = None, limit: int = 0, split: str = "val")
     return tasks
 
 
-def fetch(split: str) -> Path:
-    """The official file, downloaded if it is not here yet. ValueError if that fails three times."""
-    path, url = FOLDER / f"hellaswag_{split}.jsonl", URL.format(split=split)
-    if path.is_file():
-        return path
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for attempt in range(3):
-        time.sleep(5 * attempt)
+def fetch() -> Path:
+    """The official file, downloaded if it is not here yet. ValueError if that fails."""
+    if not FILE.is_file():
         try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
+            with urllib.request.urlopen(URL, timeout=30) as answer:
                 content = answer.read()
-            if hashlib.sha256(content).hexdigest() != SHA256[split]:
+            if hashlib.sha256(content).hexdigest() != SHA256:
                 raise OSError("the SHA-256 of what arrived is not that of the official file")
-            part = path.with_suffix(f".{os.getpid()}.part")
-            part.write_bytes(content)
-            return part.replace(path)
         except (OSError, http.client.HTTPException) as error:
-            reason = error
-    raise ValueError(f"HellaSwag could not be fetched from {url} ({reason}); copy the file to {path}")
+            raise ValueError(f"HellaSwag could not be fetched from {URL} ({error}); copy the file to {FILE}") from None
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        data.write_whole(FILE, content)
+    return FILE
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,10 +159,6 @@ def lay_out(rendered: list[Rendered]) -> tuple[np.ndarray, ...]:
     return idx, position, part, np.array(predicted_at), np.concatenate(targets).astype(np.int64)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The score
-
-
 @torch.no_grad()
 def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.ndarray:
     """The summed loss, in nats, of each ending of each task: (B, 4). ValueError if they are not numbers."""
@@ -206,9 +180,7 @@ def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.
     return sums
 
 
-def evaluate(
-    model: GPT, tokenizer, machine: Runtime, tasks: list[Example], batch_tokens=BATCH_TOKENS, show_progress=False
-) -> dict:
+def evaluate(model: GPT, tokenizer, machine: Runtime, tasks: list[Example], show_progress=False) -> dict:
     """{"n", "acc", "acc_norm", ...} over the tasks. Each rank scores a share of them; all get the result.
 
     Nothing is drawn from a random generator, and the model is left as it was.
@@ -216,7 +188,7 @@ def evaluate(
     from tqdm import tqdm
 
     rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
-    batches = batches_of(rendered, batch_tokens)[machine.rank :: machine.world_size]
+    batches = batches_of(rendered, BATCH_TOKENS)[machine.rank :: machine.world_size]
     right = torch.zeros(2)  # tasks that the lowest sum and the lowest mean get right
     was_training = model.training
     model.eval()
@@ -234,21 +206,17 @@ def evaluate(
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    about = "Score a GPT-2 on HellaSwag, completion style."
-    parser = argparse.ArgumentParser(prog="hellaswag.py", description=about)
+    parser = argparse.ArgumentParser("hellaswag.py", description="Score a GPT-2 on HellaSwag, completion style.")
     add = parser.add_argument
     add("--model", default="gpt2", help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: %(default)s)")
     add("--data", metavar="FILE", help="tasks, one JSON object a line (none: the official ones, fetched once)")
-    add("--split", choices=["val", "train"], default="val", help="which of the official files (default: %(default)s)")
     add("--limit", type=int, default=0, metavar="N", help="only the first N tasks; 0 is all (default: %(default)s)")
-    about = "tokens in one forward pass, as memory allows (default: %(default)s)"
-    add("--batch_tokens", type=int, default=BATCH_TOKENS, metavar="N", help=about)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of sentences")
     arguments = parser.parse_args(argv)
-    if arguments.limit < 0 or arguments.batch_tokens < 1:
-        parser.error("--limit must be at least 0, --batch_tokens at least 1")
+    if arguments.limit < 0:
+        parser.error("--limit must be at least 0")
     return arguments
 
 
@@ -264,7 +232,7 @@ def in_words(result: dict, published: tuple[float, float] | None) -> str:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     machine = runtime.start(arguments.device)
-    tasks = machine.broadcast(machine.is_main and examples(arguments.data, arguments.limit, arguments.split))
+    tasks = machine.broadcast(machine.is_main and examples(arguments.data, arguments.limit))
     source = resolve(arguments.model)
     model = GPT.from_pretrained(source)
     n_parameters = model.num_params()
@@ -274,13 +242,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model: {source}, {n_parameters:,} parameters; {machine.note}; {note}", file=sys.stderr)
     start = time.perf_counter()
     try:
-        result = evaluate(model, tokenizer, machine, tasks, arguments.batch_tokens, machine.is_main)
+        result = evaluate(model, tokenizer, machine, tasks, show_progress=machine.is_main)
     except torch.OutOfMemoryError:
-        raise ValueError(f"out of memory; set --batch_tokens={arguments.batch_tokens // 2 or 1}") from None
+        raise ValueError("out of GPU memory; stop what else uses the GPU, or use --device=cpu") from None
     result = {"model": str(source), "style": "completion"} | result | {"seconds": time.perf_counter() - start}
     if machine.is_main:
-        official = (arguments.data, arguments.split, arguments.limit) == (None, "val", 0)
-        published = PUBLISHED.get(arguments.model) if official else None
+        published = None if arguments.data or arguments.limit else PUBLISHED.get(arguments.model)
         print(json.dumps(result) if arguments.json else in_words(result, published))
     machine.close()
     if machine.world_size > 1:

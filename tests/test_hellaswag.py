@@ -66,7 +66,8 @@ def plain_losses(model: GPT, task: Example, tokenizer: data.Tokenizer) -> list[f
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
-def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens):
+def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens, monkeypatch):
+    monkeypatch.setattr(hellaswag, "BATCH_TOKENS", batch_tokens)
     model, tokens = toy(tokenizer).eval(), data.get_tokenizer(tokenizer)
     rendered = [hellaswag.render(task, tokens, model.config.block_size) for task in TASKS]
     expected = np.array([plain_losses(model, task, tokens) for task in TASKS])
@@ -76,7 +77,7 @@ def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens):
     labels = np.array([task.label for task in TASKS])
     lengths = np.array([[len(ending) for ending in one.endings] for one in rendered])
     right, right_norm = (expected.argmin(1) == labels).sum(), ((expected / lengths).argmin(1) == labels).sum()
-    result = hellaswag.evaluate(model, tokens, CPU, TASKS, batch_tokens)
+    result = hellaswag.evaluate(model, tokens, CPU, TASKS)
     assert (result["n"], result["acc"], result["acc_norm"]) == (len(TASKS), right / len(TASKS), right_norm / len(TASKS))
     p = result["acc_norm"]
     assert result["acc_norm_stderr"] == pytest.approx((p * (1 - p) / len(TASKS)) ** 0.5)
@@ -150,17 +151,17 @@ def test_a_broken_line_is_named(tmp_path, capsys, line, message):
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves one file; `trouble` is what goes wrong at each of the next requests."""
+    """Serves one file; `wrong` is what goes wrong with each request."""
 
     def do_GET(self):
         type(self).asked += 1
-        wrong = self.trouble.pop(0) if self.trouble else ""
-        if isinstance(wrong, int):
-            return self.send_error(wrong)
+        if isinstance(self.wrong, int):
+            return self.send_error(self.wrong)
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
-        self.wfile.write(self.content[:99] if wrong == "drop" else self.content[:: -1 if wrong == "corrupt" else 1])
+        cut = {"drop": self.content[:99], "corrupt": self.content[::-1]}
+        self.wfile.write(cut.get(self.wrong, self.content))
 
     def log_message(self, *_):
         pass
@@ -169,31 +170,28 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     content = write_tasks(tmp_path / "source.jsonl").read_bytes()
-    handler = type("ThisServer", (Server,), dict(content=content, trouble=[], asked=0))
+    handler = type("ThisServer", (Server,), dict(content=content, wrong=None, asked=0))
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{http.server_address[1]}/hellaswag_{{split}}.jsonl")
-    monkeypatch.setattr(hellaswag, "SHA256", {"val": data.sha256(tmp_path / "source.jsonl")})
-    monkeypatch.setattr(hellaswag, "FOLDER", tmp_path / "kept")
-    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{http.server_address[1]}/hellaswag_val.jsonl")
+    monkeypatch.setattr(hellaswag, "SHA256", data.sha256(tmp_path / "source.jsonl"))
+    monkeypatch.setattr(hellaswag, "FILE", tmp_path / "kept" / "hellaswag_val.jsonl")
     yield handler
     http.shutdown()
     http.server_close()
 
 
-@pytest.mark.parametrize("trouble", [[], ["drop", 503], ["corrupt", 429]], ids=str)
-def test_the_file_is_fetched_once(server, trouble):
-    server.trouble += trouble
+def test_the_file_is_fetched_once(server):
     assert hellaswag.examples() == TASKS
-    assert hellaswag.examples(limit=5) == TASKS[:5] and server.asked == len(trouble) + 1
+    assert hellaswag.examples(limit=5) == TASKS[:5] and server.asked == 1
 
 
 @pytest.mark.parametrize("wrong, message", [(404, "404"), ("corrupt", "SHA-256"), ("drop", "IncompleteRead")])
 def test_what_cannot_be_fetched_is_one_line(server, wrong, message):
-    server.trouble += [wrong] * 3
+    server.wrong = wrong
     with pytest.raises(ValueError, match=f"HellaSwag could not be fetched from http.*{message}.*copy the file to"):
         hellaswag.examples()
-    assert not list(hellaswag.FOLDER.iterdir())
+    assert not hellaswag.FILE.exists()
 
 
 # ---- The command, and a run ------------------------------------------------------------------------------------------
@@ -214,12 +212,12 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert result["style"] == "completion" and expected.items() <= result.items()
     # Published figures stand beside those of the official tasks, if all of them were scored.
     monkeypatch.setattr(hellaswag, "PUBLISHED", {folder: (0.2859, 0.2955)})
-    monkeypatch.setattr(hellaswag, "fetch", lambda split: path)
+    monkeypatch.setattr(hellaswag, "fetch", lambda: path)
     hellaswag.main(arguments)
     out = capsys.readouterr().out
     assert f"acc_norm {result['acc_norm']:.4f} +- {result['acc_norm_stderr']:.4f}  (lowest mean a token)" in out
     assert "HellaSwag, completion style, 36 tasks" in out and "published: 0.2955" in out and "tasks/s" in out
-    for partly in (["--limit", "8"], ["--data", str(path)], ["--split", "train"]):
+    for partly in (["--limit", "8"], ["--data", str(path)]):
         hellaswag.main([*arguments, *partly])
         assert "published" not in capsys.readouterr().out
 
@@ -236,7 +234,7 @@ def test_ranks_share_the_tasks_and_agree(folder, tmp_path, n):
     """36 tasks in batches that do not divide; the counts are those of one process."""
     path = write_tasks(tmp_path / "tasks.jsonl")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "hellaswag.py"]
-    command += ["--model", folder, "--data", str(path), "--dtype", "fp32", "--batch_tokens", "700", "--json"]
+    command += ["--model", folder, "--data", str(path), "--dtype", "fp32", "--json"]
     run = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("{")]
@@ -259,7 +257,7 @@ def test_a_run_scores_itself_and_is_not_disturbed(config, tmp_path):
 
 
 def test_a_run_goes_on_where_the_tasks_cannot_be_fetched(config, server, tmp_path, capsys):
-    server.trouble += [404] * 9
+    server.wrong = 404
     train.train(config(hellaswag_every=2, max_steps=4))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hellaswag: ")]
     assert len(lines) == 1 and "off" in lines[0] and "404" in lines[0] and "set hellaswag_data" in lines[0]
