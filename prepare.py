@@ -41,10 +41,10 @@ import data
 
 START_METHOD = "spawn"  # of worker processes: the same on all systems, and safe with threads
 TABLES = (".parquet", ".jsonl", ".jsonl.gz")
+SEED = 1337  # draws the validation documents
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files -> documents -> pieces for the workers, in an order that depends on the files only
+# ---- Files -> documents -> pieces for the workers, in an order that depends on the files only ------------------------
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class Split:
     """Which text is for validation: one drawn document of every `stride`, or the last share `tail` of each document."""
 
     stride: int = 0  # 0: none
-    seed: int = 0
     tail: float = 0.0
 
     def ends(self, text: bytes | mmap.mmap, document: int) -> dict[str, int]:
@@ -63,11 +62,12 @@ class Split:
             start = re.search(rb"\s", window) or re.search(rb"[^\x80-\xbf]", window)  # else at a UTF-8 character
             return {"train": cut + start.start() if start else len(text), "val": len(text)}
         block, place = divmod(document, self.stride or 1)
-        drawn = self.stride and random.Random(f"{self.seed}, {block}").randrange(self.stride) == place
+        drawn = self.stride and random.Random(f"{SEED}, {block}").randrange(self.stride) == place
         return {"val" if drawn else "train": len(text)}
 
 
 Piece = list[tuple[str, bool, bytes]]  # split, whether a document begins here, UTF-8
+Tokens = dict[str, np.ndarray]  # split -> uint16
 
 
 def pieces_of(files: list[Path], column="text", split=Split(), progress=lambda n_bytes: None) -> Iterator[Piece]:
@@ -131,10 +131,7 @@ def read_parquet(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
                 yield text or b"", in_file
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pieces -> tokens, on worker processes
-
-Tokens = dict[str, np.ndarray]  # split -> uint16
+# ---- Pieces -> tokens, on worker processes ---------------------------------------------------------------------------
 
 
 def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
@@ -148,7 +145,7 @@ def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
 
 @contextmanager
 def tokenising(tokenizer_name: str, workers: int) -> Iterator[Callable[[Iterator[Piece]], Iterator[Tokens]]]:
-    """A function that tokenises pieces, in order, on worker processes. These have started when the block begins."""
+    """A function that tokenises pieces, in order, on worker processes, which have started when the block begins."""
     job = functools.partial(tokenise, tokenizer_name=tokenizer_name)
     if workers == 1:
         data.get_tokenizer(tokenizer_name)  # load it now
@@ -194,10 +191,6 @@ def start_worker(tokenizer_name: str, all_started) -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
     data.get_tokenizer(tokenizer_name)
     all_started.wait()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens -> shards
 
 
 class Shards:
@@ -286,7 +279,7 @@ def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part
             for record in progress.glob("*.npz"):
                 record.unlink()
             meta = {"source": source | begin(), "complete": False}
-            write_meta(out, meta)
+            data.write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
         before = meta.get("source", {})
         changed = [f"{name} {before.get(name)} -> {new}" for name, new in source.items() if before.get(name) != new]
         if changed:
@@ -295,24 +288,17 @@ def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part
         yield meta
 
 
-def write_meta(out: Path, meta: dict) -> None:
-    data.write_whole(out / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
-
-
 def finish_folder(out: Path, tokenizer: data.Tokenizer, source: dict, shards: dict, documents: int) -> str:
     """Write the meta.json of a complete folder. shards: split -> rows. Returns a summary for the terminal."""
     n_tokens = {split: sum(row["tokens"] for row in rows) for split, rows in shards.items()}
     meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, documents=documents, tokens=n_tokens)
-    write_meta(out, meta | dict(shards=shards, source=source, complete=True))
+    meta |= dict(shards=shards, source=source, complete=True)
+    data.write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
     shutil.rmtree(out / "progress", ignore_errors=True)
     for path in out.glob("*.tmp"):  # of killed runs
         path.unlink(missing_ok=True)
     tokens = f"{n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens"
     return f"{documents:,} documents, {tokens} ({tokenizer.name})"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
 
 
 def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) -> list[Path]:
@@ -337,9 +323,8 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     about = (
-        "Turn local text into token shards. A document is a row of a table (.jsonl, .jsonl.gz, .parquet) or a whole "
+        "Turn local text into token shards. A document is a row of a .jsonl, .jsonl.gz or .parquet, or a whole file."
     )
-    about += "file. After an interruption, run the same command again: it continues."
     parser = argparse.ArgumentParser("prepare.py", description=about)
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="files, folders, or globs in quotes")
@@ -350,7 +335,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--exclude", action="append", default=[], metavar="GLOB", help=skip)
     validation = "share of documents for validation; with fewer than 1/F, the last share of each (default: %(default)s)"
     add("--val_fraction", type=float, default=0.05, metavar="F", help=validation)
-    add("--seed", type=int, default=1337, metavar="N", help="draws the validation documents (default: %(default)s)")
     arguments = parse_shared(parser, argv)
     if arguments.val_fraction != 0 and not 1e-6 <= arguments.val_fraction <= 0.5:
         parser.error(f"--val_fraction={arguments.val_fraction}: must be 0, or from 0.000001 to 0.5")
@@ -371,30 +355,18 @@ def parse_shared(parser: argparse.ArgumentParser, argv: list[str] | None) -> arg
     return arguments
 
 
-def choose_split(files: list[Path], column: str, val_fraction: float, seed: int) -> Split:
-    """One document of every 1 / val_fraction for validation; with fewer documents than that, the tail of each."""
-    if val_fraction == 0:
-        return Split()
-    stride = round(1 / val_fraction)
-    enough = sum(1 for _ in itertools.islice(documents_of(files, column), stride)) == stride
-    return Split(stride, seed) if enough else Split(tail=val_fraction)
-
-
 def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
     """What decides the shards' bytes, for meta.json: the options, and a hash of the files' names and contents."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
             if not path.name.endswith(TABLES) and b"\0" in file.read(1 << 20):
-                skip = "*" + path.suffix if path.suffix else path.name
-                raise ValueError(f"{path}: binary (NUL bytes), not text; leave it out, in folders: --exclude '{skip}'")
+                raise ValueError(f"{path}: binary (NUL bytes), not text; leave it out with --exclude")
         digest.update(os.fsencode(path.name) + bytes.fromhex(data.sha256(path)))
     size, tables = sum(path.stat().st_size for path in files), [path for path in files if path.name.endswith(TABLES)]
-    if size == 0:
-        raise ValueError(f"{files[0]}: empty; there is no text to tokenise")
-    names = ["tokenizer", "shard_tokens", "val_fraction", "seed"] + (["text_column"] if tables else [])
+    names = ["tokenizer", "shard_tokens", "val_fraction"] + (["text_column"] if tables else [])
     options = {name: getattr(arguments, name) for name in names}
-    return options | dict(files=len(files), bytes=size, sha256=digest.hexdigest())
+    return options | dict(seed=SEED, files=len(files), bytes=size, sha256=digest.hexdigest())
 
 
 def available_cpus() -> int:
@@ -402,34 +374,34 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def shard_local_text(arguments: argparse.Namespace) -> str:
-    """Do what the command asks. Returns a summary for the terminal."""
+@configurator.command("prepare.py")
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     out = Path(arguments.out).resolve()
     files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
     source = describe(arguments, files)
     with shard_folder(out, source) as meta:
         if meta["complete"]:
-            return f"already made from these {len(files)} files"
-        split = choose_split(files, arguments.text_column, arguments.val_fraction, arguments.seed)
+            print(f"{arguments.out}: already made from these {len(files)} files")
+            return
+        # One document of every `stride` is for validation; with fewer documents than that, the tail of each.
+        n, fraction, column = arguments.shard_tokens, arguments.val_fraction, arguments.text_column
+        stride = round(1 / fraction) if fraction else 0
+        enough = sum(1 for _ in itertools.islice(documents_of(files, column), stride)) == stride
+        split = Split(stride) if enough else Split(tail=fraction)
         # A validation shard fills as fast as a training shard, so an interruption loses little of either.
-        n = arguments.shard_tokens
-        sizes = {"train": n, "val": max(min(n, 1 << 20), round(n * arguments.val_fraction))}
+        sizes = {"train": n, "val": max(min(n, 1 << 20), round(n * fraction))}
         # A worker takes a second to start, in which another one tokenises some 8 MB.
         workers = arguments.workers or min(available_cpus(), 1 + source["bytes"] // (8 << 20))
         tokenizer = data.get_tokenizer(arguments.tokenizer)
         with tokenising(arguments.tokenizer, workers) as tokenise_all:
-            rows = shard_files(files, out, tokenise_all, tokenizer, sizes, arguments.text_column, split)
-        if not rows["train"] or (arguments.val_fraction and not rows["val"]):
+            rows = shard_files(files, out, tokenise_all, tokenizer, sizes, column, split)
+        if not rows["train"] or (fraction and not rows["val"]):
             advice = f"delete {arguments.out}, and take more text or --val_fraction 0"
             raise ValueError(f"{files[0]}: too little text for a training and a validation split; {advice}")
         counted = rows["train"] if split.tail else rows["train"] + rows["val"]  # a tail is no document of its own
-        return finish_folder(out, tokenizer, source, rows, sum(row["documents"] for row in counted))
-
-
-@configurator.command("prepare.py")
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    print(f"{arguments.out}: {shard_local_text(arguments)}")
+        documents = sum(row["documents"] for row in counted)
+        print(f"{arguments.out}: {finish_folder(out, tokenizer, source, rows, documents)}")
 
 
 if __name__ == "__main__":
