@@ -30,25 +30,18 @@ import prepare
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "karpathy/fineweb-edu-100B-gpt2-token-shards"
-WAITS = 5, 30, 120  # seconds before a failed download is tried again
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The hub
+WAIT = 30  # seconds before a failed download is repeated
 
 
 def list_files(arguments: argparse.Namespace) -> dict:
-    """What meta.json records of the dataset: the commit of the revision, and the files to process, in order.
-
-    Of a file: path in the repository, size in bytes, sha256 (None for a small file, which the hub keeps in git).
-    """
+    """The dataset's commit, and the path, size in bytes and sha256 (None for a small file) of each file to process."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.hf_api import RepoFile
 
     dataset, api = arguments.dataset, HfApi()
     try:
-        commit = api.dataset_info(dataset, revision=arguments.revision).sha
+        commit = api.dataset_info(dataset, revision="main").sha
         tree = api.list_repo_tree(dataset, recursive=True, revision=commit, repo_type="dataset")
         entries = sorted((entry for entry in tree if isinstance(entry, RepoFile)), key=lambda entry: entry.path)
         files = [dict(path=e.path, size=e.size, sha256=e.lfs.sha256 if e.lfs else None) for e in entries]
@@ -82,15 +75,12 @@ def needed_shards(arguments: argparse.Namespace, commit: str, files: list[dict])
 
 
 def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) -> Path:
-    """The file on this disk, in `folder` or the hub's cache, with the size and SHA-256 that the hub has.
-
-    huggingface_hub continues after a lost connection. Other failures are repeated after WAITS.
-    """
+    """The file in `folder` or the hub's cache, with the hub's size and SHA-256. A failed download is repeated once."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
     where = dict(repo_id=arguments.dataset, filename=file["path"], repo_type="dataset", revision=commit)
-    for wait in (*WAITS, None):
+    for wait in (WAIT, 0):
         try:
             path = Path(hf_hub_download(**where, local_dir=None if arguments.keep_downloads else folder))
             if path.stat().st_size == file["size"] and file["sha256"] in (None, data.sha256(path)):
@@ -99,17 +89,8 @@ def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) 
             problem = "the download differs from the hub's file in size or SHA-256"
         except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of hf_xet
             problem = " ".join(str(error).split())
-            answer = getattr(error, "response", None)
-            if answer is not None and answer.status_code < 500 and answer.status_code != 429:
-                break  # the hub refuses, such as with 404
-        if wait is not None:
-            print(f"{file['path']}: {problem}; again in {wait} s", file=sys.stderr)
-            time.sleep(wait)
+        time.sleep(wait)
     raise ValueError(f"{file['path']}: {problem}. Finished shards are kept: run the same command again")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files -> shards
 
 
 def shards_of(out: Path, i: int, n_files: int, shard_tokens: int) -> prepare.Shards:
@@ -156,23 +137,17 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, commit: str, files:
 
 def take_ready_made(arguments: argparse.Namespace, out: Path, commit: str, files: list[dict]) -> list[dict]:
     """Download published shards to the folder, and check those that are there. Returns their rows of meta.json."""
-    gpt2, rows = data.GPT2Tokenizer, []
+    rows = []
     with prepare.progress_bar(sum(file["size"] for file in files), arguments.out) as bar:
         for file in files:
             path = out / file["path"].replace("/", "_")
             found = path if path.exists() else fetch(file, arguments, commit, out / "downloads")
             tokens = data.open_shard(found).tokens  # checks header and size
-            if (largest := tokens.max(initial=0)) >= gpt2.vocab_size:
-                raise ValueError(f"{file['path']}: holds the token id {largest}; GPT-2's largest is 50256")
             row = dict(file=path.name, tokens=len(tokens), sha256=file["sha256"] or data.sha256(found))
-            rows.append(row | dict(documents=int(np.count_nonzero(tokens == gpt2.end_of_text))))
+            rows.append(row | dict(documents=int(np.count_nonzero(tokens == data.GPT2Tokenizer.end_of_text))))
             os.replace(found, path)
             bar.update(file["size"])
     return rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -182,21 +157,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", metavar="ID", help=f"on the hub (default: {FINEWEB_EDU}; with --pretokenized: {PRETOKENIZED})")
     add("--name", help="subset of the dataset (default: sample-10BT of FineWeb-Edu; else the dataset's own default)")
-    add("--revision", default="main", help="branch, tag or commit of the dataset (default: %(default)s)")
     add("--out", metavar="FOLDER", help="folder for the shards (default: shards/fineweb_edu_10B, or after the dataset)")
-    tokens = "tokens, with validation (default: all; --pretokenized: 10 billion)"
-    add("--max_tokens", type=int, metavar="N", help=tokens)
-    part = "do part I of N, on N machines with one --out (default: %(default)s)"
-    add("--part", default="1/1", metavar="I/N", help=part)
+    add("--max_tokens", type=int, metavar="N", help="with validation (default: all; --pretokenized: 10 billion)")
+    add("--part", default="1/1", metavar="I/N", help="part I of N, for N machines and one --out (default: %(default)s)")
     add("--keep_downloads", action="store_true", help="keep and use files in the hub's cache (default: delete them)")
     add("--pretokenized", action="store_true", help="download ready-made shards of GPT-2's tokens (default: make them)")
     arguments = prepare.parse_shared(parser, argv)
-    settle(parser, arguments)
-    return arguments
 
-
-def settle(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Check the options together, and fill in the defaults that depend on others."""
+    # Check the options together, and fill in the defaults that depend on others.
     max_tokens, part = arguments.max_tokens, re.fullmatch(r"(\d+)/(\d+)", arguments.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
         parser.error(f"--part={arguments.part}: must be like 1/4, 2/4, 3/4 or 4/4")
@@ -216,17 +184,20 @@ def settle(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     subset = (arguments.name or "").removeprefix("sample-").removesuffix("T")
     words = "fineweb edu 10B" if arguments.dataset == PRETOKENIZED else f"{Path(arguments.dataset).name} {subset}"
     arguments.out = arguments.out or "shards/" + re.sub(r"[^\w.]+", "_", words.strip())
+    return arguments
 
 
-def shard_hub_dataset(arguments: argparse.Namespace) -> str:
-    """Do what is missing of this machine's part; finish the folder if all parts are there. Returns a summary."""
+@configurator.command("fineweb.py")
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     out = Path(arguments.out).resolve()
-    names = ["dataset", "revision", "max_tokens", "pretokenized"]
+    names = ["dataset", "max_tokens", "pretokenized"]
     names += [] if arguments.pretokenized else ["name", "text_column", "shard_tokens"]
     source, (part, parts) = {name: getattr(arguments, name) for name in names}, arguments.part
     with prepare.shard_folder(out, source, lambda: list_files(arguments), part, parts) as meta:
         if meta["complete"]:
-            return f"already made from {arguments.dataset}"
+            print(f"{arguments.out}: already made from {arguments.dataset}")
+            return
         commit, files = meta["source"]["commit"], meta["source"]["files"]
         if arguments.pretokenized:
             rows = take_ready_made(arguments, out, commit, files)
@@ -236,21 +207,18 @@ def shard_hub_dataset(arguments: argparse.Namespace) -> str:
             done = [file_shards for file_shards in shards if file_shards.complete]
             rows, n = [row for s in done for row in s.rows["train"]], sum(s.n_tokens for s in done)
             if len(done) < len(files) and n != arguments.max_tokens:
-                return f"part {part} of {parts} is done; {len(done)} of {len(files)} files are there"
+                print(f"{arguments.out}: part {part} of {parts} is done; {len(done)} of {len(files)} files are there")
+                return
         val = [row for row in rows if "_val_" in row["file"].removeprefix(out.name)]
         if len(val) == len(rows):
-            advice = f"delete the folder and run again with --shard_tokens={max(1, n // 20)}"
-            raise ValueError(f"{out}: all {n:,} tokens are in the first shard, which is for validation; {advice}")
+            raise ValueError(
+                f"{out}: all {n:,} tokens are for validation; delete it, set --shard_tokens={max(1, n // 20)}"
+            )
         shutil.rmtree(out / "downloads", ignore_errors=True)
         shards = {"train": [row for row in rows if row not in val], "val": val}
         documents = sum(row["documents"] for row in rows)
-        return prepare.finish_folder(out, data.get_tokenizer("gpt2"), meta["source"], shards, documents)
-
-
-@configurator.command("fineweb.py")
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    print(f"{arguments.out}: {shard_hub_dataset(arguments)}")
+        summary = prepare.finish_folder(out, data.get_tokenizer("gpt2"), meta["source"], shards, documents)
+        print(f"{arguments.out}: {summary}")
 
 
 if __name__ == "__main__":

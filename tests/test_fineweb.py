@@ -155,7 +155,7 @@ def where(hub, out: Path) -> dict:
 
 def run(hub, out: Path, *options: str, **more) -> subprocess.CompletedProcess:
     """fineweb.py in a process of its own, with small shards. It waits for no download to be tried again."""
-    more["before"] = f"fineweb.WAITS = (0, 0, 0)\n{more.get('before', '')}"
+    more["before"] = f"fineweb.WAIT = 0\n{more.get('before', '')}"
     return subprocess.run(
         command(out, *options, **more), **where(hub, out), capture_output=True, text=True, timeout=120
     )
@@ -231,7 +231,7 @@ def test_parts_make_the_same_bytes(hub, tmp_path, reference):
     with pytest.raises(ValueError, match="still being written"):
         data.open_shards(out, "train")
     assert not list(out.rglob("*.parquet"))
-    at(hub).trouble[SECOND] = [404]
+    at(hub).trouble[SECOND] = [404, 404]
     assert SECOND in fails(hub, out, "--part", "2/3")
     parts = [command(out, "--part", part, "--workers", "2") for part in ("2/3", "3/3")]
     both = [subprocess.Popen(part, **where(hub, out)) for part in parts]
@@ -298,7 +298,7 @@ def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference,
 
 
 def test_a_failed_download_is_repeated(hub, tmp_path, reference):
-    at(hub).trouble = {SECOND: ["drop", 503, 503, 429], "sample/tiny/002_00000.parquet": ["corrupt", "corrupt"]}
+    at(hub).trouble = {SECOND: ["drop", 429], "sample/tiny/002_00000.parquet": ["corrupt"]}
     fetch(hub, tmp_path / "out")
     assert not any(at(hub).trouble.values())  # all of it happened
     assert_made(tmp_path / "out", reference)
@@ -337,7 +337,7 @@ def test_mistakes_in_the_command_are_one_line(hub, tmp_path):
     assert "not in .parquet, .jsonl or .jsonl.gz files" in fails(hub, out, name="tables")
     assert "404" in fails(hub, out, "--dataset", "some/typo")
     line = fails(hub, out, "--shard_tokens", "100000000", name="other")
-    assert "all 36 tokens are in the first shard, which is for validation" in line and "--shard_tokens=1" in line
+    assert "all 36 tokens are for validation" in line and "--shard_tokens=1" in line
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def ready(hub):
 
 def test_ready_made_shards(hub, ready, tmp_path):
     out = tmp_path / "out"
-    at(hub).trouble = {"edu_train_000001.bin": ["drop"], "edu_train_000002.bin": [404]}
+    at(hub).trouble = {"edu_train_000001.bin": ["drop"], "edu_train_000002.bin": [404, 404]}
     assert "404" in fails(hub, out, "--pretokenized", "--max_tokens", "3000")
     at(hub).asked.clear()
     fetch(hub, out, "--pretokenized", "--max_tokens", "3000")
@@ -407,17 +407,10 @@ def test_ready_made_shards(hub, ready, tmp_path):
     assert "max_tokens 3000 -> 4000" in fails(hub, out, "--pretokenized", "--max_tokens", "4000")
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (ready_made(np.arange(1000))[:-2], "its header promises 1000 tokens, the file holds 999"),
-        (ready_made(np.full(9, 50257)), "edu_train_000002.bin: holds the token id 50257; GPT-2's largest is 50256"),
-    ],
-    ids=["short", "ids"],
-)
-def test_damaged_published_shards_are_refused(hub, ready, tmp_path, content, message):
-    at(hub).files["edu_train_000002.bin"] = content
-    assert message in fails(hub, tmp_path / "out", "--pretokenized")
+def test_damaged_published_shards_are_refused(hub, ready, tmp_path):
+    at(hub).files["edu_train_000002.bin"] = ready_made(np.arange(1000))[:-2]
+    line = fails(hub, tmp_path / "out", "--pretokenized")
+    assert "its header promises 1000 tokens, the file holds 999" in line
     assert not (tmp_path / "out" / "edu_train_000002.bin").exists()
 
 
