@@ -103,7 +103,6 @@ def bench_tokenize(arguments: argparse.Namespace, machine: Runtime) -> dict:
     files = [Path(path) for path in arguments.files] or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     workers = arguments.workers = arguments.workers or prepare.available_cpus()
     megabytes = sum(len(text.encode()) for text in texts_of(files)) / 1e6
-    print(f"{len(files)} files, {megabytes:.1f} MB of text", file=sys.stderr)
 
     def side_by_side() -> dict:
         with multiprocessing.get_context(prepare.START_METHOD).Pool(workers) as pool:
@@ -229,9 +228,20 @@ def gpt2_of_transformers(T: int, **shape) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape))
 
 
+def as_train_chooses(arguments: argparse.Namespace, machine: Runtime) -> tuple[Runtime, str]:
+    """The Runtime in the precision that train.py takes in a run long enough for a race; how it computes, in words."""
+    shape, T = SHAPES[arguments.size], arguments.block_size
+    config = train.TrainConfig(**shape, block_size=T, dtype=arguments.dtype, compile=False)
+    vocab_size = 257 if arguments.size == "quickstart" else 50257
+    chosen, why = auto.choose(config, GPT(GPTConfig(vocab_size, T, **shape)), machine, before={})
+    print(why, file=sys.stderr)
+    arguments.dtype = chosen["dtype"]
+    return machine.computing_in(chosen["dtype"]), auto.in_words(chosen["dtype"], chosen["flash"])
+
+
 def bench_train(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """A training step against transformers', and what it waits for."""
-    choose_batch_size(arguments, machine, machine.dtype, theirs=True)  # it needs more than ours
+    machine, _ = as_train_chooses(arguments, machine)
 
     def theirs(dtype: torch.dtype, compiled: bool) -> dict:
         # A new process is without our settings of malloc, and gives all of its memory back.
@@ -252,7 +262,7 @@ def bench_train(arguments: argparse.Namespace, machine: Runtime) -> dict:
 
 def bench_ladder(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """The same step with one speed-up after the other."""
-    choose_batch_size(arguments, machine, torch.float32, flash=False)  # the lowest rung needs most
+    machine, _ = as_train_chooses(arguments, machine)
     settings, runs = {}, {}
     for name, changed in LADDER.items():
         settings = settings | changed
@@ -263,24 +273,18 @@ def bench_ladder(arguments: argparse.Namespace, machine: Runtime) -> dict:
 
 def bench_choices(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """The four ways to compute a step on a CPU; the ratios are to the one that train.py chooses by itself."""
-    arguments.batch_size = int(arguments.batch_size if arguments.batch_size != "auto" else 4)
-    vocab_size = 257 if arguments.size == "quickstart" else 50257
-    shape, T = SHAPES[arguments.size], arguments.block_size
-    config = train.TrainConfig(**shape, block_size=T, compile=False)  # a run long enough for a race
-    chosen, why = auto.choose(config, GPT(GPTConfig(vocab_size, T, **shape)), machine, before={})
-    print(why, file=sys.stderr)
+    _, chosen = as_train_chooses(arguments, machine)
     ways = {auto.in_words(d, f): dict(dtype=d, flash=f) for d in ("fp32", "bf16") for f in (True, False)}
     runs = {name: functools.partial(steps_of_train, arguments, compile=False, **way) for name, way in ways.items()}
-    return interleaved(runs, arguments.rounds, auto.in_words(chosen["dtype"], chosen["flash"]))
+    return interleaved(runs, arguments.rounds, chosen)
 
 
 def against_matmul(runs: dict, arguments: argparse.Namespace, machine: Runtime, baseline: str) -> dict:
-    """`interleaved`, with each row's FLOP/s beside those of a large product, the best of some before and after."""
+    """`interleaved`, with each row's FLOP/s beside those of a large product, the best of some."""
     n = 8192 if machine.device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
-    before = [rate(2 * n**3, machine, torch.matmul, a, b) for _ in range(10)]
+    best = max(rate(2 * n**3, machine, torch.matmul, a, b) for _ in range(20))
     result = interleaved(runs, arguments.rounds, baseline)
-    best = max(*before, *(rate(2 * n**3, machine, torch.matmul, a, b) for _ in range(10)))
     with torch.device("meta"):
         flops = GPT(GPTConfig(**SHAPES[arguments.size])).flops_per_token(arguments.block_size)
     for row in filter(None, result["rows"].values()):
@@ -296,8 +300,8 @@ CARDS_GB = (16, 24, 80, 141)
 USABLE = 0.9  # of them; the rest is CUDA's own, and gaps between tensors
 
 
-def peak_memory(shape: dict, T: int, B: int, dtype: torch.dtype = torch.bfloat16, theirs: bool = False) -> float:
-    """Bytes at the fullest moment of a step on a GPU, by MemTracker: weights, gradients, AdamW's means, activations.
+def peak_memory(shape: dict, T: int, B: int, theirs: bool = False) -> float:
+    """Bytes at the fullest moment of a bf16 step on a GPU: weights, gradients, AdamW's means, activations.
 
     One and two blocks are counted, each further block adds what the second adds: the time that MemTracker takes grows
     with the square of the modules.
@@ -322,7 +326,7 @@ def peak_memory(shape: dict, T: int, B: int, dtype: torch.dtype = torch.bfloat16
             tracker.track_external(model, optimizer)
             idx = torch.zeros(B, T, dtype=torch.int64)
             with tracker:
-                with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
                     loss = model(idx, labels=idx).loss if theirs else model(idx, idx)
                 loss.backward()
                 optimizer.step()
@@ -335,30 +339,18 @@ def largest_batch(room: float, peak: Callable[[int], float]) -> int:
     return 2 ** bisect_right(range(9), room, key=lambda k: peak(2**k)) // 2
 
 
-def choose_batch_size(arguments: argparse.Namespace, machine: Runtime, dtype, theirs=False, **settings) -> None:
-    """Replace --batch_size=auto by the largest batch that fits into the GPU's free memory; elsewhere by 4."""
-    if arguments.batch_size == "auto" and machine.device.type == "cuda":
-        shape, T = SHAPES[arguments.size] | settings, arguments.block_size
-        room = USABLE * torch.cuda.mem_get_info(machine.device)[0]
-        arguments.batch_size = max(1, largest_batch(room, lambda B: peak_memory(shape, T, B, dtype, theirs)))
-    arguments.batch_size = 4 if arguments.batch_size == "auto" else int(arguments.batch_size)
-
-
 def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """Which batch of which GPT-2 fits into which GPU, counted for bf16 and AdamW."""
     models, rows = {}, {}
     for name, shape in SIZES.items():
         models |= {name: shape, f"{name}, recompute": shape | dict(recompute=True)}
     for name, shape in (models | {"transformers' gpt2": SIZES["gpt2"]}).items():
-        peak = functools.partial(peak_memory, shape, arguments.block_size, theirs=name.startswith("transformers"))
-        peak = functools.cache(peak)
+        theirs = name.startswith("transformers")
+        peak = functools.cache(functools.partial(peak_memory, shape, arguments.block_size, theirs=theirs))
         batches = {f"{card} GB": largest_batch(USABLE * card * 1e9, peak) for card in CARDS_GB}
         rows[name] = {"GB for B=16": peak(16) / 1e9} | batches
         print(f"{name}: counted", file=sys.stderr)
     return dict(rows=rows, ratios={})
-
-
-# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def bench_show(arguments: argparse.Namespace, machine: Runtime) -> dict:
@@ -413,7 +405,7 @@ OPTIONS = {  # the benches that have it, what it is, what argparse must know of 
     "--compile": (["train"], "also with torch.compile, both", dict(action="store_true")),
     "--fp32": (["train"], "also transformers' in float32", dict(action="store_true")),
     "--size": (STEPS, "which GPT-2", dict(default="gpt2", choices=SHAPES)),
-    "--batch_size": (STEPS, "sequences; auto: what the GPU has memory for, else 4", dict(default="auto")),
+    "--batch_size": (STEPS, "sequences", dict(default=4, type=int)),
     "--block_size": ([*STEPS, "memory"], "tokens in a sequence", dict(default=1024, type=int)),
     "--steps": (STEPS, "steps that are timed, in a round", dict(default=3, type=int)),
     "--device": (MODELS, "auto, cpu, cuda, cuda:1 or mps", dict(default="auto")),
@@ -437,11 +429,6 @@ def main(argv: list[str] | None = None) -> None:
                 options.add_argument(name, help=about, **details)
     arguments = parser.parse_args(argv)
     machine = runtime.start(getattr(arguments, "device", "cpu"))
-    if arguments.bench in ("train", "ladder"):  # transformers' step computes in the same precision
-        block, names = GPT(GPTConfig(n_layer=1, vocab_size=1)), auto.precisions(arguments.dtype, machine.device)
-        runs = {name: auto.block_pass(block, 128, runtime.DTYPES[name], flash=True) for name in names}
-        arguments.dtype = auto.fastest(auto.race(runs)) if len(names) > 1 else names[0]
-        machine = machine.computing_in(arguments.dtype)
     found = arguments.measure(arguments, machine)
     settings = {name: v for name, v in vars(arguments).items() if name not in ("bench", "measure", "json", "chart")}
     result = dict(bench=arguments.bench, device=machine.device_name(), torch=torch.__version__, settings=settings)

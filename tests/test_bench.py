@@ -1,6 +1,5 @@
 """bench.py runs what people run, and prints what it measured. (What it measures is no test's business.)"""
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -14,7 +13,6 @@ import torch
 
 import bench
 import train
-from runtime import Runtime
 
 TINY = "--batch_size 1 --block_size 8 --steps 1 --dtype fp32".split()
 
@@ -80,6 +78,13 @@ def test_medians_of_rounds_and_one_line_if_nothing_could_be_measured(capsys):
         bench.interleaved(runs, 1, "theirs")
 
 
+def test_what_auto_chooses_is_the_baseline(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "steps_of_train", lambda _, **way: {"tokens/s": 1.0 + (way["dtype"] == "bf16")})
+    result = run(capsys, "choices", *TINY, "--size", "quickstart")
+    assert len(result["rows"]) == 4 and result["settings"]["dtype"] == "fp32"
+    assert sorted(result["ratios"].values()) == [1, 1, 2, 2]
+
+
 def test_generation_against_transformers(capsys):
     result = run(capsys, "sample", "--max_tokens", "2", "--dtype", "fp32")
     assert result["ratios"]["ours"] > 0 and result["ratios"]["transformers"] == 1
@@ -111,19 +116,10 @@ def test_memory_is_that_of_a_gpu(shape, B, options, peak):
     assert bench.peak_memory(shape, 1024, B, **options) == pytest.approx(peak * 1e9, rel=0.01)
 
 
-def test_a_batch_size_follows_the_free_memory(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "gpt2", GPT2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16e9, 80e9))
-    arguments = argparse.Namespace(size="gpt2", block_size=1024, batch_size="auto")
-    bench.choose_batch_size(arguments, Runtime(torch.device("cuda"), torch.bfloat16), torch.bfloat16)
-    B = arguments.batch_size
-    assert bench.peak_memory(GPT2, 1024, B) < 0.9 * 16e9 < bench.peak_memory(GPT2, 1024, 2 * B)
-    assert bench.largest_batch(10, lambda B: 11 * B) == 0 and bench.largest_batch(10, lambda B: 10 * B) == 1
-
-
 def test_the_table_of_memory(capsys, monkeypatch):
     monkeypatch.setattr(bench, "SIZES", {"gpt2": GPT2})
     monkeypatch.setattr(bench, "peak_memory", lambda shape, T, B, theirs: B * (3e9 if theirs else 1e9))
+    assert bench.largest_batch(10, lambda B: 11 * B) == 0 and bench.largest_batch(10, lambda B: 10 * B) == 1
     bench.main(["memory"])
     head, *rows = (line.split("  ") for line in capsys.readouterr().out.splitlines()[1:])
     assert [row[0] for row in rows] == ["gpt2", "gpt2, recompute", "transformers' gpt2"]
@@ -157,6 +153,6 @@ def test_a_failed_measurement_costs_measure_sh_no_other(tmp_path):
     script = [*"bash results/measure.sh".split(), str(out), "tasks.jsonl", "shards"]
     root = Path(bench.__file__).parent
     done = subprocess.run(script, cwd=root, env=os.environ | dict(PYTHON=str(python)), capture_output=True, text=True)
-    whole = "hellaswag.json ladder.json ladder_16.json memory.json sample_1.json tests.txt train.txt".split()
+    whole = "hellaswag.json ladder.json ladder_4.json memory.json sample_1.json tests.txt train.txt".split()
     assert sorted(path.name for path in out.iterdir() if path.read_text() == "{}\n") == whole
     assert f"failed (see {out}/log.txt): sample_32.json train.json train_64.json\n" in done.stderr
