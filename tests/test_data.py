@@ -140,7 +140,6 @@ def test_the_name_of_the_folder_does_not_decide_the_split(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "not a token shard"),
         (b"\0" * 5000, "not a token shard"),
         (struct.pack("<256i", 20240520, 2, 10, *[0] * 253) + b"\0" * 20, "not a token shard"),
         (struct.pack("<256i", 20240520, 1, 10, *[0] * 253) + b"\0" * 18, "promises 10 tokens, the file holds 9;"),
@@ -158,9 +157,10 @@ def test_unfinished_and_broken_meta(tmp_path):
     (tmp_path / "meta.json").write_text('{"complete": false}')
     with pytest.raises(ValueError, match="still being written, or interrupted"):
         data.open_shards(tmp_path, "train")
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged, or not what prepare"):
-        data.read_meta(tmp_path)
+    for content in ("{", "[]", '{"complete": true, "source": null}', '{"tokenizer": 5}'):
+        (tmp_path / "meta.json").write_text(content)
+        with pytest.raises(ValueError, match=r"meta.json: damaged, or not what prepare"):
+            data.read_meta(tmp_path)
 
 
 # ---- Law 7: windows and batches --------------------------------------------------------------------------------------

@@ -340,37 +340,26 @@ def test_mistakes_in_the_command_are_one_line(hub, tmp_path):
     assert "all 36 tokens are for validation" in line and "--shard_tokens=1" in line
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--part 3/2", "--part=3/2: must be like 1/4"),
-        ("--part 1", "--part=1: must be like 1/4"),
-        ("--part 1/2 --max_tokens 900_000_000", "excludes --part"),
-        ("--max_tokens 1", "--max_tokens=1: must be at least 2"),
-        ("--shard_tokens 0", "--shard_tokens=0: must be at least 1"),
-        ("--workers 0", "--workers=0: must be at least 1"),
-        ("--pretokenized --name x", "no meaning with --pretokenized"),
-    ],
-)
-def test_impossible_options_are_one_line(capsys, options, message):
-    with pytest.raises(SystemExit) as exit_:
-        fineweb.main(options.split())
-    assert exit_.value.code == 2 and message in capsys.readouterr().err
+def test_impossible_options_are_one_line(capsys):
+    cases = {
+        "--part 3/2": "--part=3/2: must be like 1/4",
+        "--part 1/2 --max_tokens 900_000_000": "excludes --part",
+        "--max_tokens 1": "--max_tokens=1: must be at least 2",
+        "--workers 0": "--workers=0: must be at least 1",
+        "--pretokenized --name x": "no meaning with --pretokenized",
+    }
+    for options, message in cases.items():
+        with pytest.raises(SystemExit, match="2"):
+            fineweb.main(options.split())
+        assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "options, out",
-    [
-        ("", "shards/fineweb_edu_10B"),
-        ("--name CC-MAIN-2024-10", "shards/fineweb_edu_CC_MAIN_2024_10"),
-        ("--dataset Skylion007/openwebtext", "shards/openwebtext"),
-        ("--dataset HuggingFaceFW/fineweb --name sample-10BT", "shards/fineweb_10B"),
-        ("--pretokenized", "shards/fineweb_edu_10B"),
-        ("--pretokenized --dataset kjj0/fineweb10B-gpt2", "shards/fineweb10B_gpt2"),
-    ],
-)
-def test_where_shards_go(options, out):
-    assert fineweb.parse_arguments(options.split()).out == out
+def test_where_shards_go():
+    cases = {"": "edu_10B", "--name CC-MAIN-2024-10": "edu_CC_MAIN_2024_10", "--pretokenized": "edu_10B"}
+    cases["--dataset HuggingFaceFW/fineweb --name sample-10BT"] = "10B"
+    for options, out in cases.items():
+        assert fineweb.parse_arguments(options.split()).out == f"shards/fineweb_{out}"
+    assert fineweb.parse_arguments(["--pretokenized", "--dataset", "a/b-gpt2"]).out == "shards/b_gpt2"
 
 
 # ---- Ready-made shards -----------------------------------------------------------------------------------------------

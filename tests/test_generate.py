@@ -163,17 +163,6 @@ def test_packed_is_autocast_made_ready(device):
     assert next(stream(packed, [[1]], 1)).logits.dtype == torch.float32
 
 
-def test_what_changes_no_text_only_what_it_costs():
-    """The cache's room, a mask, dtypes and the order of weights in memory."""
-    toy, aligned, ragged = make_toy(), [[1], [2]], [[1, 2, 3], [4]]
-    assert prefill(toy, aligned, 4)[0].capacity == 5 and prefill(toy, aligned, 99)[0].capacity == 16
-    assert prefill(toy, aligned, 4)[0].pad is None and prefill(toy, ragged, 4)[0].pad.tolist() == [0, 2]
-    assert prefill(toy, aligned, 4)[0].dtype is None
-    packed = pack(toy, torch.bfloat16)
-    assert prefill(packed, aligned, 4)[0].dtype == torch.float32
-    assert packed.lm_head.blocked == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def test_draws_are_distributed_as_the_softmax_says():
     """Draws spread evenly over [0, 1) must hit each token in proportion to its probability, to within one draw."""
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).expand(5000, 20)

@@ -107,11 +107,6 @@ def test_bf16_and_both_attentions_agree():
     np.testing.assert_allclose(hellaswag.ending_losses(model, rendered, CPU), exact, rtol=1e-5)
 
 
-def test_the_window_is_used_and_never_exceeded():
-    rendered = [hellaswag.render(task, data.get_tokenizer("bytes"), 64) for task in TASKS]
-    assert all(len(task.context) >= 1 for task in rendered) and hellaswag.lay_out(rendered)[1].max() == 63
-
-
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
@@ -132,10 +127,8 @@ def test_tasks_come_back_from_a_file(tmp_path):
     [
         ("", "no tasks in it"),
         ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
         ('{"ctx": "a", "label": 0}', "KeyError: 'endings'"),
         ('{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', "label 0 to 3"),
-        ('{"ctx": "a", "label": "", "endings": ["a", "b", "c", "d"]}', "invalid literal for int"),
         ('{"ctx": "a", "label": 0, "endings": ["a", "b", "c"]}', "endings four strings"),
         ('{"ctx": 1, "label": 0, "endings": ["a", "b", "c", "d"]}', "ctx must be a string"),
     ],
@@ -229,11 +222,10 @@ def test_a_model_without_numbers_has_no_score():
         hellaswag.evaluate(model, data.get_tokenizer("bytes"), CPU, TASKS[:4])
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_ranks_share_the_tasks_and_agree(folder, tmp_path, n):
+def test_ranks_share_the_tasks_and_agree(folder, tmp_path):
     """36 tasks in batches that do not divide; the counts are those of one process."""
     path = write_tasks(tmp_path / "tasks.jsonl")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "hellaswag.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "hellaswag.py"]
     command += ["--model", folder, "--data", str(path), "--dtype", "fp32", "--json"]
     run = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -370,30 +370,6 @@ def test_two_commands_at_one_folder_do_not_mix(tmp_path, capsys):
     assert data.read_meta(out)["complete"]
 
 
-def test_a_killed_process_releases_its_lock(tmp_path):
-    with (
-        data.lock(tmp_path / "lock", "taken"),
-        pytest.raises(ValueError, match="taken"),
-        data.lock(tmp_path / "lock", "taken"),
-    ):
-        pass
-    if (child := os.fork()) == 0:
-        data.lock(tmp_path / "lock", "").__enter__()
-        os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
-    with data.lock(tmp_path / "lock", "taken"):
-        pass
-
-
-@pytest.mark.parametrize("meta", ['{"complete": true, "source": null}', '{"tokenizer": 5}', "[]"])
-def test_a_meta_that_is_none_is_one_line(tmp_path, capsys, meta):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "meta.json").write_text(meta)
-    (tmp_path / "a.txt").write_text("text " * 100)
-    assert "meta.json: damaged, or not what" in fails(capsys, str(tmp_path / "a.txt"), "--out", str(out))
-
-
 def test_bad_input_is_one_line(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
     (tmp_path / "empty.txt").touch()

@@ -48,15 +48,10 @@ def reconfigure(folder, change) -> None:
     "change, message",
     [
         (dict(model_type="llama"), "model_type is 'llama'"),
-        (dict(activation_function="relu"), "activation_function is 'relu'"),
         (dict(n_inner=100), "n_inner is 100"),
-        (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
-        (dict(scale_attn_weights=False), "scale_attn_weights is False"),
-        (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
         (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
         (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"),
         (dict(n_embd=64), "ln_f.weight is .32,., but a GPT-2 of this config has it with the shape .64,."),
-        (dict(n_layer=3), "n_layer is 3, but the file has the tensors of 2 layers"),
         (dict(n_layer=10**9), "n_layer is 1000000000, but"),  # at once, before anything is built
     ],
 )
@@ -165,19 +160,11 @@ def test_pickles_that_run_code_are_refused_and_not_run(tmp_path, toy, name):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x02junk", b"text"])
-def test_files_that_are_damaged(tmp_path, content):
-    (tmp_path / "ckpt.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"ckpt.pt: not a file of weights"):
-        GPT.from_pretrained(tmp_path / "ckpt.pt")
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
         ({"wte.weight": torch.zeros(9, 8)}, "not nanoGPT's ckpt.pt .*name their folder"),
         ([1, 2], "holds a list, not a table"),
-        (dict(model=None, model_args=SHAPE), "not nanoGPT's ckpt.pt"),
         (dict(model={"lm_head.weight": None}, model_args=SHAPE | dict(vocab_size=50304)), "not nanoGPT's ckpt.pt"),
         (dict(model={"wte.weight": "text"}, model_args=SHAPE), "not a table of names and tensors"),
         (dict(model={}, model_args=SHAPE | dict(n_layer="2")), "n_layer is 2, but the file has"),
