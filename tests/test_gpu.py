@@ -113,14 +113,16 @@ def test_the_compiled_loss_is_the_loss():
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo")
 def test_the_compiled_head_moves_no_more_bytes_than_cross_entropy(monkeypatch):
-    """By Inductor's count for forward and backward, products and all. Nothing is built: its graphs run in Python."""
+    """By Inductor's count for forward and backward, products and all. Nothing is built or computed."""
     moved = []
 
     def count_bytes(graph: GraphLowering):
         graph.init_wrapper_code()
         graph._update_scheduler()
         moved.append(graph.count_bytes()[0])
-        return SimpleNamespace(call=lambda inputs: graph.module(*inputs), __file__="", key="")
+        values = [node and node.meta["val"] for node in graph.module.graph.output_node().args[0]]
+        zeros = [None if value is None else torch.zeros(value.shape, dtype=value.dtype) for value in values]
+        return SimpleNamespace(call=lambda inputs: zeros, __file__="", key="")
 
     def ours(x, weight, targets):
         return model.HeadLoss.apply(x, weight, targets, 1000, True)
