@@ -55,7 +55,9 @@ class Runtime:
         return dataclasses.replace(self, dtype=DTYPES[dtype])
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()  # a disabled autocast to float32 makes torch 2.9 warn on mps
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given, so that a clock read now means something."""
@@ -161,7 +163,7 @@ def keep_freed_memory() -> None:
     pages one fault at a time: a third of a million in a step of 4 layers and 4 x 1,024 tokens.
     """
     TRIM_THRESHOLD, MMAP_MAX = -1, -4  # their numbers in malloc.h
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, -1)
@@ -189,7 +191,9 @@ def choose_device(
     setting: str, world_size: int = 1, local_rank: int = 0, local_size: int = 1
 ) -> tuple[torch.device, str]:
     """The device for "auto", "cpu", "cuda", "cuda:1" or "mps", and why. Each local process gets a GPU of its own."""
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    has_cuda = torch.cuda.is_available()
+    # DistributedDataParallel knows no mps: several processes on Macs run on their CPUs.
+    has_mps = world_size == 1 and torch.backends.mps.is_available()
     name, why = setting, "as set"
     if setting == "auto":
         # Without this, a driver that is too old would train on the CPU for days before anyone notices.
@@ -198,14 +202,14 @@ def choose_device(
                 f"there is an NVIDIA GPU, but PyTorch {torch.__version__} for CUDA {torch.version.cuda} cannot use it; "
                 "install a newer driver or a PyTorch for an older CUDA, or set --device=cpu"
             )
-        # DistributedDataParallel knows no mps: several processes on Macs run on their CPUs.
-        has_mps = has_mps and world_size == 1
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
         why = "no GPU here" if name == "cpu" else "found"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device={setting}: not a device; use auto, cpu, cuda, cuda:1 or mps")
     if name == "mps" and not has_mps:
-        raise ValueError("device=mps: this PyTorch sees no Apple GPU here; use --device=cpu")
+        raise ValueError(
+            "device=mps: this PyTorch sees no Apple GPU here, or there are several processes; use --device=cpu"
+        )
     device = torch.device(name)
     if device.type != "cuda":
         return device, why
