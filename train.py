@@ -175,8 +175,8 @@ def train(config: TrainConfig) -> dict:
     )
     choice = auto.choose(config, raw_model, machine, state.get("chosen", {})) if machine.is_main else None
     chosen, why = machine.broadcast(choice)
-    say(f"{machine.note}\n{why}")
     auto.apply(chosen, raw_model)
+    say(f"{machine.note}\n{why}")
     machine = machine.computing_in(chosen["dtype"])
 
     # ---- 5. The optimizer, with its state if we resume ---------------------------------------------------------------
@@ -198,8 +198,8 @@ def train(config: TrainConfig) -> dict:
     batch_size = auto.batch_size(config.batch_size, sequences, raw_model, config.block_size, machine)
     n_accumulate = sequences // batch_size
     say(
-        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} processes x "
-        f"{n_accumulate} micro-steps = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
+        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} (processes) x "
+        f"{n_accumulate} (micro-steps) = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
         f"{config.max_steps * config.total_batch_size:,} tokens"
     )
     batches = data.Batches(windows, batch_size, sequences * machine.world_size, machine.world_size, config.seed)
@@ -340,7 +340,7 @@ def train(config: TrainConfig) -> dict:
         # No rank leaves before the main one has written: torchrun would take that for a failure and stop the others.
         machine.wait_at_most(3600)
         saver.wait()
-        machine.barrier()
+        machine.max(0)  # waits for all ranks
 
     # ---- 9. The summary ----------------------------------------------------------------------------------------------
     machine.close()
