@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY_MODEL, flags, losses, metrics, weights
+from conftest import TOY_MODEL, clean_environment, flags, losses, metrics, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -26,6 +27,8 @@ import train
 from model import GPT, Block, GPTConfig
 from pretrained import checkpoints
 from train import learning_rate_at, sequences_per_process
+
+ROOT = Path(train.__file__).parent
 
 
 def assert_same_weights(one, two) -> None:
@@ -228,6 +231,26 @@ def test_resumed_equals_straight_compiled_too(config, tmp_path):
     shutil.rmtree(resumed / "step_0000006")
     train.train(config(out_dir=str(resumed), **settings))
     assert_same_weights(straight, resumed)
+
+
+@pytest.mark.torture
+def test_the_same_bits_on_a_busy_machine(config, tmp_path):
+    """Two threads, bf16, of a size at which every product is shared; another program takes one of the cores."""
+    size = dict(n_layer=2, n_embd=128, block_size=128, batch_size=16, total_batch_size=2048, max_steps=40)
+
+    def run(name: str) -> list[tuple]:
+        settings = config(out_dir=str(tmp_path / name), dtype="bf16", flash=False, **size)
+        command = [sys.executable, "train.py", *flags(settings)]
+        subprocess.run(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="2"), check=True, capture_output=True)
+        return [(record["loss"], record["grad_norm"]) for record in metrics(tmp_path / name)]
+
+    quiet = run("quiet")
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert run("busy") == quiet
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_fp16_skips_and_scales_and_resumes(config, tmp_path, monkeypatch):
