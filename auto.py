@@ -92,7 +92,7 @@ def choose(config, model: GPT, machine: Runtime, before: dict) -> tuple[dict, st
         name = fastest(times)
         if thread_times := race_threads(runs[name], times[name]):
             threads = fastest(thread_times)
-        shown = times | {f"{n} threads": ms for n, ms in thread_times.items()}
+        shown = times | {f"{n} thread{'s' * (n > 1)}": ms for n, ms in thread_times.items()}
         why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in shown.items())})"
         model.zero_grad(set_to_none=True)
 
