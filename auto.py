@@ -4,6 +4,7 @@ No flag of a CPU tells which precision it multiplies faster: with AVX512_BF16, b
 and slower on another. So candidates run a piece of the real work, and the fastest is taken.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -46,20 +47,17 @@ def race_threads(run: Callable[[], object], ms: float) -> dict[int, float]:
     the CPU too. OMP_NUM_THREADS, which torchrun sets as well, leaves nothing to choose.
     """
     most = torch.get_num_threads()
-    if "OMP_NUM_THREADS" in os.environ or most * ms > 50:
+    counts = sorted({max(1, most >> shift) for shift in (0, 2, 4, 6, 8)}, reverse=True)
+    if "OMP_NUM_THREADS" in os.environ or most * ms > 50 or len(counts) == 1:
         return {}
 
-    def on(n: int) -> Callable[[], None]:
-        def run_on_n_threads() -> None:
-            torch.set_num_threads(n)
-            run()
+    def run_on(n: int) -> None:
+        torch.set_num_threads(n)
+        run()
 
-        return run_on_n_threads
-
-    counts = sorted({max(1, most >> shift) for shift in (0, 2, 4, 6, 8)}, reverse=True)
-    times = race({n: on(n) for n in counts})
+    times = race({n: functools.partial(run_on, n) for n in counts})
     torch.set_num_threads(most)
-    return times if len(times) > 1 else {}
+    return times
 
 
 def precisions(setting: str, device: torch.device) -> list[str]:
@@ -94,7 +92,7 @@ def choose(config, model: GPT, machine: Runtime, before: dict) -> tuple[dict, st
         name = fastest(times)
         if thread_times := race_threads(runs[name], times[name]):
             threads = fastest(thread_times)
-        shown = times | {f"{n} threads": ms for n, ms in thread_times.items()}
+        shown = times | {f"{n} thread{'s' * (n > 1)}": ms for n, ms in thread_times.items()}
         why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in shown.items())})"
         model.zero_grad(set_to_none=True)
 

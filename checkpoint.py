@@ -36,10 +36,7 @@ CURVE = (
 
 
 def choose(config, restarts: int, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that the run continues from, by config.resume; None to start at step 0.
-
-    Raises ValueError if it is damaged, does not fit the settings, or would continue on another loss curve.
-    """
+    """The checkpoint to continue from, by config.resume; None to start anew. ValueError if it is damaged or unfit."""
     out_dir, found = Path(config.out_dir), None
     # A process that torchrun restarts resumes the run that its job has begun; --resume was meant for the first start.
     begun = [record["job"] for record in run.of_kind(run.read_metrics(out_dir / "metrics.jsonl"), "run")][-1:]
@@ -51,10 +48,8 @@ def choose(config, restarts: int, say: Callable[[str], None]) -> Path | None:
             raise ValueError(f"resume={found}: not a whole checkpoint ({wrong}); name a folder such as step_0001000")
         if checkpoints(out_dir) and found.resolve().parent != out_dir.resolve():
             raise ValueError(f"resume={found}: out_dir {out_dir} has a run of its own; choose another --out_dir")
-    if found is None:
-        return None
 
-    before = read_state(found)["settings"]
+    before = read_state(found)["settings"] if found else {}
     fixed, curve = changes(before, config, FIXED), changes(before, config, CURVE)
     if fixed or (curve and not config.resume_anyway):
         way_out = "--resume=never starts over" if fixed else "--resume_anyway=True continues with the new ones"
@@ -105,10 +100,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def resume(checkpoint: Path, config, n_tokens: int, optimizer: torch.optim.Optimizer, scaler) -> str:
-    """Restore the state of optimizer and scaler, whose settings stay this run's; returns a line that says so.
-
-    ValueError if the training text has another length than before.
-    """
+    """Restore optimizer and scaler; returns a line that says so. ValueError if the text's length has changed."""
     before = read_state(checkpoint)
     if before["train_tokens"] not in (None, n_tokens) and not config.resume_anyway:
         lengths = f"{n_tokens:,} training tokens, but {checkpoint} was trained on {before['train_tokens']:,}"
@@ -148,9 +140,6 @@ def finished_message(out_dir: Path, step: int, max_steps: int) -> str:
     )
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
-
-
 class Saver(contextlib.AbstractContextManager):
     """Writes checkpoints on a thread, one at a time, from copies, while training continues."""
 
@@ -163,10 +152,7 @@ class Saver(contextlib.AbstractContextManager):
         self.thread.shutdown(wait=kind is not KeyboardInterrupt)  # a second Ctrl-C does not wait
 
     def save(self, model: GPT, tokenizer: data.Tokenizer, optimizer, scaler, state: dict) -> None:
-        """Copy model and optimizer, and begin to write them as out_dir/step_N with N = state["step"].
-
-        Raises OSError if there is no room, or if the checkpoint before could not be written.
-        """
+        """Copy all and begin to write it. OSError if there is no room, or if the checkpoint before was not written."""
         self.wait()
         check_space(self.out_dir, model)
         memory = dict(optimizer=copied(optimizer.state_dict()["state"]), scaler=scaler.state_dict())

@@ -87,7 +87,7 @@ def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) 
     huggingface_hub continues after a lost connection. Other failures are repeated after WAITS.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError
 
     where = dict(repo_id=arguments.dataset, filename=file["path"], repo_type="dataset", revision=commit)
     for wait in (*WAITS, None):
@@ -98,12 +98,10 @@ def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) 
             path.resolve().unlink()
             problem = "the download differs from the hub's file in size or SHA-256"
         except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of hf_xet
-            cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-            problem = " ".join(str(cause).split())
-            answer = getattr(cause, "response", None)
-            refused = answer is not None and answer.status_code < 500 and answer.status_code != 429
-            if refused or getattr(cause, "errno", None):  # such as 404, or a full disk
-                break
+            problem = " ".join(str(error).split())
+            answer = getattr(error, "response", None)
+            if answer is not None and answer.status_code < 500 and answer.status_code != 429:
+                break  # the hub refuses, such as with 404
         if wait is not None:
             print(f"{file['path']}: {problem}; again in {wait} s", file=sys.stderr)
             time.sleep(wait)

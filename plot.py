@@ -181,17 +181,17 @@ def draw_curves(folders: list[Path], out: Path) -> list[Path]:
         return [save(figure, out / f"{name}.{kind}") for name, figure in figures.items() for kind in ("svg", "png")]
 
 
-def write_report(run: Path, say=print) -> Path:
-    """Draw a run's curves, if there are any, and write report.md beside them; return its path."""
-    try:
-        draw_curves([run], run)
-    except (ValueError, ImportError) as error:
-        say(f"NOTE: no curves are drawn: {error}")
-    return report(run)
+def write_report(run: Path) -> None:
+    """Draw a run's curves and write report.md beside them. What fails is said, and ends no run."""
+    for write in (lambda: draw_curves([run], run), lambda: print(f"report: {report(run)}")):
+        try:
+            write()
+        except Exception as error:
+            print(f"NOTE: the report of {run} is not whole ({type(error).__name__}: {error})")
 
 
 def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
-    """Embeddings of positions (T, C) and tokens (V, C): three channels, and cosine similarities between rows."""
+    """Embeddings of positions (T, C) and tokens (V, C): three channels, and similarities, rounded for a small file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 7.6), layout="constrained")
@@ -205,8 +205,7 @@ def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
 
     for axes, rows, title in ((left, positions, "Positions"), (right, tokens[:256], "The first 256 tokens")):
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        similarity = (unit @ unit.T).round(1)  # rounded: half the file's size
-        shown = axes.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        shown = axes.imshow((unit @ unit.T).round(1), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_title(title)
         axes.grid(False)
     figure.colorbar(shown, ax=[left, right], location="bottom", label="cosine similarity", shrink=0.6, aspect=50)
@@ -258,8 +257,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         first = arguments.runs[0]
         written = draw_curves(arguments.runs, arguments.out or (first.parent if arguments.runs[1:] else first))
-        written += [write_report(run) for run in arguments.runs] if arguments.report else []
     print(*written, sep="\n")
+    for run in arguments.runs if arguments.report else ():
+        write_report(run)
 
 
 if __name__ == "__main__":

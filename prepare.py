@@ -283,6 +283,8 @@ def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part
                     pass
             meta = data.read_meta(out)
         if not meta or (parts == 1 and not any(out.glob("*.bin"))):  # nothing is made yet: other options are welcome
+            for record in progress.glob("*.npz"):
+                record.unlink()
             meta = {"source": source | begin(), "complete": False}
             write_meta(out, meta)
         before = meta.get("source", {})

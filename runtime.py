@@ -44,11 +44,15 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     local_size: int = 1  # processes on this machine
-    note: str = ""  # which device, and why
+    why: str = ""  # the reason for this device
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def note(self) -> str:
+        return f"device: {self.device_name()} ({self.why})"
 
     def computing_in(self, dtype: str) -> "Runtime":
         """The same place with products in fp32, bf16 or fp16."""
@@ -87,10 +91,6 @@ class Runtime:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
     def wait_at_most(self, seconds: int) -> None:
         """How long a collective operation waits for the others from now on, before it is an error."""
         if self.world_size > 1:
@@ -98,7 +98,10 @@ class Runtime:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
     def device_name(self) -> str:
-        return device_name(self.device)
+        if self.device.type == "cuda":
+            return f"{self.device}, {torch.cuda.get_device_name(self.device)}"
+        n = torch.get_num_threads()
+        return f"cpu, {n} thread{'s' * (n > 1)}" if self.device.type == "cpu" else str(self.device)
 
     def peak_memory(self) -> float | None:
         """The most memory that this process has held so far, in GB: the GPU's, else its own; None on Windows."""
@@ -147,13 +150,7 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
         place = dict(store=meeting_place(world_size, local_size), rank=rank, world_size=world_size)
         dist.init_process_group(backend, **place, timeout=timedelta(minutes=10), device_id=device_id)
         why += f"; {world_size} processes over {backend}"
-    return Runtime(device, torch.float32, rank, world_size, local_size, f"device: {device_name(device)} ({why})")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    return Runtime(device, torch.float32, rank, world_size, local_size, why)
 
 
 def keep_freed_memory() -> None:

@@ -175,8 +175,8 @@ def train(config: TrainConfig) -> dict:
     )
     choice = auto.choose(config, raw_model, machine, state.get("chosen", {})) if machine.is_main else None
     chosen, why = machine.broadcast(choice)
-    say(f"{machine.note}\n{why}")
     auto.apply(chosen, raw_model)
+    say(f"{machine.note}\n{why}")
     machine = machine.computing_in(chosen["dtype"])
 
     # ---- 5. The optimizer, with its state if we resume ---------------------------------------------------------------
@@ -198,8 +198,8 @@ def train(config: TrainConfig) -> dict:
     batch_size = auto.batch_size(config.batch_size, sequences, raw_model, config.block_size, machine)
     n_accumulate = sequences // batch_size
     say(
-        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} processes x "
-        f"{n_accumulate} micro-steps = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
+        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} (processes) x "
+        f"{n_accumulate} (micro-steps) = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
         f"{config.max_steps * config.total_batch_size:,} tokens"
     )
     batches = data.Batches(windows, batch_size, sequences * machine.world_size, machine.world_size, config.seed)
@@ -340,7 +340,7 @@ def train(config: TrainConfig) -> dict:
         # No rank leaves before the main one has written: torchrun would take that for a failure and stop the others.
         machine.wait_at_most(3600)
         saver.wait()
-        machine.barrier()
+        machine.max(0)  # waits for all ranks
 
     # ---- 9. The summary ----------------------------------------------------------------------------------------------
     machine.close()
@@ -349,10 +349,7 @@ def train(config: TrainConfig) -> dict:
         say(f"stopped by {signal.Signals(stopping).name} after {step:,} steps; {command} resumes it")
     else:
         if config.report and machine.is_main:
-            try:
-                say(f"report: {plot.write_report(out_dir, say)}")
-            except Exception as error:  # the run is done: no picture may fail it
-                say(f"report: none ({type(error).__name__}: {error}); try python plot.py --report {out_dir}")
+            plot.write_report(out_dir)
         val = f", val loss {val_loss:.4f}" if val_loss is not None else ""
         say(f"done: {step:,} steps{val}{checkpoint.best_note(out_dir)}; metrics in {out_dir}/metrics.jsonl")
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
@@ -407,15 +404,12 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
     source = found or config.init_from
     settings = {name: getattr(config, name) for name in ("dropout", "pad_vocab", "recompute")}
     model = GPT.from_pretrained(source, **settings)
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"{source} has a vocabulary of {model.config.vocab_size}, but the shards in {config.data_dir} are "
-            f"{tokenizer.name}'s with {tokenizer.vocab_size}; make them with the model's tokenizer"
-        )
-    if model.config.block_size < config.block_size:
-        raise ValueError(
-            f"block_size {config.block_size} is beyond {source}'s context; set --block_size={model.config.block_size}"
-        )
+    V, T = model.config.vocab_size, model.config.block_size
+    if V != tokenizer.vocab_size:
+        shards = f"the shards in {config.data_dir} are {tokenizer.name}'s with {tokenizer.vocab_size}"
+        raise ValueError(f"{source} has {V} tokens, but {shards}; make them with the model's tokenizer")
+    if T < config.block_size:
+        raise ValueError(f"block_size {config.block_size} is beyond {source}'s context; set --block_size={T}")
     return model
 
 

@@ -1,9 +1,12 @@
 """bench.py runs what people run, and prints what it measured. (What it measures is no test's business.)"""
 
+import argparse
 import dataclasses
 import functools
 import json
 import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,29 +14,24 @@ import torch
 
 import bench
 import train
+from runtime import Runtime
+
+TINY = "--batch_size 1 --block_size 8 --steps 1 --dtype fp32".split()
+
+
+@pytest.fixture(autouse=True)
+def small_and_fast(monkeypatch):
+    """A GPT-2 of one block, one process, and no matmul of 17 GFLOP."""
+    shape, rate = dict(n_layer=1, n_head=2, n_embd=64), bench.rate
+    monkeypatch.setitem(bench.SHAPES, "gpt2", shape)
+    monkeypatch.setattr(bench, "GPTConfig", functools.partial(bench.GPTConfig, **shape))
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+    monkeypatch.setattr(bench, "rate", lambda n, _, f, *a, **k: n if f is torch.matmul else rate(n, _, f, *a, **k))
 
 
 def run(capsys, *argv: str) -> dict:
     bench.main([*argv, "--json", "--rounds", "1", "--device", "cpu"])
     return json.loads(capsys.readouterr().out)
-
-
-TINY = (
-    "--n_layer",
-    "1",
-    "--n_embd",
-    "64",
-    "--n_head",
-    "2",
-    "--batch_size",
-    "1",
-    "--block_size",
-    "8",
-    "--steps",
-    "1",
-    "--dtype",
-    "fp32",
-)
 
 
 def test_the_ladder_ends_at_the_defaults():
@@ -47,80 +45,118 @@ def test_the_ladder_ends_at_the_defaults():
     assert {name: value for name, value in top.items() if fields[name] not in (value, "auto")} == {}
 
 
-def test_a_step_against_transformers(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_rate", lambda machine: 1e12)
-    monkeypatch.setattr(bench, "in_a_process_of_its_own", lambda function, *arguments: function(*arguments))
+def test_a_step_against_transformers(capsys):
     result = run(capsys, "train", *TINY)
-    assert set(result["rows"]) == {"ours", "transformers"} and result["matmul_flops"] > 0
-    ours = result["rows"]["ours"]
-    assert ours["tokens_per_s"] == pytest.approx(8000 / ours["ms"]) and 0 < ours["of_matmul"] < 2
-    bench.show_train(result)
-    shown = capsys.readouterr().out
-    assert "1 x 8 tokens" in shown and "waiting for a checkpoint" in shown
-    assert 0 <= ours["waited_ms"] <= ours["longest_wait_ms"] < result["checkpoint_wait_ms"]
+    ours, theirs = result["rows"]["ours"], result["rows"]["transformers"]
+    assert ours["tokens/s"] == pytest.approx(8000 / ours["ms"]) and 0 < ours["% of matmul"] < 100
+    assert result["ratios"]["ours"] == pytest.approx(ours["tokens/s"] / theirs["tokens/s"])
+    assert 0 <= ours["wait ms"] <= ours["longest wait ms"] < result["rows"]["ours, saving"]["longest wait ms"]
+    assert result["settings"]["size"] == "gpt2" and result["settings"]["dtype"] == "fp32"
 
 
-def test_a_killed_process_counts_as_out_of_memory():
-    with pytest.raises(torch.OutOfMemoryError, match=r"a process was killed.*smaller --batch_size"):
-        bench.in_a_process_of_its_own(os._exit, 9)
+def test_a_run_that_fails_is_null_and_costs_no_other_its_figures(capsys, monkeypatch, tmp_path):
+    def steps(arguments, accumulate=1, dtype="", **settings):
+        if accumulate > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"tokens/s": 200.0 if dtype == "bf16" else 100.0}
 
-
-def fake_step(arguments, folder, dtype, **settings):
-    if settings.get("accumulate"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return dict(ms=10.0, tokens_per_s=800.0, flops=1e9, mfu=None, memory_gb=None)
-
-
-def test_out_of_memory_is_null_and_loses_no_other_measurement(capsys, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "steps_of_train", fake_step)
-    monkeypatch.setattr(bench, "matmul_rate", lambda machine: 1e12)
+    monkeypatch.setattr(bench, "steps_of_train", steps)
     result = run(capsys, "ladder", *TINY, "--chart", str(tmp_path / "ladder.svg"))
-    assert list(result["rows"]) == [name for name in bench.LADDER if name != "TF32"]  # TF32 is for GPUs
+    assert list(result["rows"]) == [*(n for n in bench.LADDER if n != "TF32"), "a large matmul"]  # TF32 is for GPUs
     assert [name for name, row in result["rows"].items() if row is None] == ["4 micro-steps"]
+    assert result["ratios"]["torch.compile"] == 2 and "4 micro-steps" not in result["ratios"]
     (tmp_path / "ladder.json").write_text(json.dumps(result))
     bench.main(["show", str(tmp_path / "ladder.json")])
-    assert "out of memory" in capsys.readouterr().out
-    assert "bf16 autocast" in (tmp_path / "ladder.svg").read_text()
+    assert "4 micro-steps" in capsys.readouterr().out and "bf16 autocast" in (tmp_path / "ladder.svg").read_text()
 
 
-def test_generation_against_transformers(capsys, monkeypatch):
-    tiny = functools.partial(bench.GPTConfig, n_layer=1, n_head=2, n_embd=64, block_size=32)
-    monkeypatch.setattr(bench, "GPTConfig", tiny)
-    result = run(capsys, "sample", "--max_tokens", "2", "--prompt_tokens", "2", "--dtype", "fp32")
-    assert result["ratio"] > 0
+def test_medians_of_rounds_and_one_line_if_nothing_could_be_measured(capsys):
+    """The median of the ratios, not the ratio of the medians."""
+    ours, theirs = iter([8.0, 1.0, 6.0]), iter([2.0, 1.0, 3.0])
+    runs = {"ours": lambda: {"MB/s": next(ours)}, "theirs": lambda: {"MB/s": next(theirs)}}
+    result = bench.interleaved(runs, 3, "theirs")
+    assert result == dict(rows={"ours": {"MB/s": 6}, "theirs": {"MB/s": 2}}, ratios={"ours": 2, "theirs": 1})
+    with pytest.raises(ValueError, match="nothing could be measured: StopIteration"):
+        bench.interleaved(runs, 1, "theirs")
 
 
-def test_what_autograd_keeps_is_counted_to_the_byte():
-    """A linear layer keeps its input, once though seen twice, and its parameters are not counted."""
-    linear = torch.nn.Linear(8, 4, bias=False).to(torch.bfloat16)
-    x = torch.randn(16, 8, dtype=torch.bfloat16)
-    assert bench.bytes_kept(linear, lambda model, x: (model(x) + model(x)).sum(), x) == 2 * x.numel()
+def test_generation_against_transformers(capsys):
+    result = run(capsys, "sample", "--max_tokens", "2", "--dtype", "fp32")
+    assert result["ratios"]["ours"] > 0 and result["ratios"]["transformers"] == 1
 
 
-def test_memory_counts_no_logits(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SIZES", {"gpt2": dict(n_layer=3, n_head=2, n_embd=16)})
-    bench.main(["memory", "--block_size", "8", "--json"])
-    result = json.loads(capsys.readouterr().out)
-    row = result["rows"]["gpt2"]
-    assert row["recomputed"] < row["kept"] < 8 * 50257 < result["transformers"]
-    assert row["batches"]["kept"]["24"] == bench.largest_batch(0.9 * 24e9 - row["fixed"], row["kept"])
-    bench.show_memory(result)
-    assert "recompute" in capsys.readouterr().out
+def test_the_score_against_one_task_at_a_time(capsys, tmp_path):
+    task = dict(ind=1, ctx="A man", endings=["sits.", "is a dog.", "eats", "runs away."], label=0, split_type="x")
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(task) + "\n")
+    assert run(capsys, "hellaswag", "--data", str(tmp_path / "tasks.jsonl"))["ratios"]["in batches"] > 0
+
+
+def test_tokens_of_files_against_tiktoken(capsys, text_file):
+    bench.main(["tokenize", str(text_file), "--workers", "1", "--rounds", "1"])
+    assert "tiktoken alone, 1 processes" in capsys.readouterr().out
+
+
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768)
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(bench.__file__).parent / "results").glob("*/*.json")), ids=lambda f: f.name
+    "shape, B, options, peak",  # in GB, as MemTracker counts a step of fake CUDA tensors with all blocks. The second
+    [  # figures are what slices of GPU_ROWS logits instead of ROWS save, by the storages of the fake GPU.
+        (GPT2, 64, {}, 28.99 - 2.68),
+        (GPT2, 64, dict(theirs=True), 94.8),
+        (dict(n_layer=48, n_head=25, n_embd=1600, recompute=True), 8, {}, 34.8 - 2.68),
+    ],
 )
+def test_memory_is_that_of_a_gpu(shape, B, options, peak):
+    assert bench.peak_memory(shape, 1024, B, **options) == pytest.approx(peak * 1e9, rel=0.01)
+
+
+def test_a_batch_size_follows_the_free_memory(monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "gpt2", GPT2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16e9, 80e9))
+    arguments = argparse.Namespace(size="gpt2", block_size=1024, batch_size="auto")
+    bench.choose_batch_size(arguments, Runtime(torch.device("cuda"), torch.bfloat16), torch.bfloat16)
+    B = arguments.batch_size
+    assert bench.peak_memory(GPT2, 1024, B) < 0.9 * 16e9 < bench.peak_memory(GPT2, 1024, 2 * B)
+    assert bench.largest_batch(10, lambda B: 11 * B) == 0 and bench.largest_batch(10, lambda B: 10 * B) == 1
+
+
+def test_the_table_of_memory(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SIZES", {"gpt2": GPT2})
+    monkeypatch.setattr(bench, "peak_memory", lambda shape, T, B, theirs: B * (3e9 if theirs else 1e9))
+    bench.main(["memory"])
+    head, *rows = (line.split("  ") for line in capsys.readouterr().out.splitlines()[1:])
+    assert [row[0] for row in rows] == ["gpt2", "gpt2, recompute", "transformers' gpt2"]
+    assert rows[0][1:] != rows[2][1:] and "8" in " ".join(rows[0]).split() and "16 GB" in " ".join(head)
+
+
+RESULTS = sorted((Path(bench.__file__).parent / "results").glob("*/*.json"))
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.name)
 def test_committed_results_are_shown(capsys, file):
     bench.main(["show", str(file)])
     assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
-@pytest.mark.parametrize("content", ["[]", "x", '{"bench": "foo"}', '{"bench": "train"}', '{"bench": "memory"}'])
+@pytest.mark.parametrize("content", ["[]", "x", '{"bench": "train"}', '{"bench": "train", "rows": {"ours": 1}}'])
 def test_a_file_that_is_no_whole_result_is_one_line(capsys, tmp_path, content):
     (tmp_path / "odd.json").write_text(content)
     with pytest.raises(SystemExit) as exit_:
         bench.main(["show", str(tmp_path / "odd.json")])
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith(f"bench.py: {tmp_path}/odd.json: ") and error.count("\n") == 1
+
+
+def test_a_failed_measurement_costs_measure_sh_no_other(tmp_path):
+    """With a stand-in for python that fails in the middle of what `train` writes, and is killed in `sample --batch`."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    kinds = '*"bench.py train"*) echo -n "{\\"ro"; exit 2;; *"--batch 32"*) kill -9 $$;; *) echo "{}";;'
+    python.write_text(f'#!/bin/bash\ncase "$*" in {kinds} esac\n')
+    python.chmod(0o755)
+    script = [*"bash results/measure.sh".split(), str(out), "tasks.jsonl", "shards"]
+    root = Path(bench.__file__).parent
+    done = subprocess.run(script, cwd=root, env=os.environ | dict(PYTHON=str(python)), capture_output=True, text=True)
+    whole = "hellaswag.json ladder.json ladder_16.json memory.json sample_1.json tests.txt train.txt".split()
+    assert sorted(path.name for path in out.iterdir() if path.read_text() == "{}\n") == whole
+    assert f"failed (see {out}/log.txt): sample_32.json train.json train_64.json\n" in done.stderr

@@ -28,7 +28,7 @@ HOUSE = {
     "checkpoint": {"pretrained", "model", "data", "run"},
     "plot": {"configurator", "pretrained", "model", "run"},
     "train": {"auto", "configurator", "runtime", "model", "data", "generate", "hellaswag", "run", "checkpoint", "plot"},
-    "bench": {"configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "run", "train"},
+    "bench": {"auto", "configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "run", "train"},
 }
 SCRIPTS = {"prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench"}
 HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
