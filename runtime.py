@@ -204,9 +204,7 @@ def choose_device(
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device={setting}: not a device; use auto, cpu, cuda, cuda:1 or mps")
     if name == "mps" and not has_mps:
-        raise ValueError(
-            "device=mps: this PyTorch sees no Apple GPU here, or there are several processes; use --device=cpu"
-        )
+        raise ValueError("device=mps: no Apple GPU is seen here, or there are several processes; use --device=cpu")
     device = torch.device(name)
     if device.type != "cuda":
         return device, why
