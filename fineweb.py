@@ -145,6 +145,7 @@ def take_ready_made(arguments: argparse.Namespace, out: Path, commit: str, files
             tokens = data.open_shard(found).tokens  # checks header and size
             row = dict(file=path.name, tokens=len(tokens), sha256=file["sha256"] or data.sha256(found))
             rows.append(row | dict(documents=int(np.count_nonzero(tokens == data.GPT2Tokenizer.end_of_text))))
+            del tokens  # Windows moves no file that is mapped
             os.replace(found, path)
             bar.update(file["size"])
     return rows

@@ -24,8 +24,6 @@ from runtime import Runtime
 # What a run writes into its folder; no other file there is ever moved.
 OURS = "step_* metrics.jsonl* wandb_id tensorboard report.md loss.[sp]?g training.[sp]?g profile.txt trace.json"
 
-# A loss is a spike when it is this many standard deviations above the mean of the last SPIKE_WINDOW losses.
-SPIKE, SPIKE_WINDOW = 6, 100
 GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's GPT-2 124M
 
 
@@ -68,7 +66,7 @@ def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
 class Log:
     """`log(kind, step, **values)`: on the main rank to metrics.jsonl and, if wanted, to W&B and TensorBoard.
 
-    The kinds: run (how it was started), train, val, hellaswag, sample, note, checkpoint.
+    The kinds: run (how it was started), train, val, hellaswag, sample, checkpoint.
     """
 
     def __init__(self, config, start_step: int, machine: Runtime):
@@ -111,14 +109,6 @@ class Log:
                 writer.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def spike(loss: float, recent) -> str:
-    """A sentence if the loss is far above the recent ones; empty if it is not, or if there are few."""
-    recent = [value for value in recent if math.isfinite(value)]
-    if len(recent) < SPIKE_WINDOW // 2 or not loss > np.mean(recent) + SPIKE * np.std(recent):
-        return ""
-    return f"the loss jumped to {loss:.4f} from about {np.mean(recent):.4f}"
 
 
 def facts(config, machine: Runtime, model, compiled: bool, tokenizer: data.Tokenizer, n_tokens: int) -> dict:
@@ -177,8 +167,8 @@ def of_kind(records: list[dict], kind: str, *names: str) -> list[dict]:
 
 
 def updates(record: dict) -> int:
-    """The updates before a record. `train` and its note follow the update of their step, all others precede it."""
-    return record["step"] + (record["kind"] in ("train", "note"))
+    """The updates before a record. `train` follows the update of its step, all others precede it."""
+    return record["step"] + (record["kind"] == "train")
 
 
 def tokens_seen(records: list[dict], n_updates):
@@ -232,8 +222,6 @@ def sections(name: str, records: list[dict], n_steps: int, more: str) -> str:
     # Indented text is shown as it is: unlike a fence, nothing in it can end the block.
     for record in evenly(of_kind(records, "sample"), 4):
         lines += ["", f"## Sample after {record['step']:,} steps", "", indent(data.printable(record["text"]), " " * 4)]
-    if notes := of_kind(records, "note"):
-        lines += ["", "## Notes", "", *(f"* step {record['step']:,}: {record['text']}" for record in notes)]
     lines += ["", "## Reproduce", "", indent(started["command"], " " * 4), ""]
     lines += ["<details><summary>Machine, versions, data and all settings</summary>", ""]
     return "\n".join([*lines, indent(json.dumps(started, indent=2), " " * 4), "", "</details>", ""])
