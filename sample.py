@@ -1,14 +1,12 @@
 """Prompt -> text.
 
-    python sample.py "def "                                  the newest checkpoint under out/
-    python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
-    python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8 --stop "\\n\\n"
-    python sample.py --file prompts.jsonl --json             one prompt a line; one JSON object for each sample
-    git log -3 | python sample.py -                          the standard input is the prompt
-    python sample.py -i                                      write with the model, line by line; /help lists commands
-    python sample.py --web                                   a page on this machine that shows token probabilities
-
-Where there is no checkpoint, an untrained GPT-2 is used, so that the program can be tried; its text is noise.
+python sample.py "def "                                  the newest checkpoint under out/
+python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
+python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8 --stop "\\n\\n"
+python sample.py --file prompts.jsonl --json             one prompt a line; one JSON object for each sample
+git log -3 | python sample.py -                          the standard input is the prompt
+python sample.py -i                                      write with the model, line by line; /help lists commands
+python sample.py --web                                   a page on this machine that shows token probabilities
 """
 
 import argparse
@@ -50,8 +48,7 @@ HELP = """  A line is appended to the text, and the model continues from there.
 """ + "\n".join(f"  /{name:19}{about}" for name, (_, _, _, about) in SETTINGS.items())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings, prompts, a model
+# ---- Settings, prompts, a model --------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,10 +64,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, (default, _, _, about) in SETTINGS.items():
         flags = ["-m"] * (name == "max_tokens") + [f"--{name}"]
         add(*flags, type=type(default), default=default, help=f"{about} (default: %(default)s)")
-    add(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text, repeatable; \\n is a newline"
-    )
-    add("--stream", action=argparse.BooleanOptionalAction, help="show one sample as it comes (default: on a terminal)")
+    about = "end before this text; several are allowed; \\n is a newline"
+    add("--stop", action="append", default=[], metavar="TEXT", help=about)
     about = "a JSON object a line: prompt, completion, tokens (with a stop text), their logprob, tokens_per_s"
     add("--json", action="store_true", help=about)
     add("--logprobs", action="store_true", help="also each token's log-probability, and the most likely in its place")
@@ -127,8 +122,7 @@ def load_model(name: str | None) -> tuple[GPT, str, str]:
     return model, f"{source}, {model.num_params():,} parameters", prompt
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Texts, and the three ways to ask for them: as a command, line by line, and with a page
+# ---- Texts, and three ways to ask for them: as a command, line by line, with a page ----------------------------------
 
 
 class Text:
@@ -164,10 +158,11 @@ def complete(model: GPT, texts: list[Text], settings: dict, logprobs=False, cut=
     """Continue the texts as one batch; after each token, yield what each of them can show.
 
     cut: of a long prompt, the model reads the end. New tokens get room, because generation past the window is slow.
+    Without it, ValueError for a prompt beyond the window.
     """
     max_tokens, block_size = settings["max_tokens"], model.config.block_size
-    longest = max(block_size - max_tokens, block_size // 2) if cut else block_size
-    prompts, seeds = [text.ids[-longest:] for text in texts], [text.seed for text in texts]
+    longest = max(block_size - max_tokens, block_size // 2)
+    prompts, seeds = [text.ids[-longest:] if cut else text.ids for text in texts], [text.seed for text in texts]
     sampling = {name: value for name, value in settings.items() if name not in ("max_tokens", "seed")}
     for step in generate.stream(model, prompts, max_tokens, seeds, texts[0].tokenizer.end_of_text, **sampling):
         rows = step.logits.log_softmax(dim=-1) if logprobs else [None] * len(texts)
@@ -183,8 +178,9 @@ def show(text: str, style: str = "") -> None:
     print(f"\033[{style}m{text}\033[0m" if style and sys.stdout.isatty() else text, end="", flush=True)
 
 
-def write(model: GPT, texts: list[Text], settings: dict, stream: bool, as_json: bool, logprobs: bool) -> None:
+def write(model: GPT, texts: list[Text], settings: dict, as_json: bool, logprobs: bool) -> None:
     """Complete the texts and print them. Each depends on its own prompt and seed, not on its neighbours."""
+    stream = len(texts) == 1 and not as_json  # several would mix
     for first in range(0, len(texts), BATCH):
         batch, start = texts[first : first + BATCH], time.perf_counter()
         if stream:
@@ -222,11 +218,8 @@ def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: lis
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("> ")
-            if line.strip() == "/reset":
-                story = ""
-            elif line.startswith("/"):
-                settings = command(line, settings)
-            else:
+            name, _, value = line.removeprefix("/").strip().partition(" ")
+            if not line.startswith("/"):
                 reply = Text(tokenizer, story + line, settings["seed"], stops)
                 with suppress(KeyboardInterrupt):
                     for [new] in complete(model, [reply], settings, cut=True):
@@ -234,28 +227,22 @@ def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: lis
                 print()
                 story = f"{reply.prompt}{reply.text}\n"
                 settings = settings | dict(seed=settings["seed"] + 1)
+            elif name == "reset":
+                story = ""
+            elif name in SETTINGS:
+                try:
+                    settings = checked(settings | {name: type(SETTINGS[name][0])(value)})
+                except ValueError as error:
+                    print(f"{line}: {error}", file=sys.stderr)
+            else:
+                print(HELP if name == "help" else f"{line}: no such command; /help lists them", file=sys.stderr)
     print()
-
-
-def command(line: str, settings: dict) -> dict:
-    """The settings after a line such as /temperature 0.8. A mistake changes nothing."""
-    name, _, value = line[1:].strip().partition(" ")
-    if name in SETTINGS:
-        try:
-            return checked(settings | {name: type(SETTINGS[name][0])(value)})
-        except ValueError as error:
-            print(f"/{name} {value}: {error}", file=sys.stderr)
-    else:
-        print(HELP if name == "help" else f"/{name}: no such command; /help lists them", file=sys.stderr)
-    return settings
 
 
 def answer(model: GPT, tokenizer: data.Tokenizer, asked: dict) -> Iterator[dict]:
     """The events of web.py: after each token, the text that can be shown, and the token with its probability."""
-    settings, prompt, stop = checked(asked), asked.get("prompt"), asked.get("stop")
-    if not isinstance(prompt, str) or not isinstance(stop, str):
-        raise ValueError("prompt and stop must be texts")
-    text = Text(tokenizer, prompt, settings["seed"], [stop])
+    settings = checked(asked)
+    text = Text(tokenizer, asked["prompt"], settings["seed"], [asked["stop"]])
     for [new] in complete(model, [text], settings, logprobs=True, cut=True):
         tokens = [
             dict(token=token, p=math.exp(logprob), likely=[[other, math.exp(value)] for other, value in likely])
@@ -280,15 +267,10 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.web:
         form = settings | dict(prompt=prompts[0], stop="".join(arguments.stop[:1]))
         web.serve(lambda asked: answer(model, tokenizer, asked), description, form, arguments.port)
-        return
-    wanted = [(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.samples)]
-    texts = [Text(tokenizer, prompt, seed, arguments.stop) for prompt, seed in wanted]
-    for text in texts:
-        if (n := len(text.ids)) > (size := model.config.block_size):
-            raise ValueError(f"the prompt {text.prompt[:30]!r}... has {n} tokens, the model reads {size}; shorten it")
-    stream = sys.stdout.isatty() if arguments.stream is None else arguments.stream
-    stream = stream and len(texts) == 1 and not arguments.json
-    write(model, texts, settings, stream, arguments.json, arguments.logprobs)
+    else:
+        wanted = [(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.samples)]
+        texts = [Text(tokenizer, prompt, seed, arguments.stop) for prompt, seed in wanted]
+        write(model, texts, settings, arguments.json, arguments.logprobs)
 
 
 @configurator.command("sample.py")

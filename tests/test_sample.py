@@ -200,7 +200,7 @@ def test_gpt2_comes_from_the_hub_once(hub, capsys):
 def test_bad_models_and_prompts_are_one_line(toy, capsys, tmp_path, monkeypatch):
     run(capsys, "--model", toy, "-p", "x" * 32, "-m", "3")  # a full window is not too long
     line = fails(capsys, "--model", toy, "-p", "short", "-p", "long " * 20)
-    assert "the prompt 'long long long long long long '... has 100 tokens, the model reads 32; shorten it" in line
+    assert "a prompt of 100 tokens: this model takes 1 to 32; shorten it" in line
     assert "gpt2-mediun: no such model; name gpt2, gpt2-medium" in fails(capsys, "--model", "gpt2-mediun")
     assert "no config.json in this folder" in fails(capsys, "--model", str(tmp_path))
     GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path)
@@ -284,18 +284,12 @@ def test_a_stop_text_ends_the_sample(toy, capsys):
     assert len(list(sample.complete(model, [grown], settings, logprobs=True))) == len(grown.record) < 80
 
 
-def test_streamed_is_whole(toy, capsys, monkeypatch):
+def test_a_single_sample_is_shown_as_it_comes(toy, capsys, monkeypatch):
     arguments = ("--model", toy, "-p", "The fox", "-m", "60", "--top_k", "0")
-    whole, _ = run(capsys, *arguments)
+    first = run(capsys, *arguments, "-n", "2")[0].split(RULE)[0]  # several at once would mix
     shown, show = [], sample.show
     monkeypatch.setattr(sample, "show", lambda text, *style: (shown.append(text), show(text, *style)))
-    assert run(capsys, *arguments, "--stream")[0] == whole and sum(map(bool, shown)) > 30
-    several = (*arguments, "-n", "2")
-    assert run(capsys, *several, "--stream") == run(capsys, *several)  # they would mix
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    shown.clear()
-    assert plain(run(capsys, *arguments, "--no-stream")[0]) == whole and len(shown) == 2
-    assert plain(run(capsys, *arguments)[0]) == whole and len(shown) > 30
+    assert run(capsys, *arguments)[0] == first and sum(map(bool, shown)) > 30
 
 
 def test_json_is_for_programs(toy, capsys):
@@ -313,13 +307,13 @@ def test_json_is_for_programs(toy, capsys):
     assert records[2]["logprob"] == pytest.approx(logp.sum().item(), abs=1e-4)
     assert [value for _, value in records[2]["logprobs"]] == pytest.approx(logp.tolist(), abs=1e-4)
     assert records[2]["tokens"] == 7 and records[2]["tokens_per_s"] > 0
-    lone, _ = run(capsys, "--model", toy, "-p", "ab", "-m", "7", "--json", "--stream")
+    lone, _ = run(capsys, "--model", toy, "-p", "ab", "-m", "7", "--json")
     assert set(json.loads(lone)) == {"prompt", "completion", "tokens", "logprob", "tokens_per_s"}
 
 
 def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
     """Colours, on a terminal only, say how likely the token was itself."""
-    arguments = ("--model", toy, "-p", "ab", "-m", "40", "--logprobs", "--temperature", "2", "--no-stream")
+    arguments = ("--model", toy, "-p", "ab", "-m", "40", "--logprobs", "--temperature", "2")
     whole, _ = run(capsys, *arguments)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     coloured, _ = run(capsys, *arguments)
@@ -446,7 +440,6 @@ def test_answers_of_the_page_are_those_of_the_command(toy, capsys, answer):
         (dict(top_k=None), "top_k must be a whole number"),
         (dict(max_tokens=2.5), "max_tokens must be a whole number"),
         (dict(seed="1"), "seed must be a whole number"),
-        (dict(stop=["a"]), "prompt and stop must be texts"),
     ],
 )
 def test_what_the_page_may_not_ask(answer, wrong, says):
