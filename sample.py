@@ -4,7 +4,6 @@ python sample.py "def "                                  the newest checkpoint u
 python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
 python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8 --stop "\\n\\n"
 python sample.py --file prompts.jsonl --json             one prompt a line; one JSON object for each sample
-git log -3 | python sample.py -                          the standard input is the prompt
 python sample.py -i                                      write with the model, line by line; /help lists commands
 python sample.py --web                                   a page on this machine that shows token probabilities
 """
@@ -54,9 +53,8 @@ HELP = """  A line is appended to the text, and the model continues from there.
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sample.py", description="Continue prompts with a GPT-2.")
     add = parser.add_argument
-    about = 'text to continue; several are allowed; "" begins a document, - is the standard input '
-    add("prompts", nargs="*", metavar="PROMPT", help=f"{about} (default: the run's sample_prompt, else {HELLO})")
-    add("-p", "--prompt", action="append", default=[], help="the same")
+    add("prompts", nargs="*", metavar="PROMPT", help='texts to continue; "" begins a document, - is the standard input')
+    add("-p", "--prompt", action="append", default=[], help=f"more (default: the run's sample_prompt, else {HELLO})")
     add("--file", help='more prompts: one a line, or the "prompt" of each object in a .jsonl file')
     add("-i", "--interactive", action="store_true", help="write with the model, line by line")
     add("-n", "--samples", type=int, default=1, help="samples of each prompt (default: %(default)s)")
@@ -64,10 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, (default, _, _, about) in SETTINGS.items():
         flags = ["-m"] * (name == "max_tokens") + [f"--{name}"]
         add(*flags, type=type(default), default=default, help=f"{about} (default: %(default)s)")
-    about = "end before this text; several are allowed; \\n is a newline"
-    add("--stop", action="append", default=[], metavar="TEXT", help=about)
-    about = "a JSON object a line: prompt, completion, tokens (with a stop text), their logprob, tokens_per_s"
-    add("--json", action="store_true", help=about)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable; \\n: newline")
+    add("--json", action="store_true", help="a JSON object a line: prompt, completion, tokens, logprob, tokens_per_s")
     add("--logprobs", action="store_true", help="also each token's log-probability, and the most likely in its place")
     add("--web", action="store_true", help="serve a page on 127.0.0.1 to sample from (needs Flask)")
     add("--port", type=int, default=8124, help="of that page; 0 is any free one (default: %(default)s)")
@@ -84,14 +80,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def checked(values: dict) -> dict:
     """The settings among these values. ValueError if one is missing, not a number, or out of range."""
-    settings = {name: values.get(name) for name in SETTINGS}
     for name, (default, low, high, _) in SETTINGS.items():
-        value = settings[name]
+        value = values.get(name)
         if type(value) not in (int, type(default)):
             raise ValueError(f"{name} must be a {'whole ' if type(default) is int else ''}number")
         if not low <= value <= high:
             raise ValueError(f"{name} must be {f'at most {high}' if value > high else f'{low} or more'}")
-    return settings
+    return {name: values[name] for name in SETTINGS}
 
 
 def read_prompts(given: list[str], file: str | None) -> list[str]:
@@ -114,8 +109,7 @@ def load_model(name: str | None) -> tuple[GPT, str, str]:
     newest = [runs[-1] for run in Path("out").glob("*") if (runs := checkpoints(run))]
     source = resolve(name) if name else max(newest, key=lambda folder: folder.stat().st_mtime, default=None)
     if source is None:
-        about = f"UNTRAINED GPT-2 124M: no checkpoint under {Path('out').resolve()}; try --model gpt2"
-        return GPT(GPTConfig()), about, HELLO
+        return GPT(GPTConfig()), "UNTRAINED GPT-2 124M: no checkpoint under out/; try --model gpt2", HELLO
     model, prompt = GPT.from_pretrained(source), HELLO
     with suppress(OSError, ValueError, KeyError, TypeError):  # a model that was not trained here has no such file
         prompt = json.loads((Path(source) / "settings.json").read_text())["settings"]["sample_prompt"]
@@ -158,7 +152,6 @@ def complete(model: GPT, texts: list[Text], settings: dict, logprobs=False, cut=
     """Continue the texts as one batch; after each token, yield what each of them can show.
 
     cut: of a long prompt, the model reads the end. New tokens get room, because generation past the window is slow.
-    Without it, ValueError for a prompt beyond the window.
     """
     max_tokens, block_size = settings["max_tokens"], model.config.block_size
     longest = max(block_size - max_tokens, block_size // 2)
@@ -252,32 +245,28 @@ def answer(model: GPT, tokenizer: data.Tokenizer, asked: dict) -> Iterator[dict]
         yield dict(text=new, tokens=tokens)
 
 
-def sample(arguments: argparse.Namespace) -> None:
-    settings, prompts = checked(vars(arguments)), read_prompts(arguments.prompts + arguments.prompt, arguments.file)
-    machine = runtime.start(arguments.device)
-    model, description, default_prompt = load_model(arguments.model)
-    tokenizer = data.get_tokenizer(model.config.vocab_size)
-    rows = 1 if arguments.interactive or arguments.web else min(BATCH, max(1, len(prompts)) * arguments.samples)
-    model, machine, note = generate.ready(model, machine, arguments.dtype, rows)
-    print(f"model: {description}; {machine.note}; {note}", file=sys.stderr)
-    if arguments.interactive:
-        write_together(model, tokenizer, "".join(prompts), arguments.stop, settings)
-        return
-    prompts = prompts or [default_prompt]
-    if arguments.web:
-        form = settings | dict(prompt=prompts[0], stop="".join(arguments.stop[:1]))
-        web.serve(lambda asked: answer(model, tokenizer, asked), description, form, arguments.port)
-    else:
-        wanted = [(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.samples)]
-        texts = [Text(tokenizer, prompt, seed, arguments.stop) for prompt, seed in wanted]
-        write(model, texts, settings, arguments.json, arguments.logprobs)
-
-
 @configurator.command("sample.py")
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+    given = parse_arguments(argv)
+    settings, prompts = checked(vars(given)), read_prompts(given.prompts + given.prompt, given.file)
+    machine = runtime.start(given.device)
+    model, description, default_prompt = load_model(given.model)
+    tokenizer = data.get_tokenizer(model.config.vocab_size)
     try:
-        sample(arguments)
+        rows = min(BATCH, max(1, len(prompts)) * given.samples)
+        model, machine, note = generate.ready(model, machine, given.dtype, rows)
+        print(f"model: {description}; {machine.note}; {note}", file=sys.stderr)
+        if given.interactive:
+            write_together(model, tokenizer, "".join(prompts), given.stop, settings)
+            return
+        prompts = prompts or [default_prompt]
+        if given.web:
+            form = settings | dict(prompt=prompts[0], stop="".join(given.stop[:1]))
+            web.serve(lambda asked: answer(model, tokenizer, asked), description, form, given.port)
+            return
+        wanted = [(prompt, given.seed + i) for prompt in prompts for i in range(given.samples)]
+        texts = [Text(tokenizer, prompt, seed, given.stop) for prompt, seed in wanted]
+        write(model, texts, settings, given.json, given.logprobs)
     except torch.OutOfMemoryError:
         raise ValueError("out of memory; fewer --samples or prompts at once, or --device cpu") from None
 
