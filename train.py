@@ -139,7 +139,7 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
     restarts = machine.max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    found = machine.broadcast(checkpoint.choose(config, restarts, say) if machine.is_main else None)
+    found = machine.broadcast(checkpoint.choose(config, restarts) if machine.is_main else None)
     if found and not found.is_dir():
         raise ValueError(f"{found}: not visible on this machine; out_dir must be on a disk that all machines share")
     state = checkpoint.read_state(found) if found else dict(step=0)
@@ -261,7 +261,8 @@ def train(config: TrainConfig) -> dict:
                     t0 = time.perf_counter()
                     saver.save(raw_model, tokenizer, optimizer, scaler, state)
                     waited += time.perf_counter() - t0
-            saver.check()
+            if saver.writing.done():
+                saver.wait()  # raises the error of a write that has failed
             if stopping or step == config.max_steps:
                 break
 

@@ -135,4 +135,4 @@ def test_a_report_or_card_that_fails_does_not_fail_the_run(config, monkeypatch, 
     c = config(report=True, checkpoint_every=12)
     assert train.train(c)["step"] == 12
     assert "is not whole (ZeroDivisionError: division by zero)" in capsys.readouterr().out
-    assert (checkpoints(c.out_dir)[-1] / "README.md").read_text().startswith("Step 12. The card could not be made")
+    assert checkpoints(c.out_dir) and not (checkpoints(c.out_dir)[-1] / "README.md").exists()
