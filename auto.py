@@ -7,7 +7,6 @@ and slower on another. So candidates run a piece of the real work, and the faste
 import functools
 import math
 import os
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -92,7 +91,7 @@ def choose(config, model: GPT, machine: Runtime, before: dict) -> tuple[dict, st
         name = fastest(times)
         if thread_times := race_threads(runs[name], times[name]):
             threads = fastest(thread_times)
-        shown = times | {f"{n} threads": ms for n, ms in thread_times.items()}
+        shown = times | {f"{n} thread{'s' * (n > 1)}": ms for n, ms in thread_times.items()}
         why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in shown.items())})"
         model.zero_grad(set_to_none=True)
 
@@ -148,14 +147,11 @@ def compilation(setting: bool | str, device: torch.device, seconds: float) -> tu
 
 def missing_for_compile(device: torch.device) -> str:
     """What torch.compile lacks on this machine, in words; empty when a trial succeeds."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return "no C++ compiler found"
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device=device))
+        return ""
     except Exception as error:  # the compiler, its headers, OpenMP or Triton: whatever it is, the run goes on without
-        return f"a trial failed with {type(error).__name__}"
-    return ""
+        return f"a trial failed: {str(error).splitlines()[0]}"
 
 
 def expected_seconds(flops: float, machine: Runtime) -> float:

@@ -166,6 +166,7 @@ def take_ready_made(arguments: argparse.Namespace, out: Path, commit: str, files
                 raise ValueError(f"{file['path']}: holds the token id {largest}; GPT-2's largest is 50256")
             row = dict(file=path.name, tokens=len(tokens), sha256=file["sha256"] or data.sha256(found))
             rows.append(row | dict(documents=int(np.count_nonzero(tokens == gpt2.end_of_text))))
+            del tokens  # Windows moves no file that is mapped
             os.replace(found, path)
             bar.update(file["size"])
     return rows

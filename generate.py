@@ -177,7 +177,7 @@ def ready(model: GPT, machine: Runtime, dtype: str, rows: int) -> tuple[GPT, Run
             threads = auto.race_threads(runs[name], times[name])
         if threads:
             torch.set_num_threads(auto.fastest(threads))
-        times |= {f"{n} threads": ms for n, ms in threads.items()}
+        times |= {f"{n} thread{'s' * (n > 1)}": ms for n, ms in threads.items()}
         why = f" (ms for a block: {', '.join(f'{one} {ms:.2f}' for one, ms in times.items())})"
     return pack(model, DTYPES[name]), machine.computing_in(name), f"dtype: {name}{why}"
 

@@ -1,9 +1,9 @@
 """Pictures of runs, and of what a model has learned about positions and tokens.
 
-python plot.py out/quickstart                        its curves, from metrics.jsonl, also while the run is going
-python plot.py out/gpt2_124M out/wsd --out pictures  several runs in the same pictures
-python plot.py --report out/quickstart               its curves and report.md
-python plot.py --weights out/quickstart              the embeddings of its newest checkpoint; also: gpt2
+python plot.py out/quickstart                         its curves, from metrics.jsonl, also while the run is going
+python plot.py out/gpt2_124M out/mine --out pictures  several runs in the same pictures
+python plot.py --report out/quickstart                its curves and report.md
+python plot.py --weights out/quickstart               the embeddings of its newest checkpoint; also: gpt2
 """
 
 import argparse

@@ -399,7 +399,9 @@ def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
 
 def available_cpus() -> int:
     """CPUs that this process may use; a scheduler may grant fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return min(61, os.cpu_count() or 1)  # a pool on Windows has at most 61 processes
 
 
 def shard_local_text(arguments: argparse.Namespace) -> str:

@@ -24,8 +24,6 @@ from runtime import Runtime
 # What a run writes into its folder; no other file there is ever moved.
 OURS = "step_* metrics.jsonl* wandb_id tensorboard report.md loss.[sp]?g training.[sp]?g profile.txt trace.json"
 
-# A loss is a spike when it is this many standard deviations above the mean of the last SPIKE_WINDOW losses.
-SPIKE, SPIKE_WINDOW = 6, 100
 GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's GPT-2 124M
 
 
@@ -95,14 +93,6 @@ class Log(contextlib.ExitStack):
             self.tensorboard.add_scalar(name, value, step)
 
 
-def spike(loss: float, recent) -> str:
-    """A sentence if the loss is far above the recent ones; empty if it is not, or if there are few."""
-    recent = [value for value in recent if math.isfinite(value)]
-    if len(recent) < SPIKE_WINDOW // 2 or not loss > np.mean(recent) + SPIKE * np.std(recent):
-        return ""
-    return f"the loss jumped to {loss:.4f} from about {np.mean(recent):.4f}"
-
-
 def facts(config, machine: Runtime, model, compiled: bool, tokenizer: data.Tokenizer, n_tokens: int) -> dict:
     """What is needed to understand or repeat a run: settings, command, machine, commit, versions, data."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -156,8 +146,8 @@ def of_kind(records: list[dict], kind: str, *names: str) -> list[dict]:
 
 
 def updates(record: dict) -> int:
-    """The updates before a record. `train` and its note follow the update of their step, all others precede it."""
-    return record["step"] + (record["kind"] in ("train", "note"))
+    """The updates before a record. `train` follows the update of its step, all others precede it."""
+    return record["step"] + (record["kind"] == "train")
 
 
 def tokens_seen(records: list[dict], n_updates):

@@ -44,18 +44,24 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     local_size: int = 1  # processes on this machine
-    note: str = ""  # which device, and why
+    why: str = ""  # the reason for this device
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def note(self) -> str:
+        return f"device: {self.device_name()} ({self.why})"
 
     def computing_in(self, dtype: str) -> "Runtime":
         """The same place with products in fp32, bf16 or fp16."""
         return dataclasses.replace(self, dtype=DTYPES[dtype])
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()  # a disabled autocast to float32 makes torch 2.9 warn on mps
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given, so that a clock read now means something."""
@@ -85,10 +91,6 @@ class Runtime:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
     def wait_at_most(self, seconds: int) -> None:
         """How long a collective operation waits for the others from now on, before it is an error."""
         if self.world_size > 1:
@@ -96,7 +98,10 @@ class Runtime:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
     def device_name(self) -> str:
-        return device_name(self.device)
+        if self.device.type == "cuda":
+            return f"{self.device}, {torch.cuda.get_device_name(self.device)}"
+        n = torch.get_num_threads()
+        return f"cpu, {n} thread{'s' * (n > 1)}" if self.device.type == "cpu" else str(self.device)
 
     def peak_memory(self) -> float | None:
         """The most memory that this process has held so far, in GB: the GPU's, else its own; None on Windows."""
@@ -145,13 +150,7 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
         place = dict(store=meeting_place(world_size, local_size), rank=rank, world_size=world_size)
         dist.init_process_group(backend, **place, timeout=timedelta(minutes=10), device_id=device_id)
         why += f"; {world_size} processes over {backend}"
-    return Runtime(device, torch.float32, rank, world_size, local_size, f"device: {device_name(device)} ({why})")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    return Runtime(device, torch.float32, rank, world_size, local_size, why)
 
 
 def keep_freed_memory() -> None:
@@ -161,7 +160,7 @@ def keep_freed_memory() -> None:
     pages one fault at a time: a third of a million in a step of 4 layers and 4 x 1,024 tokens.
     """
     TRIM_THRESHOLD, MMAP_MAX = -1, -4  # their numbers in malloc.h
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, -1)
@@ -189,7 +188,9 @@ def choose_device(
     setting: str, world_size: int = 1, local_rank: int = 0, local_size: int = 1
 ) -> tuple[torch.device, str]:
     """The device for "auto", "cpu", "cuda", "cuda:1" or "mps", and why. Each local process gets a GPU of its own."""
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    has_cuda = torch.cuda.is_available()
+    # DistributedDataParallel knows no mps: several processes on Macs run on their CPUs.
+    has_mps = world_size == 1 and torch.backends.mps.is_available()
     name, why = setting, "as set"
     if setting == "auto":
         # Without this, a driver that is too old would train on the CPU for days before anyone notices.
@@ -198,14 +199,12 @@ def choose_device(
                 f"there is an NVIDIA GPU, but PyTorch {torch.__version__} for CUDA {torch.version.cuda} cannot use it; "
                 "install a newer driver or a PyTorch for an older CUDA, or set --device=cpu"
             )
-        # DistributedDataParallel knows no mps: several processes on Macs run on their CPUs.
-        has_mps = has_mps and world_size == 1
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
         why = "no GPU here" if name == "cpu" else "found"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device={setting}: not a device; use auto, cpu, cuda, cuda:1 or mps")
     if name == "mps" and not has_mps:
-        raise ValueError("device=mps: this PyTorch sees no Apple GPU here; use --device=cpu")
+        raise ValueError("device=mps: no Apple GPU is seen here, or there are several processes; use --device=cpu")
     device = torch.device(name)
     if device.type != "cuda":
         return device, why

@@ -13,7 +13,6 @@ import os
 # Before torch loads OpenMP: threads that wait for each other go to sleep soon, and do not spin against other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import collections
 import contextlib
 import dataclasses
 import math
@@ -70,10 +69,9 @@ class TrainConfig:
     # The optimizer
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd uses beta1 as its momentum
     learning_rate: float = 6e-4  # peak learning rate, reached after the warm-up
-    min_lr: float = 6e-5  # where cosine and wsd end
-    lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # wsd: constant, then linear decay
+    min_lr: float = 6e-5  # where the cosine ends
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     warmup_steps: int = 715  # linear, from 0
-    cooldown_steps: int = 3_800  # linear decay at the end of wsd
     max_steps: int = 19_073  # 10B tokens at 524,288 a step
     weight_decay: float = 0.1  # on matrices and embeddings only
     beta1: float = 0.9  # decay of the running mean of the gradient
@@ -114,8 +112,6 @@ class TrainConfig:
             low, high = int(name in positive), 1 if name in ("beta1", "beta2") else 2**63
             if type(value) in (int, float) and not low <= value < high:
                 wrong.append(f"{name} is {value}: it must be at least {low} and below {high}")
-        if self.lr_schedule == "wsd" and self.warmup_steps + self.cooldown_steps > self.max_steps:
-            wrong.append(f"warmup_steps + cooldown_steps is above max_steps {self.max_steps}")
         if self.profile and self.profile + 2 > self.max_steps:
             wrong.append(f"profile {self.profile} starts at the third step, but max_steps is {self.max_steps}")
         if self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
@@ -175,8 +171,8 @@ def train(config: TrainConfig) -> dict:
     )
     choice = auto.choose(config, raw_model, machine, state.get("chosen", {})) if machine.is_main else None
     chosen, why = machine.broadcast(choice)
-    say(f"{machine.note}\n{why}")
     auto.apply(chosen, raw_model)
+    say(f"{machine.note}\n{why}")
     machine = machine.computing_in(chosen["dtype"])
 
     # ---- 5. The optimizer, with its state if we resume ---------------------------------------------------------------
@@ -198,8 +194,8 @@ def train(config: TrainConfig) -> dict:
     batch_size = auto.batch_size(config.batch_size, sequences, raw_model, config.block_size, machine)
     n_accumulate = sequences // batch_size
     say(
-        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} processes x "
-        f"{n_accumulate} micro-steps = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
+        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} (processes) x "
+        f"{n_accumulate} (micro-steps) = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
         f"{config.max_steps * config.total_batch_size:,} tokens"
     )
     batches = data.Batches(windows, batch_size, sequences * machine.world_size, machine.world_size, config.seed)
@@ -219,7 +215,6 @@ def train(config: TrainConfig) -> dict:
     flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
     val_loss, skipped, skipped_in_a_row = None, 0, 0
     train_seconds, waited, steps_timed = 0.0, 0.0, 0  # since the last log line; waited: for data, log and checkpoints
-    recent = collections.deque(maxlen=run.SPIKE_WINDOW)  # losses
 
     def due(every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == config.max_steps)
@@ -330,10 +325,6 @@ def train(config: TrainConfig) -> dict:
                 )
                 log("train", step, **record)
                 console.step(step, record)
-                if jump := run.spike(record["loss"], recent):
-                    log("note", step, text=jump)
-                    console.line(f"step {step:,} | NOTE: {jump}")
-                recent.append(record["loss"])
                 train_seconds, waited, steps_timed = 0.0, time.perf_counter() - t0, 0
             if step == start_step:  # compilation is done; from here on a slow rank is an error
                 machine.wait_at_most(config.timeout)
@@ -341,7 +332,7 @@ def train(config: TrainConfig) -> dict:
         # No rank leaves before the main one has written: torchrun would take that for a failure and stop the others.
         machine.wait_at_most(3600)
         saver.wait()
-        machine.barrier()
+        machine.max(0)  # waits for all ranks
 
     # ---- 9. The summary ----------------------------------------------------------------------------------------------
     machine.close()
@@ -372,15 +363,11 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     # 1. Linear warm-up: the optimizer's averages know nothing yet.
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    # 2. At the peak: to the end, or, with wsd, until the cooldown.
-    steps_left = config.max_steps - step
-    if config.lr_schedule == "constant" or (config.lr_schedule == "wsd" and steps_left >= config.cooldown_steps):
+    # 2. At the peak to the end, if so set.
+    if config.lr_schedule == "constant":
         return config.learning_rate
-    # 3. Decay: wsd linear, cosine along half a wave from the end of the warm-up.
-    if config.lr_schedule == "wsd":
-        height = steps_left / config.cooldown_steps
-    else:
-        height = 0.5 * (1 - math.cos(math.pi * steps_left / (config.max_steps - config.warmup_steps)))
+    # 3. Down along half a wave of a cosine.
+    height = 0.5 * (1 - math.cos(math.pi * (config.max_steps - step) / (config.max_steps - config.warmup_steps)))
     return config.min_lr + height * (config.learning_rate - config.min_lr)
 
 

@@ -37,9 +37,7 @@ bench ladder ladder --steps 5 --rounds 1 --chart "$out/ladder.svg"
 bench ladder_16 ladder --batch_size 16 --steps 5 --rounds 1 # the lecture's
 [ -z "$tasks" ] || bench hellaswag hellaswag --data "$tasks" --limit 0
 if [ -n "$shards" ]; then
-	fits='import bench, torch; free, _ = torch.cuda.mem_get_info()
-print(bench.largest_batch(bench.USABLE * free, lambda B: bench.peak_memory(bench.SIZES["gpt2"], 1024, B)))'
-	keep train.txt "$python" train.py --data_dir="$shards" --out_dir="$out/124M" --batch_size="$("$python" -c "$fits")" \
+	keep train.txt "$python" train.py --data_dir="$shards" --out_dir="$out/124M" --batch_size=auto \
 		--max_steps=150 --warmup_steps=30 --eval_every=50 --eval_tokens=1048576 --hellaswag_every=0 --sample_every=50 \
 		--checkpoint_every=0
 fi

@@ -1,8 +1,9 @@
-"""A CUDA GPU that computes nothing: shapes, dtypes and devices are as on a real one, values are not there.
+"""A CUDA or Apple GPU that computes nothing: shapes, dtypes and devices are as on a real one, values are not there.
 
-CPU tensors stay real, and all else of a run too: files, tokenizers, logs. Every operation on a "cuda" tensor goes to
-torch's FakeTensorMode, which refuses a mixture of devices as CUDA does. Whatever the CPU reads from a tensor is noted,
-because each such read makes it wait for the GPU. `main` does whole runs that way and prints what happened, as JSON.
+CPU tensors stay real, and all else of a run too: files, tokenizers, logs. Every operation on a GPU's tensor goes to
+torch's FakeTensorMode, which refuses a mixture of devices as the GPU does. Whatever the CPU reads from a tensor is
+noted, because each such read makes it wait for the GPU. `main` does whole runs that way and prints what happened, as
+JSON.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -25,8 +27,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 PROJECT = Path(__file__).parent.parent
 
-# A CPU build of torch has no place to run the backward pass of cuda tensors: autograd asks for the device's guard and
-# hooks. These do nothing. They have to be in the process before torch is.
+# A CPU build of torch has no place to run the backward pass of a GPU's tensors: autograd asks for the device's guard
+# and hooks. These do nothing. They have to be in the process before torch is. For Apple's GPU, CUDA is replaced by MPS.
 SHIM = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -42,7 +44,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
 namespace at {
 struct CUDAHooks final : CUDAHooksInterface {
-  explicit CUDAHooks(CUDAHooksArgs) {}
+  ONLY
   void init() const override {}
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
@@ -57,14 +59,20 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 """
 
 
-def build(folder: Path) -> Path:
-    """Compile the shim. Raises OSError with the reason where that is impossible."""
+ONLY = {
+    "cuda": "explicit CUDAHooks(CUDAHooksArgs) {}",
+    "mps": "bool isOnMacOSorNewer(unsigned, unsigned) const override { return true; }",
+}
+
+
+def build(folder: Path, kind: str) -> Path:
+    """Compile the shim for "cuda" or "mps". Raises OSError with the reason where that is impossible."""
     if sys.platform != "linux" or torch.version.cuda or torch.version.hip:
         raise OSError("the fake GPU is for CPU builds of torch on Linux")
     if not (compiler := shutil.which("g++")):
         raise OSError("no g++ to compile the fake GPU's shim")
-    source, shim = folder / "shim.cpp", folder / "shim.so"
-    source.write_text(SHIM)
+    source, shim = folder / f"{kind}.cpp", folder / f"{kind}.so"
+    source.write_text(SHIM.replace("CUDA", kind.upper()).replace("ONLY", ONLY[kind]))
     [libraries] = library_paths()
     flags = ["-std=c++20", "-shared", "-fPIC", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
     command = [compiler, *flags, *(f"-I{path}" for path in include_paths()), source, "-o", shim, "-lc10", "-ltorch_cpu"]
@@ -75,14 +83,14 @@ def build(folder: Path) -> Path:
 
 
 class FakeGPU(TorchDispatchMode):
-    """While active, "cuda" tensors can be made and used. `reads` has the line of each read of a value.
+    """While active, tensors of this kind ("cuda", "mps") can be made. `reads` has the line of each read of a value.
 
     A single number is read as 0, and a tensor that is copied to the CPU is full of ones: no NaN, no division by zero.
     """
 
-    def __init__(self):
+    def __init__(self, kind: str):
         super().__init__()
-        self.fake = FakeTensorMode()
+        self.kind, self.fake = kind, FakeTensorMode()
         self.reads: list[str] = []
         self.capturing = False  # a CUDA graph, which can neither hand out values nor wait for the CPU's
 
@@ -92,7 +100,7 @@ class FakeGPU(TorchDispatchMode):
         fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)
         real = any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) for leaf in leaves)
         to = kwargs.get("device")
-        if not fake and not (to and to.type == "cuda"):
+        if not fake and not (to and to.type == self.kind):
             return func(*args, **kwargs)  # the CPU's own business
         if self.capturing and real:
             raise RuntimeError(f"{func} uses a CPU tensor while a CUDA graph is captured")
@@ -110,7 +118,10 @@ class FakeGPU(TorchDispatchMode):
             return args[0].fill_(1)
         args, kwargs = tree_map(self.as_fake, (args, kwargs))
         with self.fake:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+        if self.kind == "mps" and any(getattr(leaf, "dtype", None) == torch.float64 for leaf in tree_leaves(out)):
+            raise TypeError(f"{func}: MPS has no float64")
+        return out
 
     def as_fake(self, value):
         is_real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
@@ -174,10 +185,14 @@ def pretend(gpu: FakeGPU, bf16: bool = True) -> contextlib.ExitStack:
         CUDAGraph=mock.MagicMock(),
         graph=gpu.capture,
     )
-    for name, value in cuda.items():
-        stack.enter_context(mock.patch.object(torch.cuda, name, value))
-    stack.enter_context(mock.patch.object(torch.nn.Module, "to", move))
-    stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
+    changes = [(torch.cuda, name, value) for name, value in cuda.items()]
+    changes.append((torch.Tensor, "pin_memory", lambda tensor: tensor))
+    if gpu.kind == "mps":
+        changes = [(torch.backends.mps, "is_available", lambda: True), (torch.mps, "synchronize", lambda: None)]
+        math = torch.ops.aten._scaled_dot_product_attention_math  # the fused kernel is in builds for macOS only
+        changes.append((F, "scaled_dot_product_attention", lambda *args, **options: math(*args, **options)[0]))
+    for change in [*changes, (torch.nn.Module, "to", move)]:
+        stack.enter_context(mock.patch.object(*change))
     stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()))
     # torch.tensor(..., device="cuda") shall make a CPU tensor and copy it, so that the copy passes by here.
     torch._C._set_only_lift_cpu_tensors(True)
@@ -190,7 +205,7 @@ def pretend(gpu: FakeGPU, bf16: bool = True) -> contextlib.ExitStack:
 # The runs
 
 
-def do(run, bf16: bool = True) -> dict:
+def do(run, bf16: bool = True, kind: str = "cuda") -> dict:
     """Do one run on a GPU of its own. What is found:
 
     error         the traceback of what ended it, else None
@@ -201,7 +216,7 @@ def do(run, bf16: bool = True) -> dict:
     """
     import run as run_module
 
-    gpu, reads, log, error, out = FakeGPU(), [], run_module.Log.__call__, None, io.StringIO()
+    gpu, reads, log, error, out = FakeGPU(kind), [], run_module.Log.__call__, None, io.StringIO()
 
     def noting(self, kind, step, **values):
         if kind == "train":
@@ -215,12 +230,12 @@ def do(run, bf16: bool = True) -> dict:
             run()
         except (Exception, SystemExit) as caught:
             error = f"{''.join(traceback.format_tb(caught.__traceback__))}{caught!r}"
-        replays = torch.cuda.CUDAGraph().replay.call_count
+        replays = torch.cuda.CUDAGraph().replay.call_count if kind == "cuda" else 0
     return dict(error=error, reads=reads, out=out.getvalue(), replays=replays, reads_after=len(gpu.reads))
 
 
-def main(shards: str, tasks: str, folder: str) -> None:
-    """Do all runs into the folder; the last line of the output is a JSON object of their results."""
+def main(kind: str, shards: str, tasks: str, folder: str) -> None:
+    """Do all of its runs into the folder; the last line of the output is a JSON object of their results."""
     from conftest import toy_config
 
     import data
@@ -233,8 +248,21 @@ def main(shards: str, tasks: str, folder: str) -> None:
     def training(name, **settings):
         watching = dict(eval_every=3, sample_every=3, sample_tokens=8, hellaswag_every=3, hellaswag_data=tasks)
         small = dict(n_layer=1, max_steps=3, checkpoint_every=2, total_batch_size=256, eval_tokens=256)
-        config = toy_config(Path(shards), Path(folder) / name, **watching | small | settings, device="cuda")
+        config = toy_config(Path(shards), Path(folder) / name, **dict(device=kind) | watching | small | settings)
         return functools.partial(train.train, config)
+
+    command = ["--model", f"{folder}/bf16", "--device", kind]
+    prompts = ["-p", "the quick", "-p", "brown fox jumps", "--top_p", "0.9", "--repetition_penalty", "1.1"]
+    sampling = functools.partial(sample.main, [*command, "-m", "40", "--json", *prompts])
+    scoring = functools.partial(hellaswag.main, [*command, "--data", tasks, "--json"])
+    if kind == "mps":
+        auto = dict(device="auto", dtype="auto", batch_size="auto", compile="auto")
+        runs = dict(bf16=training("bf16", dtype="bf16", dropout=0.1, recompute=True), fp32=training("fp32", **auto))
+        results = {name: do(run, kind=kind) for name, run in dict(**runs, sample=sampling, hellaswag=scoring).items()}
+        in_float64 = functools.partial(torch.ones, 2, dtype=torch.float64, device=kind)
+        print(json.dumps(results | dict(float64=do(in_float64, kind=kind))))
+        sys.stdout.flush()
+        os._exit(0)
 
     results = {
         "bf16": do(training("bf16", dtype="auto", dropout=0.1, recompute=True)),
@@ -245,12 +273,10 @@ def main(shards: str, tasks: str, folder: str) -> None:
     shutil.rmtree(Path(folder) / "fp16" / "step_0000003", ignore_errors=True)
     results["resumed"] = do(training("fp16", dtype="auto"), bf16=False)
 
-    command = ["--model", f"{folder}/bf16", "--device", "cuda"]
-    prompts = ["-p", "the quick", "-p", "brown fox jumps", "--top_p", "0.9", "--repetition_penalty", "1.1"]
-    results["sample"] = do(lambda: sample.main([*command, "-m", "40", "--json", *prompts]))
+    results["sample"] = do(sampling)
     one_prompt = functools.partial(sample.main, [*command, "-m", "40", "-p", "the quick", "--temperature", "0"])
     results["one prompt"] = do(one_prompt)
-    results["hellaswag"] = do(lambda: hellaswag.main([*command, "--data", tasks, "--json"]))
+    results["hellaswag"] = do(scoring)
 
     # Broken on purpose.
     hidden, prefetch, step = model.GPT.hidden, data.prefetch, generate.forward_cached

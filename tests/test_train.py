@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,18 +15,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY_MODEL, flags, losses, metrics, weights
+from conftest import TOY_MODEL, clean_environment, flags, losses, metrics, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import auto
 import data
 import prepare
-import run
 import train
 from model import GPT, Block, GPTConfig
 from pretrained import checkpoints
 from train import learning_rate_at, sequences_per_process
+
+ROOT = Path(train.__file__).parent
 
 
 def assert_same_weights(one, two) -> None:
@@ -137,9 +139,6 @@ def test_learning_rate_at_its_corners(config):
     assert at[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert at[10] == 1.0 and at[60] == pytest.approx(0.55) and at[109] == pytest.approx(0.1, abs=1e-3)
     assert learning_rate_at(110, cosine) == pytest.approx(0.1)
-    wsd = config(warmup_steps=10, max_steps=110, cooldown_steps=20, learning_rate=1.0, min_lr=0.0, lr_schedule="wsd")
-    at = [learning_rate_at(step, wsd) for step in range(111)]
-    assert at[10:91] == [1.0] * 81 and at[100] == pytest.approx(0.5) and at[110] == 0.0
     constant = config(warmup_steps=0, learning_rate=1.0, lr_schedule="constant")
     assert {learning_rate_at(step, constant) for step in range(100)} == {1.0}
 
@@ -228,6 +227,26 @@ def test_resumed_equals_straight_compiled_too(config, tmp_path):
     shutil.rmtree(resumed / "step_0000006")
     train.train(config(out_dir=str(resumed), **settings))
     assert_same_weights(straight, resumed)
+
+
+@pytest.mark.torture
+def test_the_same_bits_on_a_busy_machine(config, tmp_path):
+    """Two threads, bf16, of a size at which every product is shared; another program takes one of the cores."""
+    size = dict(n_layer=2, n_embd=128, block_size=128, batch_size=16, total_batch_size=2048, max_steps=40)
+
+    def run(name: str) -> list[tuple]:
+        settings = config(out_dir=str(tmp_path / name), dtype="bf16", flash=False, **size)
+        command = [sys.executable, "train.py", *flags(settings)]
+        subprocess.run(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="2"), check=True, capture_output=True)
+        return [(record["loss"], record["grad_norm"]) for record in metrics(tmp_path / name)]
+
+    quiet = run("quiet")
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert run("busy") == quiet
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_fp16_skips_and_scales_and_resumes(config, tmp_path, monkeypatch):
@@ -392,18 +411,6 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeyp
     assert metrics(run.out_dir)[3]["loss"] is None and "NaN" not in (Path(run.out_dir) / "metrics.jsonl").read_text()
 
 
-def test_a_loss_that_jumps_is_noted(config, monkeypatch, capsys):
-    usual = [3.0 + 0.01 * (i % 7) for i in range(60)]
-    assert run.spike(3.5, usual) == "the loss jumped to 3.5000 from about 3.0290"
-    assert run.spike(3.07, usual) == run.spike(3.5, usual[:40]) == run.spike(float("nan"), usual) == ""
-    assert run.spike(3.5, [*usual, float("nan")])  # a skipped step does not blind it
-    c = config(max_steps=3)
-    monkeypatch.setattr(run, "spike", lambda loss, recent: "the loss jumped" if len(recent) == 1 else "")
-    train.train(c)
-    assert "step 1 | NOTE: the loss jumped" in capsys.readouterr().out
-    assert [(record["step"], record["text"]) for record in metrics(c.out_dir, "note")] == [(1, "the loss jumped")]
-
-
 def test_a_run_that_diverges_stops_with_advice(config, monkeypatch, capsys):
     run = config(max_steps=40, checkpoint_every=4)
     poison(monkeypatch, *range(5, 100))
@@ -438,7 +445,6 @@ def fails(capsys, *argv: str) -> str:
         (dict(weight_decay=-1.0), "weight_decay is -1.0: it must be at least 0"),
         (dict(max_steps=-1), "max_steps is -1: it must be at least 0"),
         (dict(min_lr=1.0), "min_lr 1.0 is above learning_rate 0.01"),
-        (dict(lr_schedule="wsd", cooldown_steps=20), "warmup_steps + cooldown_steps is above max_steps 12"),
         (dict(dtype="fp16"), "fp16 is for CUDA"),
         (dict(device="cuda"), "sees no CUDA GPU here; use --device=cpu"),
         (dict(wandb=True), "wandb"),
