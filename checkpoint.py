@@ -1,8 +1,7 @@
 """A checkpoint: written aside, checked before use, chosen, and pruned.
 
-out_dir/step_0001000/ is a Hugging Face model folder (config.json, model.safetensors, the tokenizer's files, and the
-model card in README.md) with two more files: train_state.pt, the state of the optimizer and of fp16's scaler, and
-settings.json, with step, val_loss (null if not evaluated), settings, train_tokens, and SHA-256 of the other files.
+out_dir/step_0001000/ is a Hugging Face model folder (config.json, model.safetensors, the tokenizer's files, and a card
+in README.md) with two more files: train_state.pt, the state of the optimizer and of fp16's scaler, and settings.json.
 A folder with such a name is whole: it is written under a name that begins with a dot, synced to the disk, and renamed.
 """
 
@@ -24,10 +23,8 @@ from model import GPT, GPTConfig
 from pretrained import checkpoints
 
 FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
-
 # These may not change between a checkpoint and the run that continues it: the tensors would not fit.
 FIXED = ("n_layer", "n_head", "n_embd", "bias", "pad_vocab", "optimizer")
-
 # These may change only with resume_anyway: they change the losses. (Others change rounding, paths or intervals only.)
 CURVE = (
     *("seed", "dtype", "block_size", "dropout", "total_batch_size", "weight_decay", "beta1", "beta2", "grad_clip"),
@@ -35,17 +32,16 @@ CURVE = (
 )
 
 
-def choose(config, restarts: int, say: Callable[[str], None]) -> Path | None:
+def choose(config, restarts: int) -> Path | None:
     """The checkpoint to continue from, by config.resume; None to start anew. ValueError if it is damaged or unfit."""
     out_dir, found = Path(config.out_dir), None
     # A process that torchrun restarts resumes the run that its job has begun; --resume was meant for the first start.
     begun = [record["job"] for record in run.of_kind(run.read_metrics(out_dir / "metrics.jsonl"), "run")][-1:]
     if config.resume == "auto" or (restarts and begun == [os.environ.get("TORCHELASTIC_RUN_ID")]):
-        found = newest_whole(out_dir, say)
+        found = newest_whole(out_dir)
     if found is None and config.resume not in ("auto", "never"):
         found = Path(config.resume)
-        if wrong := damage(found):
-            raise ValueError(f"resume={found}: not a whole checkpoint ({wrong}); name a folder such as step_0001000")
+        verify(found)
         if checkpoints(out_dir) and found.resolve().parent != out_dir.resolve():
             raise ValueError(f"resume={found}: out_dir {out_dir} has a run of its own; choose another --out_dir")
 
@@ -64,29 +60,26 @@ def changes(before: dict, config, names) -> list[str]:
     return [f"{name} {before[name]} -> {now[name]}" for name in names if before.get(name, now[name]) != now[name]]
 
 
-def newest_whole(out_dir: Path, say: Callable[[str], None]) -> Path | None:
+def newest_whole(out_dir: Path) -> Path | None:
     """The newest checkpoint that is not damaged; None if there are no checkpoints, ValueError if all are damaged."""
     for folder in reversed(checkpoints(out_dir)):
-        wrong = damage(folder)
-        if not wrong:
+        try:
+            verify(folder)
             return folder
-        say(f"WARNING: {folder} is damaged ({wrong})")
+        except (OSError, ValueError) as error:
+            print(f"WARNING: a damaged checkpoint: {error}")
     if checkpoints(out_dir):
         raise ValueError(f"{out_dir}: no checkpoint is whole; start over with --resume=never")
     return None
 
 
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files; empty if they are as they were written."""
-    try:
-        expected = read_state(checkpoint)["sha256"]
-        for name in FILES:
-            found = data.sha256(checkpoint / name)
-            if expected.get(name, found) != found:
-                return f"{name} is not as it was written: its SHA-256 differs"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
+def verify(checkpoint: Path) -> None:
+    """ValueError or OSError unless the files of a checkpoint are as they were written."""
+    expected = read_state(checkpoint)["sha256"]
+    for name in FILES:
+        found = data.sha256(checkpoint / name)
+        if expected.get(name, found) != found:
+            raise ValueError(f"{checkpoint / name} is not as it was written: its SHA-256 differs")
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -109,8 +102,7 @@ def resume(checkpoint: Path, config, n_tokens: int, optimizer: torch.optim.Optim
     optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    names = [name for name in vars(config) if not name.startswith("resume")]
-    changed = ", ".join(changes(before["settings"], config, names))
+    changed = ", ".join(changes(before["settings"], config, [n for n in vars(config) if not n.startswith("resume")]))
     return f"resume: {checkpoint}, after {before['step']:,} steps{changed and '; changed since then: '}{changed}"
 
 
@@ -131,13 +123,11 @@ def best_note(out_dir: Path) -> str:
 
 
 def finished_message(out_dir: Path, step: int, max_steps: int) -> str:
-    return (
-        f"{out_dir} is finished: it has {step:,} steps, max_steps is {max_steps:,}{best_note(out_dir)}.\n"
-        f"  to sample from it:  python sample.py --model {out_dir}\n"
-        f"  to look at it:      python plot.py --report {out_dir}\n"
-        f"  to train longer:    the same command with --max_steps={2 * step} --resume_anyway=True\n"
-        f"  to start over:      the same command with --resume=never"
-    )
+    return f"""{out_dir} is finished: it has {step:,} steps, max_steps is {max_steps:,}{best_note(out_dir)}.
+  to sample from it:  python sample.py --model {out_dir}
+  to look at it:      python plot.py --report {out_dir}
+  to train longer:    the same command with --max_steps={2 * step} --resume_anyway=True
+  to start over:      the same command with --resume=never"""
 
 
 class Saver(contextlib.AbstractContextManager):
@@ -158,28 +148,21 @@ class Saver(contextlib.AbstractContextManager):
         memory = dict(optimizer=copied(optimizer.state_dict()["state"]), scaler=scaler.state_dict())
         self.writing = self.thread.submit(self.write, model.config, model.weights(), tokenizer, memory, state)
 
-    def check(self) -> None:
-        """Raise the error of a write that has failed by now."""
-        if self.writing.done():
-            self.wait()
-
     def wait(self) -> None:
         """Wait until the last checkpoint is written. OSError if that fails, usually on a full disk."""
         self.writing.result()
 
     def write(self, config: GPTConfig, weights: dict, tokenizer: data.Tokenizer, memory: dict, state: dict) -> None:
-        """Write a checkpoint aside, sync it to the disk, and rename it; if that fails, earlier ones are untouched."""
+        """Write a checkpoint aside, sync and rename it, then delete all but the newest `keep` and the best."""
         folder = self.out_dir / f"step_{state['step']:07d}"
         aside = folder.with_name(f".{folder.name}.tmp")
         try:
             pretrained.write(aside, config, weights)
             data.save_tokenizer(tokenizer, aside, config.block_size)
             torch.save(memory, aside / "train_state.pt")
-            try:
+            with contextlib.suppress(Exception):  # no card is worth a checkpoint
                 card = run.card(self.out_dir, state["step"])
-            except Exception as error:  # no card is worth a checkpoint
-                card = f"Step {state['step']:,}. The card could not be made: {type(error).__name__}: {error}\n"
-            (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")
+                (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")
             sums = {name: data.sha256(aside / name) for name in FILES if name != "settings.json"}
             (aside / "settings.json").write_text(json.dumps(state | dict(sha256=sums), indent=2) + "\n")
             for path in (*aside.iterdir(), aside):
@@ -189,7 +172,12 @@ class Saver(contextlib.AbstractContextManager):
         except Exception as error:  # safetensors and torch.save have types of their own for a full disk
             shutil.rmtree(aside, ignore_errors=True)
             raise OSError(f"{folder} could not be written ({error}); disk full? Earlier ones are good") from error
-        prune(self.out_dir, self.keep)
+        kept = best(self.out_dir)
+        for old in checkpoints(self.out_dir)[: -self.keep] if self.keep else []:
+            if old != kept:
+                # Renamed first: a folder under its own name is always whole.
+                gone = old.rename(old.with_name(f".{old.name}.gone"))
+                shutil.rmtree(gone, ignore_errors=True)  # a file still open on NFS: the next start tries again
         self.say(f"step {state['step']:,} | saved {folder}")
 
 
@@ -203,10 +191,9 @@ def copied(state: dict) -> dict:
 
 def check_space(folder: Path, model: GPT) -> None:
     """OSError if there is no room for a checkpoint: float32 weights and AdamW's two moments, about."""
-    needed, free = 3 * 4 * sum(parameter.numel() for parameter in model.parameters()), shutil.disk_usage(folder).free
+    needed, free = 3 * 4 * model.num_params(), shutil.disk_usage(folder).free
     if free < needed:
-        sizes = f"{needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free"
-        raise OSError(f"{folder}: a checkpoint takes {sizes}; make room, then run the same command again")
+        raise OSError(f"{folder}: a checkpoint takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
 
 
 def fsync(path: Path) -> None:
@@ -215,13 +202,3 @@ def fsync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-def prune(out_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss; 0 keeps all."""
-    kept = best(out_dir)
-    for folder in checkpoints(out_dir)[:-keep] if keep else []:
-        if folder != kept:
-            # Renamed first: a folder under its own name is always whole.
-            gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
-            shutil.rmtree(gone, ignore_errors=True)  # a file still open on NFS: the next start tries again

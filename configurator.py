@@ -8,7 +8,6 @@ Files are run from left to right, flags come last wherever they stand. Every mis
 
 import ast
 import contextlib
-import dataclasses
 import difflib
 import inspect
 import os
@@ -42,24 +41,12 @@ def command(program: str) -> Iterator[None]:
 def configure(cls: type, argv: list[str]) -> Any:
     """An instance of the dataclass `cls` with the settings of argv (config files and --key=value).
 
-    Raises ValueError with one line for each mistake: unknown names, wrong types, files that fail, and what
-    `cls.mistakes()` finds in the values together.
+    ValueError has a line for each unknown name, wrong type, file that fails, and sentence of `cls.mistakes()`.
     """
-    types_of = get_type_hints(cls)
-    values = {field.name: field.default for field in dataclasses.fields(cls)}
-    mistakes = []
-
-    flags, files, rest = [], [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if argument.startswith("--") and "=" not in argument and rest and not rest[0].startswith("-"):
-            mistakes.append(f"{argument} {rest[0]}: write {argument}={rest.pop(0)}")
-        else:
-            (flags if argument.startswith("-") else files).append(argument)
-    for path in files:
-        assigned, wrong = run_config_file(path, values)
-        mistakes += wrong
-        for name, value in assigned.items():
+    types_of, values, mistakes = get_type_hints(cls), vars(cls()).copy(), []
+    flags = [argument for argument in argv if argument.startswith("-")]
+    for path in (argument for argument in argv if argument not in flags):
+        for name, value in run_config_file(path, values, mistakes).items():
             assign(values, types_of, name, value, f"{path}: {name} = {value!r}", mistakes)
     for flag in flags:
         name, equals, text = flag.removeprefix("--").partition("=")
@@ -74,29 +61,24 @@ def configure(cls: type, argv: list[str]) -> Any:
     return config
 
 
-def run_config_file(path: str, values: dict) -> tuple[dict, list[str]]:
-    """Run one config file over the values so far -> (what it assigned, its mistakes)."""
+def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
+    """What a config file assigns, run over the values so far; nothing, and a mistake, if it fails."""
     if not Path(path).is_file():
-        if Path(path).is_dir():
-            return {}, [f"{path}: a folder, not a config file"]
-        there = sorted(map(str, Path(path).parent.glob("*.py")))
-        close = difflib.get_close_matches(path, there, n=1)
-        hint = f": did you mean {close[0]}?" if close else ". A config file is Python, a setting is --key=value"
-        return {}, [f"{path}: no such config file{hint}"]
+        files = [str(file) for file in Path(path).parent.glob("*.py")]
+        hint = nearest(path, files) or ". A config file is Python, a setting is --key=value"
+        mistakes.append(f"{path}: no such config file{hint}")
+        return {}
     namespace = dict(values)
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = lines[-1] if lines else getattr(error, "lineno", None)
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        reason = " ".join(f"{type(error).__name__}: {reason}".split())
-        return {}, [f"{path}, line {line}: {reason}" if line else f"{path}: {reason}"]
-
+        where = f"{path}, line {lines[-1]}" if lines else path  # the text of a SyntaxError has the line itself
+        mistakes.append(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return {}
     # Names with a leading underscore are the file's own; so are what it imports and defines.
     own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    public = {n: v for n, v in namespace.items() if not n.startswith("_") and not isinstance(v, own)}
-    return {name: value for name, value in public.items() if name not in values or value is not values[name]}, []
+    return {n: v for n, v in namespace.items() if not n.startswith("_") and not isinstance(v, own)}
 
 
 def assign(values: dict, types_of: dict, name: str, value: Any, where: str, mistakes: list[str]) -> None:
@@ -134,12 +116,10 @@ def parse(text: str, annotation: Any) -> Any:
 
 def describe(annotation: Any) -> str:
     """A type in words: 'an int', "'auto', True or False"."""
-    if get_origin(annotation) is Literal:
-        words = [repr(choice) for choice in get_args(annotation)]
-    elif get_origin(annotation) in (Union, types.UnionType):
-        words = [describe(one) for one in get_args(annotation)]
-    else:
+    if not get_args(annotation):
         return {int: "an int", float: "a float", str: "a str", bool: "True or False"}.get(annotation, "None")
+    say = repr if get_origin(annotation) is Literal else describe
+    words = [say(one) for one in get_args(annotation)]
     return " or ".join([", ".join(words[:-1]), words[-1]])
 
 
@@ -149,10 +129,7 @@ def nearest(name: str, names: Any) -> str:
 
 
 def help_text(cls: type) -> str:
-    """Every setting with its default and the comment behind it, under the comments that head each group.
-
-    Read from the source of the dataclass, so that a setting is described in one place.
-    """
+    """Every setting with its default and its comment, by group, as the source of the dataclass has them."""
     types_of, lines = get_type_hints(cls), []
     for line in inspect.getsource(cls).splitlines():
         if heading := re.fullmatch(r"    # (.+)", line):

@@ -7,6 +7,7 @@ python plot.py --weights out/quickstart               the embeddings of its newe
 """
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 import configurator
+from model import GPT
+from pretrained import resolve
 from run import GPT2_HELLASWAG, of_kind, read_metrics, report, tokens_seen, updates
 
 GPT2_LOSS = 3.292  # OpenAI's 124M on the FineWeb-Edu validation set, from build-nanogpt
@@ -46,34 +49,32 @@ class Run(NamedTuple):
     fineweb: bool  # its loss can be compared with published ones: GPT-2's tokens, and FineWeb's text
 
     def curve(self, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens seen (n) and values (n); NaN for null."""
-        records = of_kind(self.records, kind)
+        """Tokens seen (n) and values (n), without nulls."""
+        records = of_kind(self.records, kind, key)
         tokens = tokens_seen(self.records, np.array([updates(record) for record in records]))
         return tokens, np.array([record[key] for record in records], dtype=float)
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
     """The runs in these folders; ValueError if one has nothing to draw."""
-    names, runs = [folder.resolve().name for folder in folders], []
-    for i, folder in enumerate(folders):
+    runs = []
+    for folder, look in zip(folders, itertools.cycle(LOOKS)):
         records = read_metrics(folder / "metrics.jsonl")
         if not (of_kind(records, "run") and of_kind(records, "train", "loss")):
             raise ValueError(f"{folder}: no training loss in a metrics.jsonl here; name a run, as in out/quickstart")
         started = of_kind(records, "run")[-1]
         text = f"{started['settings']['data_dir']} {started['data']}".lower()
-        name = names[i] if len(set(names)) == len(names) else str(folder)
-        fineweb = started["tokenizer"] == "gpt2" and "fineweb" in text
-        runs.append(Run(name, LOOKS[i % len(LOOKS)], records, fineweb))
+        name = str(folder) if len(folders) > 1 else folder.resolve().name
+        runs.append(Run(name, look, records, started["tokenizer"] == "gpt2" and "fineweb" in text))
     return runs
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and its neighbours without NaN (n): 1 %, at least 5, on both sides. NaN stays NaN."""
-    n, finite, index = len(values), np.isfinite(values), np.arange(len(values))
+    """The mean of each value and its neighbours (n): 1 % of all, at least 5, on both sides."""
+    n, index = len(values), np.arange(len(values))
     reach = np.minimum(max(5, n // 100), index // 4)  # at the beginning, a wide mean of a falling loss is too high
-    first, end = index - reach, np.minimum(index + reach + 1, n)
-    sums, counts = np.cumsum([0, *np.where(finite, values, 0)]), np.cumsum([0, *finite])
-    return np.where(finite, (sums[end] - sums[first]) / np.maximum(counts[end] - counts[first], 1), math.nan)
+    first, end, sums = index - reach, np.minimum(index + reach + 1, n), np.cumsum([0, *values])
+    return (sums[end] - sums[first]) / (end - first)
 
 
 def loss_figure(runs: list[Run]):
@@ -82,9 +83,22 @@ def loss_figure(runs: list[Run]):
 
     scored = any(of_kind(run.records, "hellaswag") for run in runs)
     figure = Figure(figsize=(8, 6.2 if scored else 4.2), layout="constrained")
-    rows = figure.subplots(1 + scored, sharex=True, squeeze=False, height_ratios=[5, 3][: 1 + scored])[:, 0]
-    draw_losses(rows[0], runs)
-    for axes in rows[1:]:
+    top, *below = figure.subplots(1 + scored, sharex=True, squeeze=False, height_ratios=[5, 3][: 1 + scored])[:, 0]
+    for run in runs:
+        draw_noisy(top, run, "loss", f"{run.name}: training (smoothed)")
+        if val := of_kind(run.records, "val", "loss"):
+            # Circles without a line: a line from before the first step would cut across the fall of the loss.
+            circles = run.look | dict(ls="none", marker="o", ms=5, mfc="none")
+            top.plot(*run.curve("val", "loss"), **circles, label=f"{run.name}: validation, last {val[-1]['loss']:.3f}")
+    if any(run.fineweb for run in runs):
+        draw_reference(top, GPT2_LOSS, "GPT-2 124M")
+        top.plot(*LLMC_LOSSES, color=GREY, ls="--", lw=1, label="llm.c's GPT-2 124M: validation")
+    top.set_ylabel("loss, nats per token")
+    tokens, losses = np.concatenate([run.curve(kind, "loss") for run in runs for kind in ("train", "val")], axis=1)
+    later = 1.02 * losses[tokens >= 0.05 * tokens.max()].max()
+    if len(losses) >= 50 and losses.max() > later:  # the first losses of a long run would squash the rest
+        top.set(ylim=(None, later), title=f"Initial losses, up to {losses.max():.1f}, are not shown.")
+    for axes in below:
         for run in runs:
             axes.plot(*run.curve("hellaswag", "acc_norm"), **run.look, marker="o", ms=4, mfc="none")
         axes.set_ylabel("HellaSwag, acc_norm")
@@ -94,36 +108,12 @@ def loss_figure(runs: list[Run]):
     return figure
 
 
-def draw_losses(axes, runs: list[Run]) -> None:
-    tokens, losses = np.concatenate([run.curve(kind, "loss") for run in runs for kind in ("train", "val")], axis=1)
-    tokens, losses = tokens[np.isfinite(losses)], losses[np.isfinite(losses)]
-    # The first 5 % of a long run would squash the rest.
-    later = losses[tokens >= 0.05 * tokens.max()] if len(losses) >= 50 else losses
-    low, high = losses.min(), later.max()
-    for run in runs:
-        draw_noisy(axes, run, "loss", f"{run.name}: training (smoothed)")
-        if val := of_kind(run.records, "val", "loss"):
-            # Circles without a line: a line from before the first step would cut across the fall of the loss.
-            circles = run.look | dict(ls="none", marker="o", ms=5, mfc="none")
-            axes.plot(*run.curve("val", "loss"), **circles, label=f"{run.name}: validation, last {val[-1]['loss']:.3f}")
-    if any(run.fineweb for run in runs):
-        low = min(low, GPT2_LOSS)
-        draw_reference(axes, GPT2_LOSS, "GPT-2 124M")
-        axes.plot(*LLMC_LOSSES, color=GREY, ls="--", lw=1, label="llm.c's GPT-2 124M: validation")
-    margin = 0.04 * (high - low) or 0.1
-    axes.set(ylabel="loss, nats per token", ylim=(low - margin, high + margin))
-    if losses.max() > high + margin:
-        axes.set_title(f"Initial losses, up to {losses.max():.1f}, are not shown.")
-
-
 def training_figure(runs: list[Run]):
-    """Learning rate, gradient norm, tokens/s and, if the device's peak is known, MFU against tokens."""
+    """Learning rate, gradient norm and tokens/s against tokens."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    panels = dict(lr="learning rate", grad_norm="gradient norm", tokens_per_s="tokens/s", mfu="MFU")
-    if not any(of_kind(run.records, "train", "mfu") for run in runs):
-        del panels["mfu"]
+    panels = dict(lr="learning rate", grad_norm="gradient norm", tokens_per_s="tokens/s")
     figure = Figure(figsize=(8, 1.6 * len(panels)), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(len(panels), sharex=True), panels.items()):
         for run in runs:
@@ -135,7 +125,6 @@ def training_figure(runs: list[Run]):
         else:
             axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(in_words)
-    figure.align_ylabels()
     finish(figure, runs)
     return figure
 
@@ -160,9 +149,7 @@ def finish(figure, runs: list[Run]) -> None:
     last = max(run.curve("train", "loss")[0][-1] for run in runs)
     figure.axes[-1].set(xlabel="tokens seen", xlim=(0, 1.01 * last))
     figure.axes[-1].xaxis.set_major_formatter(in_words)
-    columns = 2 if max(len(run.name) for run in runs) < 20 else 1
-    legend = figure.legend(loc="outside upper left", ncols=columns)
-    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(legend.get_texts()) / columns))
+    figure.legend(loc="outside upper left", ncols=2 if max(len(run.name) for run in runs) < 20 else 1)
 
 
 def in_words(number: float, _=None) -> str:
@@ -175,8 +162,10 @@ def in_words(number: float, _=None) -> str:
 
 def draw_curves(folders: list[Path], out: Path) -> list[Path]:
     """Draw the runs in these folders into out/loss and out/training, .svg and .png each; return the files."""
+    import matplotlib
+
     runs = read_runs(folders)
-    with style():
+    with matplotlib.rc_context(STYLE):
         figures = dict(loss=loss_figure(runs), training=training_figure(runs))
         return [save(figure, out / f"{name}.{kind}") for name, figure in figures.items() for kind in ("svg", "png")]
 
@@ -190,55 +179,37 @@ def write_report(run: Path) -> None:
             print(f"NOTE: the report of {run} is not whole ({type(error).__name__}: {error})")
 
 
-def weights_figure(positions: np.ndarray, tokens: np.ndarray, name: str):
-    """Embeddings of positions (T, C) and tokens (V, C): three channels, and similarities, rounded for a small file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 7.6), layout="constrained")
-    top, left, right = figure.subplot_mosaic("aa;bc", height_ratios=[3, 5]).values()
-    # The lecture draws channels 150, 200 and 250 of GPT-2's 768; other widths have them at the same fraction.
-    channels = sorted({positions.shape[1] * channel // 768 for channel in (150, 200, 250)})
-    for channel, colour in zip(channels, COLOURS):
-        top.plot(positions[:, channel], color=colour, lw=1, label=f"channel {channel}")
-    top.set(title="Position embeddings", xlabel="position", xlim=(0, max(1, len(positions) - 1)))
-    top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
-
-    for axes, rows, title in ((left, positions, "Positions"), (right, tokens[:256], "The first 256 tokens")):
-        unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        shown = axes.imshow((unit @ unit.T).round(1), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-        axes.set_title(title)
-        axes.grid(False)
-    figure.colorbar(shown, ax=[left, right], location="bottom", label="cosine similarity", shrink=0.6, aspect=50)
-    figure.suptitle(f"{name}\n{HOW_TO_READ}", fontsize=9, x=0.01, ha="left")
-    return figure
-
-
 def draw_weights(name: str, out: Path | None) -> list[Path]:
     """Draw the embeddings of a model, named as for sample.py, into weights.png in `out` or beside the model."""
-    from model import GPT
-    from pretrained import resolve
+    import matplotlib
+    from matplotlib.figure import Figure
 
     source = Path(resolve(name))
-    model = GPT.from_pretrained(source)
-    embeddings = model.transformer.requires_grad_(False)
-    tokens = embeddings.wte.weight[: model.config.vocab_size]  # without padding rows
-    with style():
-        figure = weights_figure(embeddings.wpe.weight.numpy(), tokens.numpy(), "/".join(source.parts[-2:]))
+    weights = GPT.from_pretrained(source).weights()  # without padding rows
+    positions, tokens = (weights[f"transformer.{kind}.weight"].numpy() for kind in ("wpe", "wte"))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 7.6), layout="constrained")
+        top, left, right = figure.subplot_mosaic("aa;bc", height_ratios=[3, 5]).values()
+        # The lecture draws channels 150, 200 and 250 of GPT-2's 768; other widths have them at the same fraction.
+        for channel, colour in zip((positions.shape[1] * n // 768 for n in (150, 200, 250)), COLOURS):
+            top.plot(positions[:, channel], color=colour, lw=1, label=f"channel {channel}")
+        top.set(title="Position embeddings", xlabel="position", xlim=(0, max(1, len(positions) - 1)))
+        top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
+        for axes, rows, title in ((left, positions, "Positions"), (right, tokens[:256], "The first 256 tokens")):
+            unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+            # Rounded, for a small file.
+            shown = axes.imshow((unit @ unit.T).round(1), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            axes.set_title(title)
+            axes.grid(False)
+        figure.colorbar(shown, ax=[left, right], location="bottom", label="cosine similarity", shrink=0.6, aspect=50)
+        figure.suptitle(f"{'/'.join(source.parts[-2:])}\n{HOW_TO_READ}", fontsize=9, x=0.01, ha="left")
         return [save(figure, (out or (source.parent if source.exists() else Path())) / "weights.png")]
 
 
-def style():
-    """A context in which figures have our style, whatever matplotlibrc says."""
-    import matplotlib
-
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
-
-
 def save(figure, path: Path) -> Path:
-    """Write a picture without date and version: the same input gives the same bytes."""
+    """Write a picture without the date: the same input gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = dict(Date=None, Creator=None) if path.suffix == ".svg" else dict(Software=None)
-    figure.savefig(path, dpi=200, metadata=metadata)
+    figure.savefig(path, dpi=200, metadata=dict(Date=None, Creator=None) if path.suffix == ".svg" else None)
     return path
 
 

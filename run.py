@@ -27,15 +27,6 @@ OURS = "step_* metrics.jsonl* wandb_id tensorboard report.md loss.[sp]?g trainin
 GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's GPT-2 124M
 
 
-# ---- The folder ------------------------------------------------------------------------------------------------------
-
-
-def held(out_dir: Path) -> contextlib.AbstractContextManager:
-    """Lock out_dir against other runs; ValueError if one holds it."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    return data.lock(out_dir / ".lock", f"out_dir {out_dir}: another run is writing to it; wait for it, or stop it")
-
-
 def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
     """Move the checkpoints later than `found` into a new folder beside out_dir, and delete leftovers of killed runs.
 
@@ -49,27 +40,24 @@ def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
         moved = [folder for folder in checkpoints(out_dir) if int(folder.name.removeprefix("step_")) > start_step]
     else:
         moved = [path for pattern in OURS.split() for path in out_dir.glob(pattern)]
-    if not moved:
-        return
-    aside = next(p for n in itertools.count(1) if not (p := Path(f"{out_dir.resolve()}.old{n}")).exists())
-    aside.mkdir()
-    if continues:
-        shutil.copy(out_dir / "metrics.jsonl", aside)
-    for path in moved:
-        path.rename(aside / path.name)
-    print(f"files of the earlier run are moved to {aside}")
+    if moved:
+        aside = next(p for n in itertools.count(1) if not (p := Path(f"{out_dir.resolve()}.old{n}")).exists())
+        aside.mkdir()
+        if continues:
+            shutil.copy(out_dir / "metrics.jsonl", aside)
+        for path in moved:
+            path.rename(aside / path.name)
+        print(f"files of the earlier run are moved to {aside}")
 
 
 # ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
 
-class Log:
-    """`log(kind, step, **values)`: on the main rank to metrics.jsonl and, if wanted, to W&B and TensorBoard.
-
-    The kinds: run (how it was started), train, val, hellaswag, sample, checkpoint.
-    """
+class Log(contextlib.ExitStack):
+    """`log(kind, step, **values)`: on the main rank to metrics.jsonl and, if wanted, to W&B and TensorBoard."""
 
     def __init__(self, config, start_step: int, machine: Runtime):
+        super().__init__()  # it closes what is entered here
         self.file = self.wandb = self.tensorboard = None
         if not machine.is_main:
             return
@@ -85,12 +73,13 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step and start_step + 1)
+            first = start_step and start_step + 1
+            self.tensorboard = self.enter_context(SummaryWriter(out_dir / "tensorboard", purge_step=first))
         # Drop the records that a resumed run will write again, and a line that a kill cut short.
         path = out_dir / "metrics.jsonl"
         kept = [json.dumps(record) + "\n" for record in read_metrics(path) if updates(record) <= start_step]
         data.write_whole(path, "".join(kept).encode())
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = self.enter_context(open(path, "a", encoding="utf-8"))
 
     def __call__(self, kind: str, step: int, **values) -> None:
         if self.file:
@@ -103,20 +92,11 @@ class Log:
         for name, value in numbers.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        for writer in (self.file, self.tensorboard):
-            if writer:
-                writer.close()
-        if self.wandb:
-            self.wandb.finish()
-
 
 def facts(config, machine: Runtime, model, compiled: bool, tokenizer: data.Tokenizer, n_tokens: int) -> dict:
     """What is needed to understand or repeat a run: settings, command, machine, commit, versions, data."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = None
-    with contextlib.suppress(OSError):  # git is not installed
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
     launcher = "python" if machine.world_size == 1 else f"torchrun --nproc_per_node={machine.local_size}"
     meta = data.read_meta(config.data_dir)
     source = {name: value for name, value in meta.get("source", {}).items() if not isinstance(value, (dict, list))}
@@ -144,8 +124,7 @@ def profiler(out_dir: Path, steps: int, machine: Runtime) -> contextlib.Abstract
 
     def write(profile: torch.profiler.profile) -> None:
         order = f"self_{'device' if machine.device.type == 'cuda' else 'cpu'}_time_total"
-        table = profile.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=50)
-        (out_dir / "profile.txt").write_text(table)
+        (out_dir / "profile.txt").write_text(profile.key_averages().table(sort_by=order, row_limit=30))
         profile.export_chrome_trace(str(out_dir / "trace.json"))
 
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
@@ -194,17 +173,14 @@ def report(folder: Path) -> Path:
 
 def card(folder: Path, step: int) -> str:
     """The README.md of a run's checkpoint of this step: the report up to there, below the header that the hub reads."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
     records = [record for record in read_metrics(folder / "metrics.jsonl") if updates(record) <= step]
     started, name = of_kind(records, "run")[-1], folder.resolve().name
     origin, dataset = started["settings"]["init_from"], started["data"]["source"].get("dataset")
-    facts = dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"], model_name=name)
+    facts = dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
     facts["datasets"] = [dataset] if dataset else None
     facts["base_model"] = f"openai-community/{origin}" if origin.startswith("gpt2") else None
-    if scores := of_kind(records, "hellaswag"):
-        score = EvalResult("text-generation", "hellaswag", "HellaSwag", "acc_norm", scores[-1]["acc_norm"])
-        facts["eval_results"] = [score]
     use = f'transformers.pipeline("text-generation", model=".")({started["settings"]["sample_prompt"]!r})'
     body = sections(name, records, step, f"\nIn Python, in this folder:\n\n    {use}")
     return f"---\n{ModelCardData(**facts).to_yaml()}\n---\n\n{body}"
@@ -267,11 +243,9 @@ class Console(contextlib.AbstractContextManager):
         from tqdm import tqdm
 
         self.max_steps, self.is_main = max_steps, is_main
-        self.on_terminal = is_main and sys.stdout.isatty() and log_every > 0
-        self.shown = {}  # in the bar: the last step, and the last value of each evaluation
+        self.live = is_main and sys.stdout.isatty() and log_every > 0
         form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        off = not self.on_terminal
-        self.bar = tqdm(total=max_steps, initial=start_step, bar_format=form, dynamic_ncols=True, disable=off)
+        self.bar = tqdm(total=max_steps, initial=start_step, bar_format=form, dynamic_ncols=True, disable=not self.live)
 
     def __exit__(self, *_) -> None:
         self.bar.close()
@@ -279,29 +253,19 @@ class Console(contextlib.AbstractContextManager):
     def line(self, text: str) -> None:
         if self.is_main:
             try:
-                self.bar.write(text) if self.on_terminal else print(text, flush=True)
+                self.bar.write(text) if self.live else print(text, flush=True)
             except BrokenPipeError:  # the reader of a pipe is gone, but a checkpoint may still have to be saved
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def show(self, name: str, text: str) -> None:
-        self.shown[name] = text
-        self.bar.set_postfix_str(" | ".join(self.shown.values()), refresh=False)
-
-    def score(self, step: int, name: str, value: float, more: str = "") -> None:
-        """Show the result of an evaluation as a line, and from then on in the bar."""
-        self.show(name, f"{name} {value:.4f}")
-        self.line(f"step {step:,} | {self.shown[name]}{more}")
-
     def step(self, step: int, record: dict) -> None:
         """Show one training record (the dict that goes to metrics.jsonl)."""
+        loss = f"loss {record['loss']:.4f}"
         speed = f"{record['tokens_per_s']:,.0f} tok/s" + (f" | mfu {record['mfu']:.1%}" if record["mfu"] else "")
-        self.show("loss", f"loss {record['loss']:.4f} | {speed}")
-        if not self.on_terminal:
-            minutes_left = (self.max_steps - 1 - step) * record["ms"] / 60_000
-            self.line(
-                f"step {step:,}/{self.max_steps:,} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | norm "
-                f"{record['grad_norm']:.2f} | {record['ms']:,.0f} ms | {speed} | {minutes_left:.1f} min left"
-            )
+        self.bar.set_postfix_str(f"{loss} | {speed}", refresh=False)
+        if not self.live:
+            minutes = (self.max_steps - 1 - step) * record["ms"] / 60_000
+            update = f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {record['ms']:,.0f} ms"
+            self.line(f"step {step:,}/{self.max_steps:,} | {loss} | {update} | {speed} | {minutes:.1f} min left")
 
 
 class StopSignal:

@@ -1,14 +1,11 @@
 """Prompt -> text.
 
-    python sample.py "def "                                  the newest checkpoint under out/
-    python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
-    python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8 --stop "\\n\\n"
-    python sample.py --file prompts.jsonl --json             one prompt a line; one JSON object for each sample
-    git log -3 | python sample.py -                          the standard input is the prompt
-    python sample.py -i                                      write with the model, line by line; /help lists commands
-    python sample.py --web                                   a page on this machine that shows token probabilities
-
-Where there is no checkpoint, an untrained GPT-2 is used, so that the program can be tried; its text is noise.
+python sample.py "def "                                  the newest checkpoint under out/
+python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
+python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8 --stop "\\n\\n"
+python sample.py --file prompts.jsonl --json             one prompt a line; one JSON object for each sample
+python sample.py -i                                      write with the model, line by line; /help lists commands
+python sample.py --web                                   a page on this machine that shows token probabilities
 """
 
 import argparse
@@ -50,16 +47,14 @@ HELP = """  A line is appended to the text, and the model continues from there.
 """ + "\n".join(f"  /{name:19}{about}" for name, (_, _, _, about) in SETTINGS.items())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings, prompts, a model
+# ---- Settings, prompts, a model --------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sample.py", description="Continue prompts with a GPT-2.")
     add = parser.add_argument
-    about = 'text to continue; several are allowed; "" begins a document, - is the standard input '
-    add("prompts", nargs="*", metavar="PROMPT", help=f"{about} (default: the run's sample_prompt, else {HELLO})")
-    add("-p", "--prompt", action="append", default=[], help="the same")
+    add("prompts", nargs="*", metavar="PROMPT", help='texts to continue; "" begins a document, - is the standard input')
+    add("-p", "--prompt", action="append", default=[], help=f"more (default: the run's sample_prompt, else {HELLO})")
     add("--file", help='more prompts: one a line, or the "prompt" of each object in a .jsonl file')
     add("-i", "--interactive", action="store_true", help="write with the model, line by line")
     add("-n", "--samples", type=int, default=1, help="samples of each prompt (default: %(default)s)")
@@ -67,12 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, (default, _, _, about) in SETTINGS.items():
         flags = ["-m"] * (name == "max_tokens") + [f"--{name}"]
         add(*flags, type=type(default), default=default, help=f"{about} (default: %(default)s)")
-    add(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text, repeatable; \\n is a newline"
-    )
-    add("--stream", action=argparse.BooleanOptionalAction, help="show one sample as it comes (default: on a terminal)")
-    about = "a JSON object a line: prompt, completion, tokens (with a stop text), their logprob, tokens_per_s"
-    add("--json", action="store_true", help=about)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable; \\n: newline")
+    add("--json", action="store_true", help="a JSON object a line: prompt, completion, tokens, logprob, tokens_per_s")
     add("--logprobs", action="store_true", help="also each token's log-probability, and the most likely in its place")
     add("--web", action="store_true", help="serve a page on 127.0.0.1 to sample from (needs Flask)")
     add("--port", type=int, default=8124, help="of that page; 0 is any free one (default: %(default)s)")
@@ -89,14 +80,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def checked(values: dict) -> dict:
     """The settings among these values. ValueError if one is missing, not a number, or out of range."""
-    settings = {name: values.get(name) for name in SETTINGS}
     for name, (default, low, high, _) in SETTINGS.items():
-        value = settings[name]
+        value = values.get(name)
         if type(value) not in (int, type(default)):
             raise ValueError(f"{name} must be a {'whole ' if type(default) is int else ''}number")
         if not low <= value <= high:
             raise ValueError(f"{name} must be {f'at most {high}' if value > high else f'{low} or more'}")
-    return settings
+    return {name: values[name] for name in SETTINGS}
 
 
 def read_prompts(given: list[str], file: str | None) -> list[str]:
@@ -119,16 +109,14 @@ def load_model(name: str | None) -> tuple[GPT, str, str]:
     newest = [runs[-1] for run in Path("out").glob("*") if (runs := checkpoints(run))]
     source = resolve(name) if name else max(newest, key=lambda folder: folder.stat().st_mtime, default=None)
     if source is None:
-        about = f"UNTRAINED GPT-2 124M: no checkpoint under {Path('out').resolve()}; try --model gpt2"
-        return GPT(GPTConfig()), about, HELLO
+        return GPT(GPTConfig()), "UNTRAINED GPT-2 124M: no checkpoint under out/; try --model gpt2", HELLO
     model, prompt = GPT.from_pretrained(source), HELLO
     with suppress(OSError, ValueError, KeyError, TypeError):  # a model that was not trained here has no such file
         prompt = json.loads((Path(source) / "settings.json").read_text())["settings"]["sample_prompt"]
     return model, f"{source}, {model.num_params():,} parameters", prompt
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Texts, and the three ways to ask for them: as a command, line by line, and with a page
+# ---- Texts, and three ways to ask for them: as a command, line by line, with a page ----------------------------------
 
 
 class Text:
@@ -166,8 +154,8 @@ def complete(model: GPT, texts: list[Text], settings: dict, logprobs=False, cut=
     cut: of a long prompt, the model reads the end. New tokens get room, because generation past the window is slow.
     """
     max_tokens, block_size = settings["max_tokens"], model.config.block_size
-    longest = max(block_size - max_tokens, block_size // 2) if cut else block_size
-    prompts, seeds = [text.ids[-longest:] for text in texts], [text.seed for text in texts]
+    longest = max(block_size - max_tokens, block_size // 2)
+    prompts, seeds = [text.ids[-longest:] if cut else text.ids for text in texts], [text.seed for text in texts]
     sampling = {name: value for name, value in settings.items() if name not in ("max_tokens", "seed")}
     for step in generate.stream(model, prompts, max_tokens, seeds, texts[0].tokenizer.end_of_text, **sampling):
         rows = step.logits.log_softmax(dim=-1) if logprobs else [None] * len(texts)
@@ -183,8 +171,9 @@ def show(text: str, style: str = "") -> None:
     print(f"\033[{style}m{text}\033[0m" if style and sys.stdout.isatty() else text, end="", flush=True)
 
 
-def write(model: GPT, texts: list[Text], settings: dict, stream: bool, as_json: bool, logprobs: bool) -> None:
+def write(model: GPT, texts: list[Text], settings: dict, as_json: bool, logprobs: bool) -> None:
     """Complete the texts and print them. Each depends on its own prompt and seed, not on its neighbours."""
+    stream = len(texts) == 1 and not as_json  # several would mix
     for first in range(0, len(texts), BATCH):
         batch, start = texts[first : first + BATCH], time.perf_counter()
         if stream:
@@ -222,11 +211,8 @@ def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: lis
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("> ")
-            if line.strip() == "/reset":
-                story = ""
-            elif line.startswith("/"):
-                settings = command(line, settings)
-            else:
+            name, _, value = line.removeprefix("/").strip().partition(" ")
+            if not line.startswith("/"):
                 reply = Text(tokenizer, story + line, settings["seed"], stops)
                 with suppress(KeyboardInterrupt):
                     for [new] in complete(model, [reply], settings, cut=True):
@@ -234,28 +220,22 @@ def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: lis
                 print()
                 story = f"{reply.prompt}{reply.text}\n"
                 settings = settings | dict(seed=settings["seed"] + 1)
+            elif name == "reset":
+                story = ""
+            elif name in SETTINGS:
+                try:
+                    settings = checked(settings | {name: type(SETTINGS[name][0])(value)})
+                except ValueError as error:
+                    print(f"{line}: {error}", file=sys.stderr)
+            else:
+                print(HELP if name == "help" else f"{line}: no such command; /help lists them", file=sys.stderr)
     print()
-
-
-def command(line: str, settings: dict) -> dict:
-    """The settings after a line such as /temperature 0.8. A mistake changes nothing."""
-    name, _, value = line[1:].strip().partition(" ")
-    if name in SETTINGS:
-        try:
-            return checked(settings | {name: type(SETTINGS[name][0])(value)})
-        except ValueError as error:
-            print(f"/{name} {value}: {error}", file=sys.stderr)
-    else:
-        print(HELP if name == "help" else f"/{name}: no such command; /help lists them", file=sys.stderr)
-    return settings
 
 
 def answer(model: GPT, tokenizer: data.Tokenizer, asked: dict) -> Iterator[dict]:
     """The events of web.py: after each token, the text that can be shown, and the token with its probability."""
-    settings, prompt, stop = checked(asked), asked.get("prompt"), asked.get("stop")
-    if not isinstance(prompt, str) or not isinstance(stop, str):
-        raise ValueError("prompt and stop must be texts")
-    text = Text(tokenizer, prompt, settings["seed"], [stop])
+    settings = checked(asked)
+    text = Text(tokenizer, asked["prompt"], settings["seed"], [asked["stop"]])
     for [new] in complete(model, [text], settings, logprobs=True, cut=True):
         tokens = [
             dict(token=token, p=math.exp(logprob), likely=[[other, math.exp(value)] for other, value in likely])
@@ -265,37 +245,28 @@ def answer(model: GPT, tokenizer: data.Tokenizer, asked: dict) -> Iterator[dict]
         yield dict(text=new, tokens=tokens)
 
 
-def sample(arguments: argparse.Namespace) -> None:
-    settings, prompts = checked(vars(arguments)), read_prompts(arguments.prompts + arguments.prompt, arguments.file)
-    machine = runtime.start(arguments.device)
-    model, description, default_prompt = load_model(arguments.model)
-    tokenizer = data.get_tokenizer(model.config.vocab_size)
-    rows = 1 if arguments.interactive or arguments.web else min(BATCH, max(1, len(prompts)) * arguments.samples)
-    model, machine, note = generate.ready(model, machine, arguments.dtype, rows)
-    print(f"model: {description}; {machine.note}; {note}", file=sys.stderr)
-    if arguments.interactive:
-        write_together(model, tokenizer, "".join(prompts), arguments.stop, settings)
-        return
-    prompts = prompts or [default_prompt]
-    if arguments.web:
-        form = settings | dict(prompt=prompts[0], stop="".join(arguments.stop[:1]))
-        web.serve(lambda asked: answer(model, tokenizer, asked), description, form, arguments.port)
-        return
-    wanted = [(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.samples)]
-    texts = [Text(tokenizer, prompt, seed, arguments.stop) for prompt, seed in wanted]
-    for text in texts:
-        if (n := len(text.ids)) > (size := model.config.block_size):
-            raise ValueError(f"the prompt {text.prompt[:30]!r}... has {n} tokens, the model reads {size}; shorten it")
-    stream = sys.stdout.isatty() if arguments.stream is None else arguments.stream
-    stream = stream and len(texts) == 1 and not arguments.json
-    write(model, texts, settings, stream, arguments.json, arguments.logprobs)
-
-
 @configurator.command("sample.py")
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+    given = parse_arguments(argv)
+    settings, prompts = checked(vars(given)), read_prompts(given.prompts + given.prompt, given.file)
+    machine = runtime.start(given.device)
+    model, description, default_prompt = load_model(given.model)
+    tokenizer = data.get_tokenizer(model.config.vocab_size)
     try:
-        sample(arguments)
+        rows = min(BATCH, max(1, len(prompts)) * given.samples)
+        model, machine, note = generate.ready(model, machine, given.dtype, rows)
+        print(f"model: {description}; {machine.note}; {note}", file=sys.stderr)
+        if given.interactive:
+            write_together(model, tokenizer, "".join(prompts), given.stop, settings)
+            return
+        prompts = prompts or [default_prompt]
+        if given.web:
+            form = settings | dict(prompt=prompts[0], stop="".join(given.stop[:1]))
+            web.serve(lambda asked: answer(model, tokenizer, asked), description, form, given.port)
+            return
+        wanted = [(prompt, given.seed + i) for prompt in prompts for i in range(given.samples)]
+        texts = [Text(tokenizer, prompt, seed, given.stop) for prompt, seed in wanted]
+        write(model, texts, settings, given.json, given.logprobs)
     except torch.OutOfMemoryError:
         raise ValueError("out of memory; fewer --samples or prompts at once, or --device cpu") from None
 

@@ -135,7 +135,7 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
     restarts = machine.max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    found = machine.broadcast(checkpoint.choose(config, restarts, say) if machine.is_main else None)
+    found = machine.broadcast(checkpoint.choose(config, restarts) if machine.is_main else None)
     if found and not found.is_dir():
         raise ValueError(f"{found}: not visible on this machine; out_dir must be on a disk that all machines share")
     state = checkpoint.read_state(found) if found else dict(step=0)
@@ -234,13 +234,13 @@ def train(config: TrainConfig) -> dict:
             if evaluated:
                 val_loss = evaluate(raw_model, val_windows, val_places, batch_size, machine)
                 log("val", step, loss=val_loss)
-                console.score(step, "val loss", val_loss)
+                console.line(f"step {step:,} | val loss {val_loss:.4f}")
 
             untrained = step == 0 and config.init_from == "scratch"  # it guesses, and its text is noise
             if fresh and tasks and due(config.hellaswag_every, step) and not untrained:
                 score = hellaswag.evaluate(raw_model, tokenizer, machine, tasks)
                 log("hellaswag", step, **score)
-                console.score(step, "hellaswag", score["acc_norm"], f" of {score['n']:,}")
+                console.line(f"step {step:,} | hellaswag {score['acc_norm']:.4f} of {score['n']:,}")
 
             if fresh and due(config.sample_every, step) and machine.is_main and not untrained:
                 text = sample_text(raw_model, tokenizer, config, machine)
@@ -256,7 +256,8 @@ def train(config: TrainConfig) -> dict:
                     t0 = time.perf_counter()
                     saver.save(raw_model, tokenizer, optimizer, scaler, state)
                     waited += time.perf_counter() - t0
-            saver.check()
+            if saver.writing.done():
+                saver.wait()  # raises the error of a write that has failed
             if stopping or step == config.max_steps:
                 break
 
@@ -458,7 +459,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2) if rank else None
         raise
     try:
-        with run.held(Path(config.out_dir)) if rank == 0 else contextlib.nullcontext():
+        busy = f"out_dir {config.out_dir}: another run is writing to it; wait for it, or stop it"
+        with data.lock(Path(config.out_dir) / ".lock", busy) if rank == 0 else contextlib.nullcontext():
             result = train(config)
     except (ValueError, OSError) as error:
         if rank:

@@ -16,15 +16,12 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 HOST = "127.0.0.1"
-MAX_BYTES = 4 << 20  # of a request: longer than any prompt
 HEADERS = {
     # The page's own script and style, and requests to this server: should text ever become HTML, it can send nothing.
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
 }
 
 # A request (prompt, stop, settings) -> events: {"text": what can be shown now, "tokens": [{"token", "p", "likely"}]}.
@@ -69,10 +66,8 @@ def line(**event) -> str:
 def make_app(answer: Answer, about: str, defaults: dict):
     """The Flask application: the page, what fills its form, and the answers."""
     from flask import Flask, Response, abort, request
-    from werkzeug.exceptions import HTTPException
 
     app = Flask("web", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
     app.desk = desk = Desk(answer)
 
     @app.before_request
@@ -88,10 +83,6 @@ def make_app(answer: Answer, about: str, defaults: dict):
         response.headers.update(HEADERS)
         return response
 
-    @app.errorhandler(HTTPException)
-    def explain(error):
-        return Response(line(error=error.description), error.code, mimetype="application/x-ndjson")
-
     @app.get("/")
     def page():
         return Response(Path(__file__).with_name("web.html").read_bytes(), mimetype="text/html")
@@ -102,10 +93,7 @@ def make_app(answer: Answer, about: str, defaults: dict):
 
     @app.post("/answer")
     def answer_one():
-        asked = request.get_json(force=True)
-        if not isinstance(asked, dict):
-            abort(400, "the request is not a JSON object")
-        return Response(desk.lines(asked), mimetype="application/x-ndjson")
+        return Response(desk.lines(request.get_json(force=True)), mimetype="application/x-ndjson")
 
     return app
 

@@ -46,8 +46,8 @@ def a_run(folder: Path, *records: dict) -> Path:
 
 def test_a_report_says_what_the_metrics_say(tmp_path):
     val = [dict(step=step, kind="val", loss=loss) for step, loss in ((0, 9.0), (10, 3.25), (20, 3.5), (21, None))]
-    others = [dict(step=20, kind="hellaswag", acc_norm=0.2612)]
-    text = run.report(a_run(tmp_path / "tale", RUN, *TRAIN, *val, *others)).read_text()
+    score = dict(step=20, kind="hellaswag", acc_norm=0.2612)
+    text = run.report(a_run(tmp_path / "tale", RUN, *TRAIN, *val, score)).read_text()
     for line in (
         "# tale",
         "| data_dir | `shards/tale` |",
@@ -60,7 +60,6 @@ def test_a_report_says_what_the_metrics_say(tmp_path):
         "| training time (h:mm:ss) | 21:00:00 on 2 x NVIDIA H200 |",
         "| MFU (median) | 50.0% |",
         "| compute | 4.2e+04 FLOPs |",
-        "* step 10: 3.2500",
         "* step 20: 0.2612",
         "    python train.py --max_steps=30",
         '      "device": "cuda:0, NVIDIA H200",',
@@ -84,11 +83,9 @@ def test_a_run_of_which_little_is_known_has_a_report_and_a_card(tmp_path):
     assert ModelCard(run.card(folder, 5)).data.library_name == "transformers"
 
 
-def test_long_lists_have_twelve_rows_with_both_ends(tmp_path):
-    val = [dict(step=step, kind="val", loss=2.0) for step in range(500)]
-    text = run.report(a_run(tmp_path, RUN, *TRAIN, *val)).read_text()
-    shown = [int(step) for step in re.findall(r"^\* step (\d+): 2\.0000", text, re.MULTILINE)]
-    assert len(shown) == 12 and shown == sorted(shown) and (shown[0], shown[-1]) == (0, 499)
+def test_long_lists_are_thinned_and_keep_both_ends():
+    assert run.evenly(list(range(500)), 4) == [0, 166, 333, 499] and run.evenly([], 4) == []
+    assert run.evenly([1, 2], 4) == [1, 2]
 
 
 def test_no_text_of_a_sample_ends_its_block(tmp_path):
@@ -101,9 +98,7 @@ def test_a_card_is_read_by_the_hub_and_ends_at_its_checkpoint(tmp_path):
     tuned = RUN | dict(settings=SETTINGS | dict(init_from="gpt2-medium"))
     card = ModelCard(run.card(a_run(tmp_path / "tale", tuned, *TRAIN, *scores), 10))
     assert card.data.datasets == ["someone/tales"] and card.data.base_model == "openai-community/gpt2-medium"
-    result = card.data.eval_results[0]
-    assert (result.dataset_type, result.metric_type, result.metric_value) == ("hellaswag", "acc_norm", 0.25)
-    for line in ("| steps | 10 of 30 |", "| tokens | 10,000 |", "| training loss | 9.0000 (step 0) |"):
+    for line in ("| steps | 10 of 30 |", "| tokens | 10,000 |", "| training loss | 9.0000 (step 0) |", "0.2500"):
         assert line in card.text
     assert "0.5000" not in card.text and "('Once')" in card.text
 
@@ -134,4 +129,4 @@ def test_a_report_or_card_that_fails_does_not_fail_the_run(config, monkeypatch, 
     c = config(report=True, checkpoint_every=12)
     assert train.train(c)["step"] == 12
     assert "is not whole (ZeroDivisionError: division by zero)" in capsys.readouterr().out
-    assert (checkpoints(c.out_dir)[-1] / "README.md").read_text().startswith("Step 12. The card could not be made")
+    assert checkpoints(c.out_dir) and not (checkpoints(c.out_dir)[-1] / "README.md").exists()

@@ -71,22 +71,15 @@ def client(answer=words):
     return web.make_app(answer, "a model", SETTINGS).test_client()
 
 
-def post(client, body=SETTINGS, **headers):
-    return client.post("/answer", data=body if isinstance(body, bytes) else json.dumps(body), headers=headers)
+def post(client, **headers):
+    return client.post("/answer", json=SETTINGS, headers=headers)
 
 
 def parsed(response) -> list[dict]:
     return [json.loads(line) for line in response.get_data(as_text=True).splitlines()]
 
 
-def error_of(response) -> str:
-    (only,) = parsed(response)
-    assert list(only) == ["error"] and "\n" not in only["error"]
-    return only["error"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The application
+# ---- The application -------------------------------------------------------------------------------------------------
 
 
 def test_the_page_and_what_fills_it():
@@ -126,32 +119,16 @@ def test_errors_are_a_line_and_the_next_request_is_served(after, capfd):
     assert "error" in parsed(post(client(lambda settings: (yield not_a_number))))[-1]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b"null", b'"prompt"'])
-def test_bad_requests_are_refused_in_a_line(body):
-    response = post(client(failing(AssertionError(), 0)), body)
-    assert response.status_code == 400 and error_of(response)
-
-
-def test_too_much_is_refused():
-    response = post(client(), b" " * (web.MAX_BYTES + 1))
-    assert response.status_code == 413 and error_of(response)
-
-
 @pytest.mark.parametrize(
     "host, origin, status",
     [
         ("127.0.0.1:8000", None, 200),
         ("localhost", "http://localhost", 200),
         ("localhost:9999", "http://localhost:9999", 200),  # through ssh -L
-        ("evil.example", None, 403),
         ("evil.example:8000", "http://evil.example:8000", 403),
         ("127.0.0.1.evil.example", None, 403),
-        ("127.0.0.1:8000@evil.example", None, 403),
-        ("0.0.0.0:8000", None, 403),
         ("", None, 403),
-        ("127.0.0.1:8000", "http://evil.example", 403),
         ("127.0.0.1:8000", "http://127.0.0.1:3000", 403),
-        ("127.0.0.1:8000", "http://localhost:8000", 403),
         ("127.0.0.1:8000", "https://127.0.0.1:8000", 403),
         ("127.0.0.1:8000", "null", 403),
     ],
@@ -160,11 +137,9 @@ def test_only_the_page_itself_may_ask(host, origin, status):
     headers = {"Host": host} | ({"Origin": origin} if origin else {})
     for response in (post(client(), **headers), client().get("/form", headers=headers)):
         assert response.status_code == status
-        assert status == 200 or error_of(response)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The server, in another process
+# ---- The server, in another process ----------------------------------------------------------------------------------
 
 
 class Server:
@@ -248,8 +223,7 @@ def test_control_c_ends_it_in_the_middle_of_an_answer(server):
     assert server.line() == "closed"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The page in a browser
+# ---- The page in a browser -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
