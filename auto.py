@@ -59,6 +59,16 @@ def race_threads(run: Callable[[], object], ms: float) -> dict[int, float]:
     return times
 
 
+def contest(runs: dict[str, Callable[[], object]], margin: float = 1.03) -> tuple[str, int | None, dict, str]:
+    """The name that wins the race, its best number of threads (None: no race), the times, and all of it in words."""
+    times = race(runs)
+    name = fastest(times, margin)
+    threads = race_threads(runs[name], times[name])
+    shown = times | {f"{n} thread{'s' * (n > 1)}": ms for n, ms in threads.items()}
+    why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in shown.items())})"
+    return name, fastest(threads) if threads else None, times, why
+
+
 def precisions(setting: str, device: torch.device) -> list[str]:
     """The precisions of matrix products to choose from. ValueError for one that the device does not have."""
     if setting == "fp16" and device.type != "cuda":
@@ -87,16 +97,12 @@ def choose(config, model: GPT, machine: Runtime, before: dict) -> tuple[dict, st
     name, threads, times, why = next(iter(named)), None, {}, ""
     if on_cpu and seconds > RACE_PAYS:
         runs = {name: block_pass(model, T, DTYPES[dtype], flash) for name, (dtype, flash) in named.items()}
-        times = race(runs)
-        name = fastest(times)
-        if thread_times := race_threads(runs[name], times[name]):
-            threads = fastest(thread_times)
-        shown = times | {f"{n} thread{'s' * (n > 1)}": ms for n, ms in thread_times.items()}
-        why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in shown.items())})"
+        name, threads, times, why = contest(runs)
         model.zero_grad(set_to_none=True)
 
     choice = dict(zip(("dtype", "flash"), named[name]), threads=threads)
-    choice["compile"], compile_why = compilation(config.compile, machine.device, seconds)
+    compiled = before.get("compile", "auto") if config.compile == "auto" else config.compile
+    choice["compile"], compile_why = compilation(compiled, machine.device, seconds)
     choice |= {n: before[n] for n in choice if before.get(n) is not None and getattr(config, n, "auto") == "auto"}
     used = in_words(choice["dtype"], choice["flash"])
     if times and times.get(used, math.inf) > 1.1 * times[name]:

@@ -4,7 +4,7 @@
     python bench.py hellaswag --data tasks.jsonl           the score's batches against one task at a time
     python bench.py sample --batch 32                      generation against transformers'
     python bench.py train --batch_size 8                   a training step against transformers', and what it waits for
-    python bench.py ladder --chart ladder.svg              what each of a step's speed-ups brings, one after the other
+    python bench.py ladder                                 what each of a step's speed-ups brings, one after the other
     python bench.py choices --size quickstart --batch_size 16 --block_size 128     what auto chooses, against the rest
     python bench.py memory                                 which batch of which GPT-2 fits into which GPU, counted
     python bench.py show results/cpu/ladder.json           the table of a result printed with --json
@@ -197,7 +197,7 @@ def steps_of_train(arguments: argparse.Namespace, accumulate: int = 1, **setting
         steps = of_kind(read_metrics(Path(folder, "metrics.jsonl")), "train")[1:]
     ms, waits = statistics.median(step["ms"] for step in steps), [step["waited_ms"] for step in steps]
     figures = {"tokens/s": 1000 * total / ms, "ms": ms, "GB": steps[-1]["memory_gb"] or 0}
-    return figures | {"wait ms": statistics.median(waits), "longest wait ms": max(waits)}
+    return figures | {"wait ms": statistics.median(waits), "max wait ms": max(waits)}
 
 
 def steps_of_transformers(arguments: argparse.Namespace, machine: Runtime, dtype: torch.dtype, compiled: bool) -> dict:
@@ -369,27 +369,13 @@ def table(result: dict) -> str:
     lines = [f"{result['bench']} on {result['device']}, torch {result['torch']}; {settings}"]
     rows = result["rows"] | {name: result["rows"][name] | {"ratio": r} for name, r in result["ratios"].items()}
     columns = dict.fromkeys(column for row in result["rows"].values() if row for column in row)
-    width = {column: max(10, len(column)) for column in [*columns, "ratio"] if column in columns or result["ratios"]}
-    first = max(map(len, rows))
-    lines.append(" ".join([" " * first, *(f"{column:>{width[column]}}" for column in width)]))
+    columns, first = [*columns, "ratio"] if result["ratios"] else [*columns], max(map(len, rows))
+    lines.append(" ".join([" " * first, *(f"{column:>12}" for column in columns)]))
     for name, row in rows.items():
         cells = {c: f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}" for c, value in (row or {}).items()}
-        shown = (f"{cells.get(c, '' if row else '-'):>{width[c]}}" for c in width)  # all -: it failed
+        shown = (f"{cells.get(column, '' if row else '-'):>12}" for column in columns)  # all -: it failed
         lines.append(" ".join([name.ljust(first), *shown]).rstrip())
     return "\n".join(lines)
-
-
-def draw(result: dict, path: str) -> None:
-    """One bar of tokens/s for each row that has them."""
-    from matplotlib.figure import Figure
-
-    speeds = {name: row["tokens/s"] for name, row in result["rows"].items() if row and "tokens/s" in row}
-    picture = Figure(figsize=(8, 0.5 * len(speeds) + 1.2), layout="constrained")
-    axes = picture.add_subplot(xlabel="tokens/s", title=f"Training steps of GPT-2 on {result['device']}")
-    axes.bar_label(axes.barh(list(speeds), list(speeds.values())), fmt=" {:,.0f}")
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    picture.savefig(path)
 
 
 BENCHES = (bench_tokenize, bench_hellaswag, bench_sample, bench_train, bench_ladder, bench_choices, bench_memory)
@@ -412,7 +398,6 @@ OPTIONS = {  # the benches that have it, what it is, what argparse must know of 
     "--dtype": (MODELS, "of matrix products", dict(default="auto", choices=["auto", *runtime.DTYPES])),
     "--rounds": ([*MODELS, "tokenize"], "how often all is measured", dict(default=3, type=int)),
     "--json": ([*MODELS, "tokenize", "memory"], "one JSON object instead of the table", dict(action="store_true")),
-    "--chart": (["ladder", "show"], "also draw tokens/s to this .svg or .png (needs matplotlib)", {}),
 }
 
 
@@ -430,12 +415,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     machine = runtime.start(getattr(arguments, "device", "cpu"))
     found = arguments.measure(arguments, machine)
-    settings = {name: v for name, v in vars(arguments).items() if name not in ("bench", "measure", "json", "chart")}
+    settings = {name: v for name, v in vars(arguments).items() if name not in ("bench", "measure", "json")}
     result = dict(bench=arguments.bench, device=machine.device_name(), torch=torch.__version__, settings=settings)
     result |= found
     print(json.dumps(result) if getattr(arguments, "json", False) else table(result))
-    if getattr(arguments, "chart", None):
-        draw(result, arguments.chart)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,6 @@ def lock(path: Path, message: str) -> Iterator[None]:
 class Shard:
     path: Path
     tokens: np.ndarray  # uint16, memory-mapped: only the pages that are read take memory
-    note: str = ""  # what a person should know of it
 
 
 def open_shard(path: Path) -> Shard:
@@ -243,8 +242,7 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     if not paths and raw.is_file():  # nanoGPT's: uint16 tokens and nothing else, so hardly anything can be checked
         if (size := raw.stat().st_size) == 0 or size % 2:
             raise ValueError(f"{raw}: {size:,} bytes cannot be uint16 tokens. Copy it or make it again")
-        note = f"{raw}: no header, so taken as nanoGPT's raw uint16 tokens; nothing in it says of which tokenizer"
-        return [Shard(raw, np.memmap(raw, dtype="<u2", mode="r"), note)]
+        return [Shard(raw, np.memmap(raw, dtype="<u2", mode="r"))]
     if not paths:
         make = f"python fineweb.py, or python prepare.py TEXT --out {folder}"
         raise ValueError(f"data_dir: no {split} shards in {folder.absolute()}; make them: {make}")

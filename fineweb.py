@@ -212,9 +212,8 @@ def main(argv: list[str] | None = None) -> None:
                 return
         val = [row for row in rows if "_val_" in row["file"].removeprefix(out.name)]
         if len(val) == len(rows):
-            raise ValueError(
-                f"{out}: all {n:,} tokens are for validation; delete it, set --shard_tokens={max(1, n // 20)}"
-            )
+            size = max(1, n // 20)
+            raise ValueError(f"{out}: all {n:,} tokens are for validation; delete it, set --shard_tokens={size}")
         shutil.rmtree(out / "downloads", ignore_errors=True)
         shards = {"train": [row for row in rows if row not in val], "val": val}
         documents = sum(row["documents"] for row in rows)

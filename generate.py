@@ -156,13 +156,8 @@ def ready(model: GPT, machine: Runtime, dtype: str, rows: int) -> tuple[GPT, Run
         x = torch.randn(rows, 1, model.config.n_embd)
         runs = {n: functools.partial(pack(copy.deepcopy(block), DTYPES[n]), x) for n in names}
         with torch.no_grad():
-            times = auto.race(runs, seconds=0.1)
-            name = auto.fastest(times, margin=1.1)
-            threads = auto.race_threads(runs[name], times[name])
-        if threads:
-            torch.set_num_threads(auto.fastest(threads))
-        times |= {f"{n} thread{'s' * (n > 1)}": ms for n, ms in threads.items()}
-        why = f" (ms for a block: {', '.join(f'{one} {ms:.2f}' for one, ms in times.items())})"
+            name, threads, _, why = auto.contest(runs, margin=1.1)  # a near tie must not change the text of a seed
+        torch.set_num_threads(threads or torch.get_num_threads())
     return pack(model, DTYPES[name]), machine.computing_in(name), f"dtype: {name}{why}"
 
 

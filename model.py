@@ -39,11 +39,8 @@ class GPTConfig:
     def mistakes(self) -> list[str]:
         """One sentence for each impossible value."""
         sizes = {name: getattr(self, name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
-        wrong = [
-            f"{name} is {n!r}: it must be an int of at least 1"
-            for name, n in sizes.items()
-            if type(n) is not int or n < 1
-        ]
+        bad = {name: n for name, n in sizes.items() if type(n) is not int or n < 1}
+        wrong = [f"{name} is {n!r}: it must be an int of at least 1" for name, n in bad.items()]
         if not wrong and self.n_embd % self.n_head:
             wrong.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
@@ -220,8 +217,7 @@ class GPT(nn.Module):
             x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size, with_grad
         )
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Arithmetic
+    # ---- Arithmetic --------------------------------------------------------------------------------------------------
 
     def num_params(self) -> int:
         """Parameters as papers count them: with positions, the tied head once, without padding rows."""
@@ -243,8 +239,7 @@ class GPT(nn.Module):
         no_decay = [p for p in self.parameters() if p.dim() < 2]
         return [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Files: pretrained.py knows their formats
+    # ---- Files: pretrained.py knows their formats --------------------------------------------------------------------
 
     @classmethod
     @torch.no_grad()

@@ -176,17 +176,12 @@ def meeting_place(world_size: int, local_size: int) -> dist.Store:
     restarts, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if world_size > local_size and shared and most != "0":
-        raise ValueError(
-            "torchrun --max-restarts over several machines: put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, "
-            "or a restart may hang"
-        )
+        raise ValueError("--max-restarts on several machines: put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun")
     store, _, _ = next(rendezvous("env://"))
     return dist.PrefixStore(f"start_{restarts}", store) if world_size == local_size else store
 
 
-def choose_device(
-    setting: str, world_size: int = 1, local_rank: int = 0, local_size: int = 1
-) -> tuple[torch.device, str]:
+def choose_device(setting: str, world_size=1, local_rank=0, local_size=1) -> tuple[torch.device, str]:
     """The device for "auto", "cpu", "cuda", "cuda:1" or "mps", and why. Each local process gets a GPU of its own."""
     has_cuda = torch.cuda.is_available()
     # DistributedDataParallel knows no mps: several processes on Macs run on their CPUs.
@@ -195,10 +190,8 @@ def choose_device(
     if setting == "auto":
         # Without this, a driver that is too old would train on the CPU for days before anyone notices.
         if torch.version.cuda and not has_cuda and Path("/dev/nvidia0").exists():
-            raise ValueError(
-                f"there is an NVIDIA GPU, but PyTorch {torch.__version__} for CUDA {torch.version.cuda} cannot use it; "
-                "install a newer driver or a PyTorch for an older CUDA, or set --device=cpu"
-            )
+            build = f"PyTorch {torch.__version__} for CUDA {torch.version.cuda}"
+            raise ValueError(f"{build} cannot use this GPU; install a newer driver or an older build, or --device=cpu")
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
         why = "no GPU here" if name == "cpu" else "found"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
@@ -210,10 +203,7 @@ def choose_device(
         return device, why
 
     if not has_cuda:
-        raise ValueError(
-            f"device={setting}: PyTorch {torch.__version__} sees no CUDA GPU here; use --device=cpu, or install a "
-            "driver and a CUDA build of PyTorch"
-        )
+        raise ValueError(f"device={setting}: PyTorch {torch.__version__} sees no CUDA GPU here; use --device=cpu")
     count = torch.cuda.device_count()
     if local_size > count:  # said by every process, not only by those that go without
         raise ValueError(f"{local_size} processes but {count} GPUs on this machine; use --nproc_per_node={count}")

@@ -63,6 +63,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         flags = ["-m"] * (name == "max_tokens") + [f"--{name}"]
         add(*flags, type=type(default), default=default, help=f"{about} (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable; \\n: newline")
+    stream = "show text as it comes (default: if there is one sample, and no --json)"
+    add("--stream", action=argparse.BooleanOptionalAction, default=True, help=stream)
     add("--json", action="store_true", help="a JSON object a line: prompt, completion, tokens, logprob, tokens_per_s")
     add("--logprobs", action="store_true", help="also each token's log-probability, and the most likely in its place")
     add("--web", action="store_true", help="serve a page on 127.0.0.1 to sample from (needs Flask)")
@@ -171,9 +173,9 @@ def show(text: str, style: str = "") -> None:
     print(f"\033[{style}m{text}\033[0m" if style and sys.stdout.isatty() else text, end="", flush=True)
 
 
-def write(model: GPT, texts: list[Text], settings: dict, as_json: bool, logprobs: bool) -> None:
+def write(model: GPT, texts: list[Text], settings: dict, stream: bool, as_json: bool, logprobs: bool) -> None:
     """Complete the texts and print them. Each depends on its own prompt and seed, not on its neighbours."""
-    stream = len(texts) == 1 and not as_json  # several would mix
+    stream = stream and len(texts) == 1 and not as_json  # several would mix
     for first in range(0, len(texts), BATCH):
         batch, start = texts[first : first + BATCH], time.perf_counter()
         if stream:
@@ -266,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         wanted = [(prompt, given.seed + i) for prompt in prompts for i in range(given.samples)]
         texts = [Text(tokenizer, prompt, seed, given.stop) for prompt, seed in wanted]
-        write(model, texts, settings, given.json, given.logprobs)
+        write(model, texts, settings, given.stream, given.json, given.logprobs)
     except torch.OutOfMemoryError:
         raise ValueError("out of memory; fewer --samples or prompts at once, or --device cpu") from None
 

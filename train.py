@@ -158,8 +158,6 @@ def train(config: TrainConfig) -> dict:
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
         f"{len(val_places) * config.block_size:,} validation tokens"
     )
-    for note in filter(None, (shard.note for shard in windows.shards)):
-        say(f"NOTE: {note}; read as {tokenizer.name}")
     tasks = machine.broadcast(load_tasks(config, say) if machine.is_main and config.hellaswag_every else [])
 
     # ---- 4. The model, and how this machine computes it --------------------------------------------------------------
@@ -305,11 +303,8 @@ def train(config: TrainConfig) -> dict:
                 skipped += 1
                 console.line(f"step {step:,} | the gradient is not finite: step skipped, weights unchanged")
             if skipped_in_a_row == MAX_SKIPPED:
-                raise ValueError(
-                    f"the gradient was not finite {MAX_SKIPPED} steps in a row, up to step {step:,}; resume with "
-                    "--resume_anyway=True and more warmup_steps, --dtype=fp32, or a lower learning_rate (now "
-                    f"{config.learning_rate:g})"
-                )
+                advice = "resume with --resume_anyway=True and --dtype=fp32, more warmup_steps or a lower learning_rate"
+                raise ValueError(f"step {step:,}: the gradient was not finite {MAX_SKIPPED} times in a row; {advice}")
             if logging:
                 seconds, t0 = train_seconds / steps_timed, time.perf_counter()
                 record = dict(

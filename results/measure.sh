@@ -34,7 +34,7 @@ bench sample_32 sample --batch 32
 bench train train --batch_size 8 --steps 10 --rounds 1 --compile # transformers needs 13 GB for it
 bench train_64 train --batch_size 64 --steps 10 --rounds 1 --compile
 bench ladder_4 ladder --steps 5 --rounds 1
-bench ladder ladder --batch_size 16 --steps 5 --rounds 1 --chart "$out/ladder.svg" # the lecture's
+bench ladder ladder --batch_size 16 --steps 5 --rounds 1 # the lecture's
 [ -z "$tasks" ] || bench hellaswag hellaswag --data "$tasks" --limit 0
 if [ -n "$shards" ]; then
 	keep train.txt "$python" train.py --data_dir="$shards" --out_dir="$out/124M" --batch_size=auto \

@@ -48,7 +48,7 @@ def test_a_step_against_transformers(capsys):
     ours, theirs = result["rows"]["ours"], result["rows"]["transformers"]
     assert ours["tokens/s"] == pytest.approx(8000 / ours["ms"]) and 0 < ours["% of matmul"] < 100
     assert result["ratios"]["ours"] == pytest.approx(ours["tokens/s"] / theirs["tokens/s"])
-    assert 0 <= ours["wait ms"] <= ours["longest wait ms"] < result["rows"]["ours, saving"]["longest wait ms"]
+    assert 0 <= ours["wait ms"] <= ours["max wait ms"] < result["rows"]["ours, saving"]["max wait ms"]
     assert result["settings"]["size"] == "gpt2" and result["settings"]["dtype"] == "fp32"
 
 
@@ -59,13 +59,13 @@ def test_a_run_that_fails_is_null_and_costs_no_other_its_figures(capsys, monkeyp
         return {"tokens/s": 200.0 if dtype == "bf16" else 100.0}
 
     monkeypatch.setattr(bench, "steps_of_train", steps)
-    result = run(capsys, "ladder", *TINY, "--chart", str(tmp_path / "ladder.svg"))
+    result = run(capsys, "ladder", *TINY)
     assert list(result["rows"]) == [*(n for n in bench.LADDER if n != "TF32"), "a large matmul"]  # TF32 is for GPUs
     assert [name for name, row in result["rows"].items() if row is None] == ["4 micro-steps"]
     assert result["ratios"]["torch.compile"] == 2 and "4 micro-steps" not in result["ratios"]
     (tmp_path / "ladder.json").write_text(json.dumps(result))
     bench.main(["show", str(tmp_path / "ladder.json")])
-    assert "4 micro-steps" in capsys.readouterr().out and "bf16 autocast" in (tmp_path / "ladder.svg").read_text()
+    assert "4 micro-steps" in capsys.readouterr().out
 
 
 def test_medians_of_rounds_and_one_line_if_nothing_could_be_measured(capsys):

@@ -59,7 +59,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error_and_not_a_slow_run(gpus, monk
     gpus(0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(runtime.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
-    with pytest.raises(ValueError, match=r"for CUDA 13.0 cannot use it; install a newer driver"):
+    with pytest.raises(ValueError, match=r"for CUDA 13.0 cannot use this GPU; install a newer driver"):
         choose_device("auto")
     assert choose_device("cpu")[0] == CPU
     gpus(1, "Tesla V100-SXM2-16GB", capability=(7, 0))
