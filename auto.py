@@ -47,7 +47,7 @@ def race_threads(run: Callable[[], object], ms: float) -> dict[int, float]:
     """
     most = torch.get_num_threads()
     counts = sorted({max(1, most >> shift) for shift in (0, 2, 4, 6, 8)}, reverse=True)
-    if "OMP_NUM_THREADS" in os.environ or most * ms > 50 or len(counts) == 1:
+    if "OMP_NUM_THREADS" in os.environ or most * ms > 120 or len(counts) == 1:
         return {}
 
     def run_on(n: int) -> None:

@@ -11,7 +11,7 @@ The same command resumes a stopped run, and says so when the run is finished.
 import os
 
 # Before torch loads OpenMP: threads that wait for each other go to sleep soon, and do not spin against other programs.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import contextlib
 import dataclasses
