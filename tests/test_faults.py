@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, tmp_path, caps
     straight = shutil.copytree(run.out_dir, tmp_path / "straight")
     shutil.rmtree(checkpoints(run.out_dir)[-1])
     damage(Path(run.out_dir) / "step_0000008" / name)
-    os.utime(Path(run.out_dir) / "step_0000004", (0, 0))  # newest is by number: a clock set back says nothing
+    os.utime(Path(run.out_dir) / "step_0000008", (0, 0))  # newest is by number: a clock set back says nothing
     capsys.readouterr()
     train.train(run)
     out = capsys.readouterr().out
