@@ -136,8 +136,7 @@ def test_the_name_of_the_folder_does_not_decide_the_split(tmp_path):
 
 @pytest.mark.parametrize("magic, version, promised", [(0, 1, 9), (20240520, 2, 9), (20240520, 1, 10)])
 def test_damaged_shards_are_named(tmp_path, magic, version, promised):
-    content = struct.pack("<3i1012x", magic, version, promised) + bytes(2 * 9)
-    (tmp_path / "x_train_000001.bin").write_bytes(content)
+    (tmp_path / "x_train_000001.bin").write_bytes(struct.pack("<3i1012x", magic, version, promised) + bytes(2 * 9))
     message = "not a token shard" if promised == 9 else "promises 10 tokens, the file holds 9;"
     with pytest.raises(ValueError, match=f"x_train_000001.bin: .*{message}"):
         data.open_shards(tmp_path, "train")
