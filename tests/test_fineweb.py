@@ -21,7 +21,6 @@ from conftest import clean_environment
 import data
 import fineweb
 
-ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATASET = "some/texts"
 SECOND = "sample/tiny/001_00000.parquet"
@@ -30,21 +29,14 @@ SECOND = "sample/tiny/001_00000.parquet"
 class Hub(BaseHTTPRequestHandler):
     """What huggingface_hub and datasets ask for: a dataset's commit, its tree, its files.
 
-    trouble: for a file's name, what to do wrong at each of the next requests for it. delay: seconds a chunk.
+    files: name -> content. trouble: name -> what to do wrong at each of the next requests. delay: seconds a chunk.
     """
 
     protocol_version = "HTTP/1.1"
-    files: dict[str, bytes]
-    trouble: dict[str, list]
-    delay: float
-    asked: list[str]
-
-    def do_HEAD(self):
-        self.do_GET()
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
-        type(self).asked.append(f"{self.command} {path}")
+        self.asked.append(f"{self.command} {path}")
         api, _, rest = path.partition(f"/api/datasets/{DATASET}/")
         name = path.partition(f"/resolve/{COMMIT}/")[2]
         if not api and rest in ("revision/main", f"revision/{COMMIT}"):
@@ -56,13 +48,14 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer(404, headers={"X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"})
 
+    do_HEAD = do_GET
+
     def tree(self, folder: str) -> list[dict]:
-        entries = {}
+        folder_entry, entries = {"type": "directory", "oid": "1" * 40, "size": 0}, {}
         for name, content in self.files.items():
             if name.startswith(folder):
-                for parent in map(str, Path(name).parents):
-                    entries[parent] = {"type": "directory", "path": parent, "oid": "1" * 40, "size": 0}
                 lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                entries |= {str(parent): folder_entry | {"path": str(parent)} for parent in Path(name).parents}
                 entries[name] = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40, "lfs": lfs}
         return list(entries.values())
 
@@ -71,14 +64,12 @@ class Hub(BaseHTTPRequestHandler):
         wrong = trouble.pop(0) if trouble and self.command == "GET" else ""
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         first = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
-        if first:
-            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        headers |= {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}
         if wrong == "corrupt":
             content = content[:-1] + bytes([content[-1] ^ 1])
         if isinstance(wrong, int):
-            self.answer(wrong)
-        else:
-            self.answer(206 if first else 200, content[first:], headers, drop=wrong == "drop")
+            return self.answer(wrong)
+        self.answer(206 if first else 200, content[first:], headers, drop=wrong == "drop")
 
     def answer(self, code: int, content=b"", headers=None, drop=False):
         self.send_response(code)
@@ -90,9 +81,6 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content[start : min(sent, start + 20_000)])
             time.sleep(self.delay)
         self.close_connection |= drop
-
-    def log_message(self, *_):
-        pass
 
 
 def documents(seed: int, n: int) -> list[str]:
@@ -124,64 +112,41 @@ def hub():
     files["README.md"] = f"{CARD}---\n".encode()
     files["sample/other/000.parquet"] = parquet(["of another subset"] * 9)
     files["tables/000.csv"] = b"text\na\n"
-    settings = dict(files=files, trouble={}, delay=0.0, asked=[])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("ThisHub", (Hub,), settings))
-    server.handle_error = lambda *_: None  # a killed client hangs up
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    settings = dict(files=files, trouble={}, delay=0.0, asked=[], log_message=lambda *_: None)
+    handler = type("ThisHub", (Hub,), settings)
+    handler.serving = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    handler.serving.handle_error = lambda *_: None  # a killed client hangs up
+    threading.Thread(target=handler.serving.serve_forever, daemon=True).start()
+    yield handler
+    handler.serving.shutdown()
+    handler.serving.server_close()
 
 
-def at(hub) -> type[Hub]:
-    return hub.RequestHandlerClass
-
-
-def command(out: Path, *options: str, name="tiny", before="") -> list[str]:
-    script = f"import sys, fineweb, data, prepare\n{before}\nfineweb.main(sys.argv[1:])"
-    plain = [] if "--pretokenized" in options else ["--name", name, "--shard_tokens", "9000"]
-    return [sys.executable, "-c", script, "--dataset", DATASET, "--out", str(out), "--workers", "1", *plain, *options]
-
-
-def where(hub, out: Path) -> dict:
-    environment = clean_environment(
-        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_address[1]}",
-        HF_HOME=str(out.parent / "home"),
-        HF_HUB_DISABLE_XET="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-    )
-    return dict(cwd=ROOT, env=environment)
-
-
-def run(hub, out: Path, *options: str, **more) -> subprocess.CompletedProcess:
+def start(hub, out: Path, *options: str, name="tiny", before="") -> subprocess.Popen:
     """fineweb.py in a process of its own, with small shards. It waits for no download to be tried again."""
-    more["before"] = f"fineweb.WAIT = 0\n{more.get('before', '')}"
-    return subprocess.run(
-        command(out, *options, **more), **where(hub, out), capture_output=True, text=True, timeout=120
-    )
+    script = f"import sys, fineweb, data, prepare\nfineweb.WAIT = 0\n{before}\nfineweb.main(sys.argv[1:])"
+    plain = [] if "--pretokenized" in options else ["--name", name, "--shard_tokens", "9000"]
+    command = ["-c", script, "--dataset", DATASET, "--out", str(out), "--workers", "1", *plain, *options]
+    off = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1")
+    endpoint = f"http://127.0.0.1:{hub.serving.server_address[1]}"
+    environment = clean_environment(HF_ENDPOINT=endpoint, HF_HOME=str(out.parent / "home"), **off)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *command], env=environment, **pipes)
 
 
-def fetch(hub, out: Path, *options: str, **more) -> str:
-    """It must succeed; return what it prints."""
-    done = run(hub, out, *options, **more)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def fetch(hub, out: Path, *options: str, code=0, **more) -> str:
+    """It must end with this exit code; return what it prints."""
+    process = start(hub, out, *options, **more)
+    printed = "".join(process.communicate(timeout=120))
+    assert process.returncode == code and "Traceback" not in printed, printed
+    return printed
 
 
 def fails(hub, out: Path, *options: str, **more) -> str:
     """It must end with exit code 2 and one line of its own; return the line."""
-    done = run(hub, out, *options, **more)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("fineweb.py: ")]
-    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    return lines[0]
-
-
-def read_shard(path: Path) -> np.ndarray:
-    """From the description of the format only: 256 int32, then as many uint16 as the third says, little-endian."""
-    content = path.read_bytes()
-    header = struct.unpack("<256i", content[:1024])
-    assert header[:2] == (20240520, 1) and len(content) == 1024 + 2 * header[2]
-    return np.frombuffer(content[1024:], dtype="<u2")
+    printed = fetch(hub, out, *options, code=2, **more).splitlines()
+    (line,) = (line for line in printed if line.startswith("fineweb.py: "))
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -198,72 +163,65 @@ def reference() -> dict[str, np.ndarray]:
 
 
 def assert_made(out: Path, reference: dict[str, np.ndarray]) -> None:
-    """The folder is complete, and its shards are the reference's."""
-    assert data.read_meta(out)["complete"]
+    """The folder is complete, and its shards and number of documents are the reference's."""
+    meta = data.read_meta(out)
+    assert meta["complete"] and meta["documents"] == sum(np.count_nonzero(t == 50256) for t in reference.values())
     assert sorted(path.name for path in out.iterdir()) == sorted([*reference, "meta.json"])
     for name, tokens in reference.items():
-        assert np.array_equal(read_shard(out / name), tokens), name
+        assert np.array_equal(data.open_shard(out / name).tokens, tokens), name
 
 
 # ---- What is made ----------------------------------------------------------------------------------------------------
 
 
 def test_shards_equal_those_of_a_plain_loop(hub, tmp_path, reference):
+    """Also if a download breaks off, is refused or comes wrong once: it is repeated."""
     out = tmp_path / "out"
+    hub.trouble = {SECOND: ["drop", 429], "sample/tiny/002_00000.parquet": ["corrupt"]}
     fetch(hub, out)
+    assert not any(hub.trouble.values())  # all of it happened
     assert_made(out, reference)
-    meta = data.read_meta(out)
-    assert meta["documents"] == sum(bool(text) for texts in TEXTS for text in texts)
-    assert meta["source"]["commit"] == COMMIT and len(meta["source"]["files"]) == 3
-    for split in ("train", "val"):
-        assert sum(len(shard.tokens) for shard in data.open_shards(out, split)) == meta["tokens"][split]
-        for row in meta["shards"][split]:
-            assert hashlib.sha256((out / row["file"]).read_bytes()).hexdigest() == row["sha256"]
+    source = data.read_meta(out)["source"]
+    assert source["commit"] == COMMIT and len(source["files"]) == 3
     assert not list((tmp_path / "home").rglob("*.parquet"))  # the use of disk is bounded
-    at(hub).asked.clear()
-    assert "already made" in fetch(hub, out) and not at(hub).asked
+    hub.asked.clear()
+    assert "already made" in fetch(hub, out) and not hub.asked
 
 
 def test_parts_make_the_same_bytes(hub, tmp_path, reference):
-    """Three machines at one folder, the last two at the same time; the second fails and is started again."""
+    """Three machines at one folder, the last two at the same time."""
     out = tmp_path / "out"
     assert "part 1 of 3 is done; 1 of 3 files are there" in fetch(hub, out, "--part", "1/3")
     with pytest.raises(ValueError, match="still being written"):
         data.open_shards(out, "train")
-    assert not list(out.rglob("*.parquet"))
-    at(hub).trouble[SECOND] = [404, 404]
-    assert SECOND in fails(hub, out, "--part", "2/3")
-    parts = [command(out, "--part", part, "--workers", "2") for part in ("2/3", "3/3")]
-    both = [subprocess.Popen(part, **where(hub, out)) for part in parts]
-    assert [process.wait(120) for process in both] == [0, 0]
+    both = [start(hub, out, "--part", part, "--workers", "2") for part in ("2/3", "3/3")]
+    assert [(process.communicate(timeout=120), process.returncode)[1] for process in both] == [0, 0]
     assert_made(out, reference)
 
 
 def test_max_tokens_is_the_beginning(hub, tmp_path, reference):
     out, across, few = (tmp_path / name for name in ("out", "across", "few"))
     fetch(hub, out, "--max_tokens", "20000")
-    made = {name: reference[name] for name in ("out_val_000000.bin", "out_train_000001.bin")}
-    assert_made(out, made | {"out_train_000002.bin": reference["out_train_000002.bin"][:2000]})
-    assert not any("001_00000" in request for request in at(hub).asked if "resolve" in request)
-    tokens = [read_shard(path) for path in sorted(out.glob("*.bin"))]
-    assert data.read_meta(out)["documents"] == np.count_nonzero(np.concatenate(tokens) == 50256)
+    sizes = {"out_val_000000.bin": 9000, "out_train_000001.bin": 9000, "out_train_000002.bin": 2000}
+    assert_made(out, {name: reference[name][:size] for name, size in sizes.items()})
+    assert not any("001_00000" in request for request in hub.asked if "resolve" in request)
     in_first = sum(len(tokens) for name, tokens in reference.items() if "_000" in name)
     fetch(hub, across, "--max_tokens", str(in_first + 5))
-    assert read_shard(across / "across_train_001001.bin").tolist() == reference["out_train_001001.bin"][:5].tolist()
+    last = data.open_shard(across / "across_train_001001.bin").tokens
+    assert np.array_equal(last, reference["out_train_001001.bin"][:5])
     fetch(hub, few, "--max_tokens", "50")  # fewer than a shard: a tenth for validation
     assert data.read_meta(few)["tokens"] == {"train": 45, "val": 5}
 
 
 def test_kept_downloads_are_used_again_and_checked(hub, tmp_path, reference):
     fetch(hub, tmp_path / "out", "--keep_downloads")
-    kept = list((tmp_path / "home").rglob("*.parquet"))
-    assert len(kept) == 3
+    damaged, _, _ = kept = list((tmp_path / "home").rglob("*.parquet"))
     (tmp_path / "out").rename(tmp_path / "before")
-    kept[0].resolve().write_bytes(b"junk")
-    at(hub).asked.clear()
+    damaged.resolve().write_bytes(b"junk")
+    hub.asked.clear()
     fetch(hub, tmp_path / "out", "--keep_downloads")
     assert_made(tmp_path / "out", reference)
-    files = {request for request in at(hub).asked if request.startswith("GET") and ".parquet" in request}
+    files = {request for request in hub.asked if request.startswith("GET") and ".parquet" in request}
     assert len(files) == 1 and all(path.exists() for path in kept)  # only the damaged one
 
 
@@ -274,73 +232,63 @@ def test_kept_downloads_are_used_again_and_checked(hub, tmp_path, reference):
 def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference, kills):
     """Law 8: kill -9 during the download, between shards; then the same command runs to its end."""
     out, rng = tmp_path / "out", random.Random(0)
-    at(hub).delay = 0.02
+    hub.delay = 0.02
     slow = "import time\ndata.PIECE_BYTES, plain = 2000, prepare.tokenise\n"
     slow += "prepare.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"
     made = set()
     for attempt in range(kills):
-        process = subprocess.Popen(command(out, before=slow), **where(hub, out), stderr=subprocess.DEVNULL)
-        start = len(at(hub).asked)
-        while process.poll() is None:  # until a download has begun, or one or two shards are new
-            downloading = any("GET" in r and ".parquet" in r for r in at(hub).asked[start:])
-            if len(list(out.glob("*.bin"))) > len(made) + attempt % 2 or (attempt == 0 and downloading):
-                break
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        process.kill()
-        process.wait()
+        with start(hub, out, before=slow) as process:
+            while process.poll() is None:  # until a download has begun, or one or two shards are new
+                begun = attempt == 0 and any("GET" in request and ".parquet" in request for request in hub.asked)
+                if begun or len(list(out.glob("*.bin"))) > len(made) + attempt % 2:
+                    break
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
         now = {path.name for path in out.glob("*.bin")}
-        assert now >= made and all(np.array_equal(read_shard(out / name), reference[name]) for name in now)
+        assert now >= made and all(np.array_equal(data.open_shard(out / name).tokens, reference[name]) for name in now)
         made = now
     assert made
     fetch(hub, out, before="data.PIECE_BYTES = 2000")
     assert_made(out, reference)
 
 
-def test_a_failed_download_is_repeated(hub, tmp_path, reference):
-    at(hub).trouble = {SECOND: ["drop", 429], "sample/tiny/002_00000.parquet": ["corrupt"]}
-    fetch(hub, tmp_path / "out")
-    assert not any(at(hub).trouble.values())  # all of it happened
-    assert_made(tmp_path / "out", reference)
-
-
 @pytest.mark.parametrize("wrong, message", [("corrupt", "differs from the hub's file"), (404, "404"), (503, "503")])
 def test_a_download_that_fails_again_is_one_line_and_nothing_is_lost(hub, tmp_path, reference, wrong, message):
     out = tmp_path / "out"
-    at(hub).trouble = {SECOND: [wrong] * 99}
+    hub.trouble = {SECOND: [wrong] * 99}
     line = fails(hub, out)
     assert SECOND in line and message in line
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.bin")}
     assert len(made) == sum("_000" in name for name in reference)  # the first file's, and nothing of the second's
-    at(hub).trouble = {}
-    at(hub).asked.clear()
+    hub.trouble = {}
+    hub.asked.clear()
     fetch(hub, out)
     assert_made(out, reference)
-    assert all((out / name).stat().st_mtime_ns == time for name, time in made.items())  # not made twice
-    # Nor were the files listed again: the dataset may have changed since.
-    assert not any("000_00000" in request or "/api/" in request for request in at(hub).asked)
+    assert all((out / name).stat().st_mtime_ns == time for name, time in made.items())  # not made twice, nor listed:
+    assert not any("000_00000" in request or "/api/" in request for request in hub.asked)
 
 
 def test_no_network_is_one_line(hub, tmp_path):
     assert "offline" in fails(hub, tmp_path / "out", before="import os; os.environ['HF_HUB_OFFLINE'] = '1'").lower()
-    hub.shutdown()
-    hub.server_close()
+    hub.serving.shutdown()
+    hub.serving.server_close()
     assert "fineweb.py: some/texts: " in fails(hub, tmp_path / "out", before="import time; time.sleep = lambda s: None")
 
 
 def test_mistakes_in_the_command_are_one_line(hub, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "out"  # one folder: nothing is made there
     line = fails(hub, out, "--text_column", "body")
     assert "'body' among id (int64), text (string); choose with --text_column" in line
-    line = fails(hub, out, name="tinny")  # the same folder: nothing was made there
-    assert "'tinny' not found. Available: ['tiny', 'other', 'tables']" in line
+    assert "'tinny' not found. Available: ['tiny', 'other', 'tables']" in fails(hub, out, name="tinny")
     assert "not in .parquet, .jsonl or .jsonl.gz files" in fails(hub, out, name="tables")
     assert "404" in fails(hub, out, "--dataset", "some/typo")
     line = fails(hub, out, "--shard_tokens", "100000000", name="other")
     assert "all 36 tokens are for validation" in line and "--shard_tokens=1" in line
 
 
-def test_impossible_options_are_one_line(capsys):
+def test_options(capsys):
+    """Impossible ones are one line; and where shards go."""
     cases = {
         "--part 3/2": "--part=3/2: must be like 1/4",
         "--part 1/2 --max_tokens 900_000_000": "excludes --part",
@@ -352,9 +300,6 @@ def test_impossible_options_are_one_line(capsys):
         with pytest.raises(SystemExit, match="2"):
             fineweb.main(options.split())
         assert message in capsys.readouterr().err
-
-
-def test_where_shards_go():
     cases = {"": "edu_10B", "--name CC-MAIN-2024-10": "edu_CC_MAIN_2024_10", "--pretokenized": "edu_10B"}
     cases["--dataset HuggingFaceFW/fineweb --name sample-10BT"] = "10B"
     for options, out in cases.items():
@@ -366,46 +311,40 @@ def test_where_shards_go():
 
 
 def ready_made(tokens: np.ndarray) -> bytes:
-    return struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + tokens.astype("<u2").tobytes()
+    return struct.pack("<3i1012x", 20240520, 1, len(tokens)) + tokens.astype("<u2").tobytes()
 
 
 @pytest.fixture
 def ready(hub):
     """Five published shards of 1000 tokens, ten documents each."""
-    shards = {f"edu_train_{n:06d}.bin": np.arange(1000) + n for n in range(1, 5)}
-    shards["edu_val_000000.bin"] = np.arange(1000)
+    shards = {f"edu_{'train' if n else 'val'}_{n:06d}.bin": np.arange(1000) + n for n in range(5)}
     for tokens in shards.values():
         tokens[::100] = 50256
-    at(hub).files = {name: ready_made(tokens) for name, tokens in shards.items()} | {"README.md": b""}
+    hub.files = {name: ready_made(tokens) for name, tokens in shards.items()} | {"README.md": b""}
     return shards
 
 
 def test_ready_made_shards(hub, ready, tmp_path):
     out = tmp_path / "out"
-    at(hub).trouble = {"edu_train_000001.bin": ["drop"], "edu_train_000002.bin": [404, 404]}
+    hub.trouble = {"edu_train_000001.bin": ["drop"], "edu_train_000002.bin": [404, 404]}
     assert "404" in fails(hub, out, "--pretokenized", "--max_tokens", "3000")
-    at(hub).asked.clear()
+    hub.asked.clear()
     fetch(hub, out, "--pretokenized", "--max_tokens", "3000")
-    assert not any("val_000000" in request for request in at(hub).asked)  # it was there
+    assert not any("val_000000" in request for request in hub.asked)  # it was there
     names = ["edu_train_000001.bin", "edu_train_000002.bin", "edu_val_000000.bin"]
     assert sorted(path.name for path in out.iterdir()) == [*names, "meta.json"]
-    assert all(np.array_equal(read_shard(out / name), ready[name]) for name in names)
+    assert all(np.array_equal(data.open_shard(out / name).tokens, ready[name]) for name in names)
     meta = data.read_meta(out)
     assert meta["complete"] and meta["tokenizer"] == "gpt2" and meta["documents"] == 30
     assert meta["tokens"] == {"train": 2000, "val": 1000} and len(data.open_shards(out, "train")) == 2
     assert "max_tokens 3000 -> 4000" in fails(hub, out, "--pretokenized", "--max_tokens", "4000")
 
 
-def test_damaged_published_shards_are_refused(hub, ready, tmp_path):
-    at(hub).files["edu_train_000002.bin"] = ready_made(np.arange(1000))[:-2]
-    line = fails(hub, tmp_path / "out", "--pretokenized")
-    assert "its header promises 1000 tokens, the file holds 999" in line
-    assert not (tmp_path / "out" / "edu_train_000002.bin").exists()
-
-
-def test_pretokenized_needs_shards_and_enough_tokens(hub, ready, tmp_path):
-    out = tmp_path / "out"
-    line = fails(hub, out, "--pretokenized", "--max_tokens", "500")
-    assert "no training shards (..._train_000001.bin) in the first 500 tokens" in line
-    at(hub).files = {"README.md": b""}
-    assert "no training shards (..._train_000001.bin) in" in fails(hub, out, "--pretokenized")
+def test_wrong_published_shards_are_one_line(hub, ready, tmp_path):
+    out, missing = tmp_path / "out", "no training shards (..._train_000001.bin) in the first"
+    assert f"{missing} 500 tokens" in fails(hub, out, "--pretokenized", "--max_tokens", "500")
+    hub.files["edu_train_000002.bin"] = ready_made(np.arange(1000))[:-2]
+    assert "its header promises 1000 tokens, the file holds 999" in fails(hub, out, "--pretokenized")
+    assert not (out / "edu_train_000002.bin").exists()
+    hub.files = {"README.md": b""}
+    assert missing in fails(hub, tmp_path / "none", "--pretokenized")
