@@ -11,6 +11,7 @@ import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 import data
 import sample
 import train
-from generate import generate, pack
+from generate import generate
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -46,28 +47,10 @@ def type_in(monkeypatch, *lines: str) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
 
 
-def watch(monkeypatch) -> list[tuple]:
-    """The (prompts, seeds) of each call of generate.stream from now on."""
-    asked, stream = [], sample.generate.stream
-
-    def watched(model, prompts, max_tokens, seeds, *args, **options):
-        asked.append((prompts, seeds))
-        return stream(model, prompts, max_tokens, seeds, *args, **options)
-
-    monkeypatch.setattr(sample.generate, "stream", watched)
-    return asked
-
-
-def raises(error: BaseException):
-    def function(*_args, **_options):
-        raise error
-
-    return function
-
-
-def plain(text: str) -> str:
-    """Without colours."""
-    return re.sub(r"\033\[[\d;]*m", "", text)
+def watch(monkeypatch, owner, name: str) -> Mock:
+    """A function that goes on working and keeps its calls."""
+    monkeypatch.setattr(owner, name, watched := Mock(wraps=getattr(owner, name)))
+    return watched
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +75,10 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batch(toy, capsys, monke
     texts = [text.rstrip("\n") for text in batch.split(RULE)]
     assert len(texts) == 4 and [text[:5] for text in texts] == ["A lon", "A lon", "The f", "The f"]
     assert texts[2:] == [alone.rstrip("\n"), other.rstrip("\n")]  # sample i draws from seed + i
-    asked = watch(monkeypatch)
+    stream = watch(monkeypatch, sample.generate, "stream")
     monkeypatch.setattr(sample, "BATCH", 3)
     assert run(capsys, *arguments, "-p", "A longer prompt", "-p", "The fox", "-n", "2")[0] == batch
-    assert [len(prompts) for prompts, _ in asked] == [3, 1]
+    assert [len(call.args[1]) for call in stream.call_args_list] == [3, 1]
 
 
 def test_prompts_come_from_arguments_files_and_the_standard_input(toy, tmp_path, capsys, monkeypatch):
@@ -109,18 +92,19 @@ def test_prompts_come_from_arguments_files_and_the_standard_input(toy, tmp_path,
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
     assert prompts("--file", str(tmp_path / "prompts.txt"), "-p", "-") == ["from a pipe\n", "first", "second"]
     assert prompts("--file", str(tmp_path / "prompts.jsonl")) == ["third\nline", "fourth\u2028"]
-    for name, content, message in (
-        ("a.jsonl", '{"prompt": "ok"}\n{"text": "x"}\n', 'a.jsonl, line 2: not a JSON object with a text as "prompt"'),
-        ("b.jsonl", '{"prompt": 1}\n', "b.jsonl, line 1: not a JSON object"),
-        ("c.txt", "\n", "c.txt: no prompts in it"),
-    ):
-        (tmp_path / name).write_text(content)
-        assert message in fails(capsys, "--model", toy, "--file", str(tmp_path / name))
+    wrong = 'bad.jsonl, line 2: not a JSON object with a text as "prompt"'
+    for content, says in (('\n{"text": ""}', wrong), ('\n{"prompt": 1}', wrong), ("\n", "bad.jsonl: no prompts in")):
+        (tmp_path / "bad.jsonl").write_text(content)
+        assert says in fails(capsys, "--model", toy, "--file", str(tmp_path / "bad.jsonl"))
     assert "nowhere.txt" in fails(capsys, "--model", toy, "--file", "nowhere.txt")
 
 
 def test_the_newest_checkpoint_and_its_prompt_are_the_default(config, tmp_path, capsys, monkeypatch):
+    """Without any, an untrained model says so."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "GPTConfig", lambda: GPTConfig(vocab_size=257, **TOY_MODEL))
+    out, err = run(capsys, "-m", "2")
+    assert "UNTRAINED" in err and out.startswith(sample.HELLO)
     for age, name, steps in ((100, "older", 3), (0, "newer", 2)):
         train.train(config(out_dir=f"out/{name}", max_steps=steps, checkpoint_every=1, sample_prompt=f"{name} "))
         folder = Path(f"out/{name}/step_000000{steps}")
@@ -134,13 +118,6 @@ def test_the_newest_checkpoint_and_its_prompt_are_the_default(config, tmp_path, 
     assert run(capsys, "-m", "3", "--model", str(folder))[0].startswith(sample.HELLO)
 
 
-def test_without_any_model_an_untrained_one_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "GPTConfig", lambda: GPTConfig(vocab_size=257, **TOY_MODEL))
-    out, err = run(capsys, "-m", "2")
-    assert "UNTRAINED" in err and out.startswith("Hello, I'm a language model,")
-
-
 class Hub(SimpleHTTPRequestHandler):
     """A hub on loopback, as files: /api/models/NAME/revision/main and /NAME/resolve/COMMIT/FILE."""
 
@@ -149,8 +126,7 @@ class Hub(SimpleHTTPRequestHandler):
         self.send_header("X-Repo-Commit", "0" * 40)
         super().end_headers()
 
-    def log_message(self, *_):
-        pass
+    log_message = staticmethod(lambda *_: None)
 
 
 @pytest.fixture
@@ -204,24 +180,22 @@ def test_bad_models_and_prompts_are_one_line(toy, capsys, tmp_path, monkeypatch)
     model.transformer.ln_f.weight.data[3] = float("nan")
     model.save_pretrained(tmp_path)
     assert "logits are NaN: it is damaged, or its training diverged" in fails(capsys, "--model", str(tmp_path))
-    monkeypatch.setattr(sample.generate, "stream", raises(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(sample.generate, "stream", Mock(side_effect=torch.OutOfMemoryError))
     assert "out of memory; fewer --samples" in fails(capsys, "--model", toy)
 
 
-@pytest.mark.parametrize(
-    "options, says",
-    [
-        ("--temperature -1", "sample.py: temperature must be 0 or more"),
-        ("--temperature nan", "sample.py: temperature must be 0 or more"),
-        ("--top_p 1.5", "sample.py: top_p must be at most 1"),
-        ("--repetition_penalty 0", "sample.py: repetition_penalty must be 0.01 or more"),
-        ("-n 0", "samples must be 1 or more, not 0"),
-        *((f"{mode} {other}", "exclude each other") for mode in ("-i", "--web") for other in ("-n 2", "--json")),
-        *(("-i " + other, "exclude each other") for other in ("--web", "--file x", "--logprobs")),
-    ],
-)
-def test_bad_options_are_one_line(capsys, options, says):
-    assert says in fails(capsys, *options.split())
+EXCLUDE_EACH_OTHER = "-i -n 2", "-i --json", "-i --web", "-i --file x", "-i --logprobs", "--web -n 2", "--web --json"
+BAD_OPTIONS = dict.fromkeys(EXCLUDE_EACH_OTHER, "exclude each other") | {
+    "--temperature nan": "temperature must be 0 or more",
+    "--top_p 1.5": "top_p must be at most 1",
+    "--repetition_penalty 0": "repetition_penalty must be 0.01 or more",
+    "-n 0": "samples must be 1 or more, not 0",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_are_one_line(capsys, options):
+    assert BAD_OPTIONS[options] in fails(capsys, *options.split())
 
 
 # ---- What is shown: characters, stops, streams, JSON, colours --------------------------------------------------------
@@ -229,14 +203,9 @@ def test_bad_options_are_one_line(capsys, options, says):
 
 def grow(tokens: list[bytes], stops: list[str], end=None) -> tuple[sample.Text, list[str]]:
     """A text that grew by tokens of these bytes, number `end` ending it, and what it showed after each."""
-
-    class Spelling(data.BytesTokenizer):
-        end_of_text = end
-
-        def decode_bytes(self, ids):
-            return b"".join(tokens[i] for i in ids)
-
-    text = sample.Text(Spelling(), "x", 0, stops)
+    tokenizer = data.BytesTokenizer()
+    tokenizer.end_of_text, tokenizer.decode_bytes = end, lambda ids: b"".join(tokens[i] for i in ids)
+    text = sample.Text(tokenizer, "x", 0, stops)
     shown = [text.add(i) for i in range(len(tokens)) if not text.done]
     return text, shown if text.done else [*shown, text.add(None)]
 
@@ -282,9 +251,8 @@ def test_a_stop_text_ends_the_sample(toy, capsys):
 def test_a_single_sample_is_shown_as_it_comes(toy, capsys, monkeypatch):
     arguments = ("--model", toy, "-p", "The fox", "-m", "60", "--top_k", "0")
     first = run(capsys, *arguments, "-n", "2")[0].split(RULE)[0]  # several at once would mix
-    shown, show = [], sample.show
-    monkeypatch.setattr(sample, "show", lambda text, *style: (shown.append(text), show(text, *style)))
-    assert run(capsys, *arguments)[0] == first and sum(map(bool, shown)) > 30
+    show = watch(monkeypatch, sample, "show")
+    assert run(capsys, *arguments)[0] == first and sum(call.args[0] != "" for call in show.call_args_list) > 30
 
 
 def test_json_is_for_programs(toy, capsys):
@@ -292,11 +260,9 @@ def test_json_is_for_programs(toy, capsys):
     whole, _ = run(capsys, *arguments)
     out, _ = run(capsys, *arguments, "--json", "--logprobs")
     records = [json.loads(line) for line in out.splitlines()]
-    assert [record["prompt"] for record in records] == ["ab", "ab", "The fox", "The fox"]
     assert RULE.join(f"{record['prompt']}{data.printable(record['completion'])}\n" for record in records) == whole
     # Against a plain sum over the model's own log-probabilities.
-    model, tokens = GPT.from_pretrained(toy), data.get_tokenizer("bytes")
-    prompt = tokens.encode("The fox").tolist()
+    model, prompt = GPT.from_pretrained(toy), list(b"The fox")
     row = torch.tensor([prompt + generate(model, [prompt], 7, temperature=0)[0]])
     logp = model(row[:, :-1]).log_softmax(-1)[0].gather(1, row[0, 1:, None])[len(prompt) - 1 :, 0]
     assert records[2]["logprob"] == pytest.approx(logp.sum().item(), abs=1e-4)
@@ -312,7 +278,8 @@ def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
     whole, _ = run(capsys, *arguments)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     coloured, _ = run(capsys, *arguments)
-    assert coloured.startswith("\033[1mab\033[0m") and plain(coloured) == whole and "\033" not in whole
+    assert coloured.startswith("\033[1mab\033[0m") and "\033" not in whole
+    assert re.sub(r"\033\[[\d;]*m", "", coloured) == whole
     styles = set()
     for row in coloured.splitlines()[-40:]:
         value, style, likely = re.match(r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m  of  (.*)$", row).groups()
@@ -340,8 +307,7 @@ def test_a_pipe_that_lacks_letters_and_closes_early_is_no_error(toy):
 
 def test_writing_together(toy, capsys, monkeypatch):
     """The text grows by lines of both. Commands change what comes after them, mistakes change nothing."""
-    lines = "/temperature 0", "/max_tokens 5", "ab", "/top_p 7", "/seed x", "/nonsense", "cd", "/reset", "ab"
-    type_in(monkeypatch, *lines)
+    type_in(monkeypatch, "/temperature 0", "/max_tokens 5", "ab", "/top_p 7", "/seed x", "/hi", "cd", "/reset", "ab")
     out, err = run(capsys, "--model", toy, "-i")
     tokens, model = data.get_tokenizer("bytes"), GPT.from_pretrained(toy)
 
@@ -353,27 +319,26 @@ def test_writing_together(toy, capsys, monkeypatch):
     assert out.replace("> ", "") == "".join(data.printable(text) + "\n" for text in (first, second, first, ""))
     mistakes = err.splitlines()[-3:]
     assert mistakes[0] == "/top_p 7: top_p must be at most 1"
-    assert mistakes[1].startswith("/seed x: ") and mistakes[2] == "/nonsense: no such command; /help lists them"
+    assert mistakes[1].startswith("/seed x: ") and mistakes[2] == "/hi: no such command; /help lists them"
     type_in(monkeypatch, "/help")
     assert set(re.findall(r"^  /(\w+)", run(capsys, "--model", toy, "-i")[1], re.M)) == {*sample.SETTINGS, "reset"}
 
 
 def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
     """-p opens the text; the model reads its end. Each answer has its own seed."""
-    asked = watch(monkeypatch)
-    lines = "a line of some length, number one", "next", "/max_tokens 30", "/seed 50", "and on", "/reset", ""
-    type_in(monkeypatch, *lines)
+    stream = watch(monkeypatch, sample.generate, "stream")
+    type_in(monkeypatch, "a line of some length, number one", "next", "/max_tokens 30", "/seed 50", "on", "/reset", "")
     assert run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8", "--seed", "7")[0].startswith("Once ")
-    ([first], [second], [third], [fourth]), seeds = zip(*asked)
+    [first], [second], [third], [fourth] = (call.args[1] for call in stream.call_args_list)
     assert bytes(first) == b"Once a line of some length, number one"[-24:]  # of 32, with room for the answer
     assert len(second) == 24 and bytes(second).endswith(b"\nnext")
     assert len(third) == 16  # at least half a window
     assert fourth == [256]  # nothing at all begins a document
-    assert seeds == ([7], [8], [50], [51])
+    assert [call.args[3] for call in stream.call_args_list] == [[7], [8], [50], [51]]
 
 
 def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
-    monkeypatch.setattr(sample.generate, "stream", raises(KeyboardInterrupt()))
+    monkeypatch.setattr(sample.generate, "stream", Mock(side_effect=KeyboardInterrupt))
     type_in(monkeypatch, "a", "b")
     assert run(capsys, "--model", toy, "-i")[0] == "> \n> \n> \n"  # two answers and the end of the input
     with pytest.raises(SystemExit) as exit_:
@@ -384,52 +349,36 @@ def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_page_is_given(toy, capsys, monkeypatch):
-    """The command's settings at first."""
-    given = []
-    monkeypatch.setattr(sample.web, "serve", lambda *arguments: given.append(arguments))
-    run(capsys, "--model", toy, "--web", "-p", "ab", "--stop", "\\n", "--port", "7", "--top_k", "3")
-    [(ask, description, form, port)] = given
-    assert toy in description and port == 7
-    assert (form["prompt"], form["stop"], form["top_k"], form["seed"]) == ("ab", "\\n", 3, 1337)
-    assert list(ask(form | dict(prompt="x" * 99, max_tokens=30)))  # long prompts are cut as with -i
-
-
 @pytest.fixture
-def answer(toy):
-    """The page's answer to the settings of a command."""
-    model, tokenizer = pack(GPT.from_pretrained(toy), torch.float32), data.get_tokenizer("bytes")
+def page(toy, monkeypatch):
+    """What the command with these arguments gives web.serve."""
 
-    def answer(*argv: str, **changes) -> list[dict]:
-        asked = sample.checked(vars(sample.parse_arguments([*argv]))) | dict(prompt="The fox", stop="")
-        return list(sample.answer(model, tokenizer, asked | changes))
+    def page(*argv: str) -> list:
+        monkeypatch.setattr(sample.web, "serve", serve := Mock())
+        sample.main(["--model", toy, "--web", *argv, "--device", "cpu", "--dtype", "fp32"])
+        return serve.call_args.args
 
-    return answer
+    return page
 
 
-def test_answers_of_the_page_are_those_of_the_command(toy, capsys, answer):
-    arguments = ("-m", "20", "--seed", "5")
-    events = answer(*arguments)
-    record = json.loads(run(capsys, "--model", toy, "-p", "The fox", *arguments, "--json")[0])
+def test_the_page_begins_with_the_settings_of_the_command_and_answers_like_it(toy, capsys, page):
+    arguments = ("-p", "The fox", "-m", "20", "--seed", "5", "--top_k", "9")
+    answer, description, form, port = page(*arguments, "--stop", "\\n", "--port", "7")
+    assert toy in description and port == 7
+    assert (form["prompt"], form["stop"], form["top_k"], form["seed"]) == ("The fox", "\\n", 9, 5)
+    events = list(answer(form | dict(stop="")))
+    record = json.loads(run(capsys, "--model", toy, *arguments, "--json")[0])
     assert "".join(event["text"] for event in events) == record["completion"]
     tokens = [token for event in events for token in event["tokens"]]
     assert len(tokens) == record["tokens"] and sum(math.log(t["p"]) for t in tokens) == pytest.approx(record["logprob"])
     assert all(len(token["likely"]) == 5 and token["p"] <= token["likely"][0][1] + 1e-9 for token in tokens)
 
 
-@pytest.mark.parametrize(
-    "wrong, says",
-    [
-        (dict(top_p=3), "top_p must be at most 1"),
-        (dict(temperature=-(10**400)), "temperature must be 0 or more"),
-        (dict(min_p=float("nan")), "min_p must be 0 or more"),
-        (dict(min_p=False), "min_p must be a number"),
-        (dict(top_k=None), "top_k must be a whole number"),
-        (dict(max_tokens=2.5), "max_tokens must be a whole number"),
-        (dict(seed="1"), "seed must be a whole number"),
-    ],
-)
-def test_what_the_page_may_not_ask(answer, wrong, says):
-    with pytest.raises(ValueError, match=f"^{says}"):
-        answer(**wrong)
-    assert answer("-m", "2", prompt="half a character \ud800", temperature=2)
+def test_what_the_page_may_ask(page):
+    answer, _, form, _ = page("-m", "30")
+    wrong = dict(temperature=-(10**400), min_p=False, top_k=None, max_tokens=2.5, seed="1")
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=rf"^{name} must be (a number|a whole number|0 or more)$"):
+            list(answer(form | {name: value}))
+    for prompt in ("x" * 99, "half a character \ud800"):  # long ones are cut as with -i
+        assert list(answer(form | dict(prompt=prompt)))

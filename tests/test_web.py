@@ -26,9 +26,8 @@ SETTINGS |= dict(seed=1337, stop="")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 # sample.py's part, in another process. The prompt says what comes; "closed" is printed when an answer ends.
-SERVER = (
-    """
-import signal, sys, time, web
+SERVER = """
+import json, signal, sys, time, web
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job, such as nohup make test
 def token(text, p=0.3):
     likely = [[text, p], ["\\n", 0.25], [" <i>a</i>", 0.2], ["b", 0.1], ["\\t", 0.05]]
@@ -52,19 +51,12 @@ def answer(settings):
         yield dict(text=" end", tokens=[token(" end")])
     finally:
         print("closed", flush=True)
-web.serve(answer, "a <b>toy</b>", """
-    + repr(SETTINGS)
-    + """, int(sys.argv[1]))
+web.serve(answer, "a <b>toy</b>", json.loads(sys.argv[1]), 0)
 """
-)
-
-
-def event(text: str) -> dict:
-    return dict(text=text, tokens=[dict(token=text, p=0.5, likely=[[text, 0.5]] * 5)])
 
 
 def words(settings: dict):
-    yield from (event(word) for word in ("a", "b\u2028\n", "</script>"))
+    yield from (dict(text=text) for text in ("a", "b\u2028\n", "</script>"))
 
 
 def client(answer=words):
@@ -82,55 +74,40 @@ def parsed(response) -> list[dict]:
 # ---- The application -------------------------------------------------------------------------------------------------
 
 
-def test_the_page_and_what_fills_it():
-    page = client().get("/")
-    assert page.status_code == 200 and page.mimetype == "text/html"
-    assert client().get("/form").json == dict(about="a model", defaults=SETTINGS)
-    assert client().get("/web.py").status_code == 404
-    for response in (page, client().get("/nothing"), post(client())):
+def test_the_page_what_fills_it_and_its_answers():
+    got = []
+    app = client(lambda settings: got.append(settings) or words(settings))
+    page, answer, missing = app.get("/"), post(app), app.get("/web.py")
+    assert (page.status_code, page.mimetype, missing.status_code) == (200, "text/html", 404)
+    assert app.get("/form").json == dict(about="a model", defaults=SETTINGS)
+    assert parsed(answer) == list(words({})) and got == [SETTINGS]
+    assert answer.get_data().count(b"\n") == 3  # whatever line ends are in the text
+    for response in (page, answer, missing):
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
 
 
-def test_events_are_lines_in_order():
-    got = []
-    response = post(client(lambda settings: got.append(settings) or words(settings)))
-    assert response.status_code == 200
-    assert parsed(response) == list(words({})) and got == [SETTINGS]
-    assert response.get_data().count(b"\n") == 3  # whatever line ends are in the text
+def test_errors_are_a_line_and_the_next_request_is_served(capfd):
+    errors = [ValueError("top_p must be at most 1"), MemoryError("no room")]
 
-
-def failing(error: Exception, after: int):
     def answer(settings):
-        yield from [event("a")] * after
-        raise error
+        yield dict(text="a")
+        raise errors.pop(0)
 
-    return answer
-
-
-@pytest.mark.parametrize("after", [0, 2])
-def test_errors_are_a_line_and_the_next_request_is_served(after, capfd):
-    app = client(failing(ValueError("top_p must be at most 1"), after))
-    for _ in range(2):
-        assert parsed(post(app)) == [event("a")] * after + [dict(error="top_p must be at most 1")]
+    app = client(answer)
+    assert parsed(post(app)) == [dict(text="a"), dict(error="top_p must be at most 1")]
     assert capfd.readouterr() == ("", "")
-    assert parsed(post(client(failing(MemoryError("no room"), after))))[-1] == dict(error="MemoryError: no room")
+    assert parsed(post(app)) == [dict(text="a"), dict(error="MemoryError: no room")]
     assert "Traceback" in capfd.readouterr().err  # a mistake of the program's, for who can mend it
-    not_a_number = dict(text="a", tokens=[dict(token="a", p=float("nan"), likely=[])])
-    assert "error" in parsed(post(client(lambda settings: (yield not_a_number))))[-1]
+    assert "error" in parsed(post(client(lambda settings: (yield dict(text=float("nan"))))))[0]
 
 
 @pytest.mark.parametrize(
     "host, origin, status",
     [
         ("127.0.0.1:8000", None, 200),
-        ("localhost", "http://localhost", 200),
         ("localhost:9999", "http://localhost:9999", 200),  # through ssh -L
-        ("evil.example:8000", "http://evil.example:8000", 403),
         ("127.0.0.1.evil.example", None, 403),
-        ("", None, 403),
         ("127.0.0.1:8000", "http://127.0.0.1:3000", 403),
-        ("127.0.0.1:8000", "https://127.0.0.1:8000", 403),
-        ("127.0.0.1:8000", "null", 403),
     ],
 )
 def test_only_the_page_itself_may_ask(host, origin, status):
@@ -144,7 +121,7 @@ def test_only_the_page_itself_may_ask(host, origin, status):
 
 class Server:
     def __init__(self):
-        command = [sys.executable, "-u", "-c", SERVER, "0"]
+        command = [sys.executable, "-u", "-c", SERVER, json.dumps(SETTINGS)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), **pipes)
         self.lines = queue.Queue()
@@ -160,10 +137,10 @@ class Server:
         connection.request("POST", "/answer", json.dumps({**SETTINGS, "prompt": prompt}))
         return connection.sock, connection.getresponse()
 
-    def interrupt(self) -> tuple[int, str]:
+    def interrupt(self) -> None:
+        """It ends as it should: nothing was logged, no traceback shown."""
         self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(timeout=60)
-        return code, self.process.stderr.read()
+        assert (self.process.wait(timeout=60), self.process.stderr.read()) == (0, "")
 
 
 @pytest.fixture
@@ -171,26 +148,22 @@ def server():
     server = Server()
     try:
         yield server
-        if server.process.poll() is None:
-            assert server.interrupt() == (0, "")  # nothing was logged, no traceback shown
+        server.interrupt()
     finally:
         server.process.kill()
 
 
 def test_it_listens_on_this_computer_only_and_says_where(server):
     assert server.url == f"http://127.0.0.1:{server.port}"
-    elsewhere = socket.socket()
-    with elsewhere, pytest.raises(OSError):
-        elsewhere.connect(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
-    with pytest.raises(ValueError, match=rf"^--port {server.port}: .* 0 for any free one\)$"):
-        web.serve(words, "a model", SETTINGS, server.port)
-    with pytest.raises(ValueError, match=r"^--port 70000: "):
-        web.serve(words, "a model", SETTINGS, 70000)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
+    for port in (server.port, 70000):
+        with pytest.raises(ValueError, match=rf"^--port {port}: .* 0 for any free one\)$"):
+            web.serve(words, "a model", SETTINGS, port)
 
 
-@pytest.mark.parametrize("how", ["orderly", "abruptly"])
-def test_the_answer_ends_when_the_connection_does(server, how):
-    for _ in range(2):
+def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):
+    for how in ("orderly", "abruptly"):
         connection, response = server.ask("forever")
         assert json.loads(response.readline())["text"] == " word"
         if how == "abruptly":
@@ -199,14 +172,18 @@ def test_the_answer_ends_when_the_connection_does(server, how):
         connection.close()
         assert server.line() == "closed"
     assert json.loads(server.ask("x")[1].readline())["text"] == " end"
+    assert server.line() == "closed"
+    _, response = server.ask("forever")
+    response.readline()
+    server.interrupt()
+    assert server.line() == "closed"
 
 
 def test_a_second_connection_waits(server):
     connection, first = server.ask("forever")
     first.readline()
     (leaving, second), (_, third) = server.ask("x"), server.ask("x")
-    for response in (second, third):
-        assert json.loads(response.readline()) == dict(waiting=True)
+    assert json.loads(second.readline()) == json.loads(third.readline()) == dict(waiting=True)
     second.close()  # who leaves the queue takes nothing along
     leaving.close()
     assert json.loads(first.readline())["text"] == " word"
@@ -214,13 +191,6 @@ def test_a_second_connection_waits(server):
     connection.close()
     events = [json.loads(line) for line in third.read().splitlines()]
     assert [event["text"] for event in events if "text" in event] == [" end"]
-
-
-def test_control_c_ends_it_in_the_middle_of_an_answer(server):
-    _, response = server.ask("forever")
-    response.readline()
-    assert server.interrupt() == (0, "")
-    assert server.line() == "closed"
 
 
 # ---- The page in a browser -------------------------------------------------------------------------------------------
@@ -288,8 +258,7 @@ def test_keys(page, server):
     page.locator(".token").first.focus()
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement === document.querySelectorAll('.token')[1]")
-    assert page.locator("#tip").is_visible()
-    assert page.locator("#tip").get_attribute("role") == "tooltip"
+    assert page.get_by_role("tooltip").is_visible()
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
 
@@ -324,10 +293,8 @@ def test_text_is_never_html(page):
     assert page.evaluate("window.broken") is None
 
 
-def test_errors_are_shown(page, server):
-    page.get_by_label("Temperature").fill("")
-    ask(page, "x")
-    status(page, "temperature must be a number")
-    page.get_by_label("Temperature").fill("1")
-    ask(page, "x")
-    status(page, "Done.")
+def test_errors_are_shown(page):
+    for temperature, says in (("", "temperature must be a number"), ("1", "Done.")):
+        page.get_by_label("Temperature").fill(temperature)
+        ask(page, "x")
+        status(page, says)
