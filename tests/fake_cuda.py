@@ -238,6 +238,7 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
     """Do all of its runs into the folder; the last line of the output is a JSON object of their results."""
     from conftest import toy_config
 
+    import auto
     import data
     import generate
     import hellaswag
@@ -277,6 +278,11 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
     one_prompt = functools.partial(sample.main, [*command, "-m", "40", "-p", "the quick", "--temperature", "0"])
     results["one prompt"] = do(one_prompt)
     results["hellaswag"] = do(scoring)
+
+    # Too little memory is known before the first evaluation, which takes minutes.
+    full = mock.patch.object(auto, "try_step", side_effect=torch.OutOfMemoryError("full"))
+    with full, mock.patch.object(train, "evaluate", side_effect=AssertionError("evaluated")):
+        results["full"] = do(training("full", checkpoint_every=0))
 
     # Broken on purpose.
     hidden, prefetch, step = model.GPT.hidden, data.prefetch, generate.forward_cached

@@ -60,6 +60,7 @@ def test_no_run_mixes_devices(results, run):
         ("targets on the CPU", "FakeTensorDeviceMismatchError"),
         ("positions on the CPU", "FakeTensorDeviceMismatchError"),
         ("read in a graph", "reads a value while a CUDA graph is captured"),
+        ("full", "OutOfMemoryError('full')"),
     ],
 )
 def test_what_is_broken_on_purpose_is_seen(results, run, error):

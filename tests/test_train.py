@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TOY_MODEL, clean_environment, flags, losses, metrics, weights
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import auto
@@ -26,6 +27,7 @@ import prepare
 import train
 from model import GPT, Block, GPTConfig
 from pretrained import checkpoints
+from runtime import Runtime
 
 ROOT = Path(train.__file__).parent
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
@@ -196,6 +198,16 @@ def test_resumed_equals_straight(config, tmp_path, compile):
     assert without_times(straight) == without_times(resumed)
     assert [record["step"] for record in metrics(resumed, "run")] == [0, 8]
     assert not list(resumed.glob(".*"))
+
+
+def test_the_time_of_a_step_ends_after_the_optimizer(config, monkeypatch):
+    """A GPU runs the optimizer's kernels after Python has launched them: the clock is read when they are done."""
+    seen = []
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append("optimizer"))
+    monkeypatch.setattr(Runtime, "synchronize", lambda self: seen.append("wait"))
+    train.train(config(max_steps=4, log_every=2))
+    hook.remove()
+    assert seen == "optimizer wait optimizer optimizer wait optimizer wait".split()
 
 
 @pytest.mark.torture
