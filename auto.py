@@ -186,19 +186,18 @@ def batch_size(setting: int | str, sequences: int, model: GPT, T: int, machine: 
 def out_of_memory(model: GPT, batch_size: int, T: int, machine: Runtime) -> bool:
     """Whether a training step on this batch needs more memory than the GPU has left."""
     try:
-        moments = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
-        try_step(model, batch_size, T, machine)
+        try_step(model, batch_size, T, machine, moments=2)
         return False
     except torch.OutOfMemoryError:
         return True
     finally:
-        moments = None  # noqa: F841 (freed before the cache is)
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
 
 
-def try_step(model: torch.nn.Module, batch_size: int, T: int, machine: Runtime) -> None:
-    """Forward and backward pass on a batch of zeros."""
+def try_step(model: torch.nn.Module, batch_size: int, T: int, machine: Runtime, moments: int) -> None:
+    """Forward and backward pass on a batch of zeros, beside memory for so many moments of the optimizer."""
+    room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(moments)]  # noqa: F841
     idx = torch.zeros(batch_size, T, dtype=torch.int64, device=machine.device)
     with machine.autocast():
         loss = model(idx, idx)

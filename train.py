@@ -198,7 +198,7 @@ def train(config: TrainConfig) -> dict:
     )
     batches = data.Batches(windows, batch_size, sequences * machine.world_size, machine.world_size, config.seed)
     if machine.device.type == "cuda":  # too little memory shows now, not after the first evaluation
-        auto.try_step(model, batch_size, config.block_size, machine)
+        auto.try_step(model, batch_size, config.block_size, machine, moments=0 if found else 2)
         optimizer.zero_grad(set_to_none=machine.world_size == 1)
 
     # ---- 8. The loop. It goes one past the last update, to evaluate and save the result too --------------------------

@@ -141,7 +141,7 @@ def test_batch_size_auto_is_the_largest_that_fits_on_every_rank(monkeypatch):
     """A GPU with memory for 5 sequences, beside a rank with memory for 2: of 12 sequences, 2 at once."""
     room = dict(here=5, there=2)
 
-    def try_step(model, size, T, machine):
+    def try_step(model, size, T, machine, moments):
         if size > room["here"]:
             raise torch.OutOfMemoryError
 
