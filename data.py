@@ -197,12 +197,13 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def lock(path: Path, message: str) -> Iterator[None]:
-    """Hold the lock file `path`. ValueError(message) if another process holds it; a killed process releases it."""
+def lock(path: Path, message: str = "") -> Iterator[None]:
+    """Hold the lock file `path`, which a killed process releases. If another process holds it: ValueError(message), or
+    wait for it where there is no message."""
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(path, timeout=0):
+        with FileLock(path, timeout=0 if message else -1):
             yield
     except Timeout:
         raise ValueError(message) from None

@@ -13,6 +13,7 @@ command again: it continues.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -151,6 +152,19 @@ def take_ready_made(arguments: argparse.Namespace, out: Path, commit: str, files
     return rows
 
 
+def finish(out: Path, source: dict, rows: list[dict]) -> str:
+    """Complete the folder, whose shards are `rows`. Returns a summary for the terminal."""
+    val = [row for row in rows if "_val_" in row["file"].removeprefix(out.name)]
+    if len(val) == len(rows):
+        n = sum(row["tokens"] for row in rows)
+        size = max(1, n // 20)
+        raise ValueError(f"{out}: all {n:,} tokens are for validation; delete it, set --shard_tokens={size}")
+    shutil.rmtree(out / "downloads", ignore_errors=True)
+    shards = {"train": [row for row in rows if row not in val], "val": val}
+    documents = sum(row["documents"] for row in rows)
+    return prepare.finish_folder(out, data.get_tokenizer("gpt2"), source, shards, documents)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     about = "Turn a text dataset on the Hugging Face hub into shards of GPT-2's tokens. After an interruption, run the "
     about += "same command again: it continues. The variables HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured."
@@ -202,22 +216,21 @@ def main(argv: list[str] | None = None) -> None:
         commit, files = meta["source"]["commit"], meta["source"]["files"]
         if arguments.pretokenized:
             rows = take_ready_made(arguments, out, commit, files)
-        else:
-            tokenise_files(arguments, out, commit, files)
+            print(f"{arguments.out}: {finish(out, meta['source'], rows)}")
+            return
+        tokenise_files(arguments, out, commit, files)
+        # Parts that end together count one after the other, and the last one finishes the folder.
+        with data.lock(out / ".lock") if parts > 1 else contextlib.nullcontext():
+            finished = data.read_meta(out)["complete"]  # by another part, which has deleted the records
             shards = (shards_of(out, i, len(files), arguments.shard_tokens) for i in range(len(files)))
             done = [file_shards for file_shards in shards if file_shards.complete]
             rows, n = [row for s in done for row in s.rows["train"]], sum(s.n_tokens for s in done)
-            if len(done) < len(files) and n != arguments.max_tokens:
-                print(f"{arguments.out}: part {part} of {parts} is done; {len(done)} of {len(files)} files are there")
-                return
-        val = [row for row in rows if "_val_" in row["file"].removeprefix(out.name)]
-        if len(val) == len(rows):
-            size = max(1, n // 20)
-            raise ValueError(f"{out}: all {n:,} tokens are for validation; delete it, set --shard_tokens={size}")
-        shutil.rmtree(out / "downloads", ignore_errors=True)
-        shards = {"train": [row for row in rows if row not in val], "val": val}
-        documents = sum(row["documents"] for row in rows)
-        summary = prepare.finish_folder(out, data.get_tokenizer("gpt2"), meta["source"], shards, documents)
+            if finished:
+                summary = f"part {part} of {parts} is done; another part has finished the folder"
+            elif len(done) < len(files) and n != arguments.max_tokens:
+                summary = f"part {part} of {parts} is done; {len(done)} of {len(files)} files are there"
+            else:
+                summary = finish(out, meta["source"], rows)
         print(f"{arguments.out}: {summary}")
 
 

@@ -166,7 +166,7 @@ def assert_made(out: Path, reference: dict[str, np.ndarray]) -> None:
     """The folder is complete, and its shards and number of documents are the reference's."""
     meta = data.read_meta(out)
     assert meta["complete"] and meta["documents"] == sum(np.count_nonzero(t == 50256) for t in reference.values())
-    assert sorted(path.name for path in out.iterdir()) == sorted([*reference, "meta.json"])
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == sorted([*reference, "meta.json"])
     for name, tokens in reference.items():
         assert np.array_equal(data.open_shard(out / name).tokens, tokens), name
 
@@ -188,14 +188,29 @@ def test_shards_equal_those_of_a_plain_loop(hub, tmp_path, reference):
     assert "already made" in fetch(hub, out) and not hub.asked
 
 
+# Two parts that tokenise until both are ready, and then count the files at the same time.
+TOGETHER = """
+import os, pathlib, time
+tokenise_files = fineweb.tokenise_files
+def tokenise_both(arguments, out, *rest):
+    tokenise_files(arguments, out, *rest)
+    (out.parent / f"{os.getpid()}.ready").touch()
+    while len(list(out.parent.glob("*.ready"))) < 2:
+        time.sleep(0.01)
+fineweb.tokenise_files = tokenise_both
+"""
+
+
 def test_parts_make_the_same_bytes(hub, tmp_path, reference):
     """Three machines at one folder, the last two at the same time."""
     out = tmp_path / "out"
     assert "part 1 of 3 is done; 1 of 3 files are there" in fetch(hub, out, "--part", "1/3")
     with pytest.raises(ValueError, match="still being written"):
         data.open_shards(out, "train")
-    both = [start(hub, out, "--part", part, "--workers", "2") for part in ("2/3", "3/3")]
-    assert [(process.communicate(timeout=120), process.returncode)[1] for process in both] == [0, 0]
+    both = [start(hub, out, "--part", part, "--workers", "2", before=TOGETHER) for part in ("2/3", "3/3")]
+    said = ["".join(process.communicate(timeout=120)) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("another part has finished the folder" in text for text in said) == 1  # one of them, not both
     assert_made(out, reference)
 
 
