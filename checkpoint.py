@@ -28,7 +28,7 @@ FIXED = ("n_layer", "n_head", "n_embd", "bias", "pad_vocab", "optimizer")
 # These may change only with resume_anyway: they change the losses. (Others change rounding, paths or intervals only.)
 CURVE = (
     *("seed", "dtype", "block_size", "dropout", "total_batch_size", "weight_decay", "beta1", "beta2", "grad_clip"),
-    *("learning_rate", "min_lr", "lr_schedule", "warmup_steps", "max_steps"),
+    *("learning_rate", "muon_learning_rate", "muon_momentum", "min_lr", "lr_schedule", "warmup_steps", "max_steps"),
 )
 
 

@@ -38,6 +38,7 @@ import plot
 import run
 import runtime
 from model import GPT, GPTConfig
+from optimizer import build_optimizer, in_words
 from runtime import Runtime
 
 
@@ -67,7 +68,7 @@ class TrainConfig:
     total_batch_size: int = 524_288  # tokens in a step, over all processes and gradient accumulation
 
     # The optimizer
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd uses beta1 as its momentum
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: for the blocks' matrices; sgd's momentum is beta1
     learning_rate: float = 6e-4  # peak learning rate, reached after the warm-up
     min_lr: float = 6e-5  # where the cosine ends
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
@@ -76,6 +77,8 @@ class TrainConfig:
     weight_decay: float = 0.1  # on matrices and embeddings only
     beta1: float = 0.9  # decay of the running mean of the gradient
     beta2: float = 0.95  # decay of the running mean of its square
+    muon_learning_rate: float = 6e-4  # of the blocks' matrices, with the same schedule; the rest has learning_rate
+    muon_momentum: float = 0.95  # decay of the running mean of a matrix's gradient
     grad_clip: float = 1.0  # largest norm of the gradient over all parameters; 0 turns clipping off
     fused: bool = True  # all parameters updated in one kernel
 
@@ -109,13 +112,15 @@ class TrainConfig:
         positive = ("batch_size", "total_batch_size", "eval_tokens", "sample_tokens", "timeout")
         wrong = []
         for name, value in vars(self).items():
-            low, high = int(name in positive), 1 if name in ("beta1", "beta2") else 2**63
+            low, high = int(name in positive), 1 if name in ("beta1", "beta2", "muon_momentum") else 2**63
             if type(value) in (int, float) and not low <= value < high:
                 wrong.append(f"{name} is {value}: it must be at least {low} and below {high}")
         if self.profile and self.profile + 2 > self.max_steps:
             wrong.append(f"profile {self.profile} starts at the third step, but max_steps is {self.max_steps}")
         if self.lr_schedule != "constant" and self.min_lr > self.learning_rate:
             wrong.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; set both")
+        if self.optimizer == "muon" and not self.learning_rate:
+            wrong.append("with muon, learning_rate must be above 0")
         return wrong + model_config(self, vocab_size=1).mistakes()
 
 
@@ -174,7 +179,8 @@ def train(config: TrainConfig) -> dict:
     machine = machine.computing_in(chosen["dtype"])
 
     # ---- 5. The optimizer, with its state if we resume ---------------------------------------------------------------
-    optimizer = build_optimizer(raw_model, config)
+    optimizer = build_optimizer(raw_model, config, machine.dtype)
+    say(f"optimizer: {in_words(optimizer)}")
     # For fp16 only: its smallest number is 6e-8, so gradients are scaled up before they are rounded to it.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if found:
@@ -263,7 +269,7 @@ def train(config: TrainConfig) -> dict:
             t0 = time.perf_counter()
             lr = learning_rate_at(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_ratio"]
 
             # The gradient of the whole batch, piece by piece. A piece's loss is a mean, so 1/k of each adds up to one.
             loss = torch.zeros((), device=machine.device)
@@ -371,7 +377,7 @@ def seed_dropout(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
-# ---- Data, model and optimizer ---------------------------------------------------------------------------------------
+# ---- Data and model --------------------------------------------------------------------------------------------------
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -394,14 +400,6 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
     if T < config.block_size:
         raise ValueError(f"block_size {config.block_size} is beyond {source}'s context; set --block_size={T}")
     return model
-
-
-def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = model.param_groups(config.weight_decay)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1, fused=config.fused)
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=1e-8, fused=config.fused)
 
 
 # ---- Watching: none of it changes what training computes -------------------------------------------------------------

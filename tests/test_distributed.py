@@ -39,9 +39,18 @@ def torchrun(n: int, config, program: str | Path = "train.py") -> subprocess.Com
     )
 
 
-def test_two_ranks_equal_one(config, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_equal_one(config, tmp_path, optimizer):
     """Law 2 over processes: losses, validation, weights; and law 3 when the number of ranks changes from 2 to 1."""
-    settings = dict(batch_size=1, eval_every=6, eval_tokens=500, sample_every=6, checkpoint_every=6, keep_checkpoints=0)
+    settings = dict(
+        optimizer=optimizer,
+        batch_size=1,
+        eval_every=6,
+        eval_tokens=500,
+        sample_every=6,
+        checkpoint_every=6,
+        keep_checkpoints=0,
+    )
     alone = config(out_dir=str(tmp_path / "alone"), **settings)
     expected = losses(alone)
     pair = config(out_dir=str(tmp_path / "pair"), **settings)

@@ -17,6 +17,7 @@ HOUSE = {
     "pretrained": set(),
     "model": {"pretrained"},
     "data": set(),
+    "optimizer": {"model"},
     "auto": {"runtime", "model"},
     "generate": {"runtime", "model", "auto"},
     "prepare": {"configurator", "data"},
@@ -27,7 +28,8 @@ HOUSE = {
     "run": {"runtime", "pretrained", "data"},
     "checkpoint": {"pretrained", "model", "data", "run"},
     "plot": {"configurator", "pretrained", "model", "run"},
-    "train": {"auto", "configurator", "runtime", "model", "data", "generate", "hellaswag", "run", "checkpoint", "plot"},
+    "train": {"auto", "configurator", "runtime", "model", "data", "optimizer", "generate", "hellaswag"}
+    | {"run", "checkpoint", "plot"},
     "bench": {"auto", "configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "run", "train"},
 }
 SCRIPTS = {"prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench"}
