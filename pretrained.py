@@ -65,7 +65,8 @@ def fetch(repo: str) -> Path:
 
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            folder = Path(snapshot_download(repo, allow_patterns=["config.json", weights], ignore_patterns="*/*"))
+            wanted = ["config.json", "tokenizer.json", weights]
+            folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns="*/*"))
             if any(folder.glob(weights)):
                 break
         return folder

@@ -24,9 +24,10 @@ import configurator
 import data
 import generate
 import runtime
+import vocabulary
 import web
 from model import GPT, GPTConfig
-from pretrained import checkpoints, resolve
+from pretrained import checkpoints, locate, resolve
 
 HELLO = "Hello, I'm a language model,"
 BOLD, LIKELY, UNLIKELY = "1", "38;5;33", "38;5;208"  # ANSI codes: bold; blue and orange, safe for colour-blind readers
@@ -106,16 +107,19 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     return prompts
 
 
-def load_model(name: str | None) -> tuple[GPT, str, str]:
-    """Returns a model (default: the newest checkpoint, else an untrained GPT-2), its description, and its prompt."""
+def load_model(name: str | None) -> tuple[GPT, data.Tokenizer, str, str]:
+    """A model (default: the newest checkpoint, else an untrained GPT-2), its tokenizer, description, and prompt."""
     newest = [runs[-1] for run in Path("out").glob("*") if (runs := checkpoints(run))]
     source = resolve(name) if name else max(newest, key=lambda folder: folder.stat().st_mtime, default=None)
     if source is None:
-        return GPT(GPTConfig()), "UNTRAINED GPT-2 124M: no checkpoint under out/; try --model gpt2", HELLO
-    model, prompt = GPT.from_pretrained(source), HELLO
+        model, about = GPT(GPTConfig()), "UNTRAINED GPT-2 124M: no checkpoint under out/; try --model gpt2"
+        return model, data.get_tokenizer(model.config.vocab_size), about, HELLO
+    folder = locate(source)
+    model, prompt = GPT.from_pretrained(folder), HELLO
+    tokenizer = vocabulary.of_model(folder, model.config.vocab_size)
     with suppress(OSError, ValueError, KeyError, TypeError):  # a model that was not trained here has no such file
         prompt = json.loads((Path(source) / "settings.json").read_text())["settings"]["sample_prompt"]
-    return model, f"{source}, {model.num_params():,} parameters", prompt
+    return model, tokenizer, f"{source}, {model.num_params():,} parameters", prompt
 
 
 # ---- Texts, and three ways to ask for them: as a command, line by line, with a page ----------------------------------
@@ -252,8 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parse_arguments(argv)
     settings, prompts = checked(vars(given)), read_prompts(given.prompts + given.prompt, given.file)
     machine = runtime.start(given.device)
-    model, description, default_prompt = load_model(given.model)
-    tokenizer = data.get_tokenizer(model.config.vocab_size)
+    model, tokenizer, description, default_prompt = load_model(given.model)
     try:
         rows = min(BATCH, max(1, len(prompts)) * given.samples)
         model, machine, note = generate.ready(model, machine, given.dtype, rows)

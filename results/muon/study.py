@@ -20,7 +20,7 @@ compile = False
 
 log_every = 10
 eval_every = 50
-eval_tokens = 131_072
+eval_tokens = 65_536
 hellaswag_every = 0
 sample_every = 0
 checkpoint_every = 0

@@ -4,7 +4,6 @@ A run's folder is named by optimizer, what was tried, and seed.
 """
 
 import json
-import statistics
 from pathlib import Path
 
 HERE = Path(__file__).parent
