@@ -19,13 +19,13 @@ SHAPE = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer
 # What config.json may say otherwise and model.py does not do.
 ONLY = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "n_inner": None,
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
+GELU = {"gelu_new": False, "gelu": True}  # config.json's activation_function -> GPTConfig's exact_gelu
 
 
 def is_conv1d(name: str) -> bool:
@@ -149,7 +149,10 @@ def read_config(file: Path) -> dict:
         # n_inner may be spelled out: None means four times the width.
         if hf.get(name, value) != value and (name, hf[name]) != ("n_inner", 4 * hf["n_embd"]):
             raise ValueError(f"{file}: {name} is {hf[name]!r}; this model is GPT-2 with {value!r} only")
-    return shape | dict(bias=bool(hf.get("bias", True)))
+    activation = str(hf.get("activation_function", "gelu_new"))
+    if activation not in GELU:
+        raise ValueError(f"{file}: activation_function is {activation!r}; this model has {' or '.join(GELU)}")
+    return shape | dict(bias=bool(hf.get("bias", True)), exact_gelu=GELU[activation])
 
 
 def read_file(file: Path) -> dict:
@@ -172,11 +175,13 @@ def read_file(file: Path) -> dict:
 
 
 def read_nanogpt(file: Path) -> tuple[dict, dict]:
-    """Shape and tensors of nanoGPT's ckpt.pt (its GELU is the exact one, not GPT-2's) or build-nanogpt's model_*.pt."""
+    """Shape and tensors of nanoGPT's ckpt.pt or build-nanogpt's model_*.pt."""
     content = read_file(file)
     try:
         options = dict(content["model_args"] if "model_args" in content else vars(content["config"]))
         shape = {name: options[name] for name in SHAPE} | dict(bias=bool(options.get("bias", True)))
+        # nanoGPT took the exact GELU in May 2023, four months after its option `bias`. build-nanogpt has GPT-2's.
+        shape["exact_gelu"] = "model_args" in content and "bias" in options
         state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
         if shape["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
             shape["vocab_size"] = 50257
@@ -199,6 +204,7 @@ def write(folder: str | Path, config, weights: dict[str, torch.Tensor]) -> None:
     shapes = parameter_shapes(vars(config) | dict(bias=True))  # transformers' GPT-2 always has biases
     state |= {name: torch.zeros(size) for name, size in shapes.items() if name not in state}
     hf = ONLY | dict(architectures=["GPT2LMHeadModel"], dtype="float32", initializer_range=0.02)
+    hf["activation_function"] = "gelu" if config.exact_gelu else "gelu_new"
     hf |= {theirs: getattr(config, name) for name, theirs in SHAPE.items()} | dict(n_ctx=config.block_size)
     hf |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     # End of text is the last id in every tokenizer of this project, as in GPT-2's.
