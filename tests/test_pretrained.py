@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import struct
 import subprocess
 import sys
 
@@ -238,6 +239,59 @@ def test_build_nanogpts_checkpoint_is_read(tmp_path, toy):
     )
     subprocess.run([sys.executable, "-c", save], cwd=tmp_path, check=True)
     assert torch.equal(GPT.from_pretrained(tmp_path / "model_00009.pt").eval()(ids(1, 9)), toy(ids(1, 9)))
+
+
+def llmc(model: GPT, path, version: int, header=None, rows=384) -> None:
+    """Save as llm.c does: 256 int32, then the parameters, each kind of all layers together, without names."""
+    shape, state = model.config, model.weights()
+    numbers = dict(enumerate([20240326, version, shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head]))
+    numbers |= {6: shape.n_embd, 7: rows} | (header or {})
+    names = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
+    kinds = "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias ln_2.weight"
+    kinds += " ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias"
+    names[2:2] = [f"h.{layer}.{kind}" for kind in kinds.split() for layer in range(shape.n_layer)]
+    tensors = [state[f"transformer.{name}"] for name in names]
+    tensors[0] = torch.nn.functional.pad(tensors[0], (0, 0, 0, rows - shape.vocab_size))
+    whole = torch.cat([tensor.flatten() for tensor in tensors])
+    content = whole.numpy().tobytes() if version == 3 else whole.bfloat16().view(torch.int16).numpy().tobytes()
+    path.write_bytes(struct.pack("<256i", *(numbers.get(i, 0) for i in range(256))) + content)
+
+
+@pytest.mark.parametrize("version", [3, 5])
+def test_llmcs_checkpoints_are_read(tmp_path, version):
+    ours, x = make_toy(n_layer=3), ids(2, 16)
+    llmc(ours, tmp_path / "model_00019560.bin", version)
+    again = GPT.from_pretrained(tmp_path / "model_00019560.bin", dropout=0.25).eval()
+    assert again.config == dataclasses.replace(ours.config, dropout=0.25)
+    if version == 5:
+        ours = ours.bfloat16().float()
+    assert torch.equal(again(x), ours(x))
+    again.save_pretrained(tmp_path / "copy")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "copy").eval()(x), ours(x))
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ({1: 1}, "version 1 of llm.c's format; this reads 3"),
+        ({2: 17}, "damaged, or half copied: it has .* bytes, but its header says"),
+        ({4: 10**9}, "damaged, or half copied"),
+        ({2: -1, 7: 401}, "damaged, or half copied"),  # the size is right
+        ({3: 385}, "damaged, or half copied"),  # more tokens than rows
+        ({5: 5}, "n_embd 32 is not divisible by n_head 5"),
+        ({0: 20240520}, r"not a file of weights \(damaged"),  # a shard of tokens, and so not llm.c's model
+    ],
+)
+def test_llmcs_files_that_do_not_fit(tmp_path, toy, header, message):
+    llmc(toy, tmp_path / "model.bin", 3, header)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path / "model.bin")
+    if header == {1: 1}:
+        for size in (2, 100, 1024, -4):
+            llmc(toy, tmp_path / "model.bin", 3)
+            (tmp_path / "model.bin").write_bytes((tmp_path / "model.bin").read_bytes()[:size])
+            with pytest.raises(ValueError, match=r"model.bin: .*damaged, or half copied"):
+                GPT.from_pretrained(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("name", ["nothere", "out/nothere", "a/b/c"])
