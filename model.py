@@ -246,7 +246,7 @@ class GPT(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_pretrained(cls, name: str | Path, **settings) -> "GPT":
-        """A model from a run, a checkpoint or any GPT-2 folder, nanoGPT's ckpt.pt, or the hub ("gpt2", "user/model").
+        """A model from a run, a GPT-2 folder, a file of nanoGPT or llm.c, or the hub ("gpt2", "user/model").
 
         `settings` are the GPTConfig fields that do not change the function: dropout, flash, pad_vocab, recompute.
         Raises ValueError when the files cannot be had or do not fit.

@@ -181,7 +181,7 @@ def read_nanogpt(file: Path) -> tuple[dict, dict]:
     try:
         options = dict(content["model_args"] if "model_args" in content else vars(content["config"]))
         shape = {name: options[name] for name in SHAPE} | dict(bias=bool(options.get("bias", True)))
-        # nanoGPT took the exact GELU in May 2023, four months after its option `bias`. build-nanogpt has GPT-2's.
+        # nanoGPT took the exact GELU in June 2023, months after its option `bias`. build-nanogpt has GPT-2's.
         shape["exact_gelu"] = "model_args" in content and "bias" in options
         state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
         if shape["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
