@@ -383,7 +383,7 @@ def seed_dropout(*numbers: int) -> None:
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("vocab_size", "flash")]
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size", "flash", "exact_gelu"}
     return GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
 
 
