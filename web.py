@@ -15,6 +15,9 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
+import run
+from pretrained import checkpoints
+
 HOST = "127.0.0.1"
 HEADERS = {
     # The page's own script and style, and requests to this server: should text ever become HTML, it can send nothing.
@@ -24,8 +27,9 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-# A request (prompt, stop, settings) -> events: {"text": what can be shown now, "tokens": [{"token", "p", "likely"}]}.
-# ValueError if something is missing or wrong.
+# A request (prompt, stop, settings, checkpoint, taken: ids of tokens that the text has already) -> events. The first is
+# {"taken": what each of those shows}, the others {"text": what can be shown now, "tokens": [{"id", "token", "p",
+# "likely": [{"id", "token", "p"}, ...]}]}. ValueError if something is missing or wrong.
 Answer = Callable[[dict], Generator[dict, None, None]]
 
 
@@ -59,12 +63,44 @@ class Desk:
         self.turn.acquire(timeout=10)
 
 
+class Shelf:
+    """The checkpoints of a run. One at a time is open; the page names the next from the list that it was given."""
+
+    def __init__(self, source: Path, model, read: Callable):
+        """source: the model's folder, or another name of it. If it is no checkpoint of a run, it stands alone."""
+        folder = source.resolve()
+        self.run_folder, self.is_run = folder.parent, folder in checkpoints(folder.parent)
+        self.title = folder.parent.name if self.is_run else folder.name
+        self.name, self.opened, self.read = folder.name, model, read
+
+    def names(self) -> list[str]:
+        """Oldest first. A run that is still going adds checkpoints and deletes old ones."""
+        return [folder.name for folder in checkpoints(self.run_folder)] if self.is_run else []
+
+    def model(self, name: str):
+        """The model of this name. ValueError if there is none, or if it is damaged."""
+        if name != self.name:
+            if name not in self.names():
+                raise ValueError(f"there is no checkpoint {name} (any more); choose another")
+            self.name = self.opened = None  # two at once may need too much memory
+            self.opened = self.read(self.run_folder / name)
+            self.name = name
+        return self.opened
+
+    def progress(self) -> dict:
+        """The checkpoints' names, and the losses in nats a token as pairs (steps, loss), 300 at most."""
+        records = run.read_metrics(self.run_folder / "metrics.jsonl") if self.is_run else []
+        curves = {kind: run.evenly(run.of_kind(records, kind, "loss"), 300) for kind in ("train", "val")}
+        pairs = {kind: [(run.updates(record), record["loss"]) for record in curve] for kind, curve in curves.items()}
+        return dict(checkpoints=self.names(), **pairs)
+
+
 def line(**event) -> str:
     return json.dumps(event, allow_nan=False) + "\n"
 
 
-def make_app(answer: Answer, about: str, defaults: dict):
-    """The Flask application: the page, what fills its form, and the answers."""
+def make_app(answer: Answer, shelf: Shelf, form: dict):
+    """The Flask application: the page, what fills its form, how the run's training went, and the answers."""
     from flask import Flask, Response, abort, request
 
     app = Flask("web", static_folder=None)
@@ -88,8 +124,12 @@ def make_app(answer: Answer, about: str, defaults: dict):
         return Response(Path(__file__).with_name("web.html").read_bytes(), mimetype="text/html")
 
     @app.get("/form")
-    def form():
-        return dict(about=about, defaults=defaults)
+    def fill():
+        return form | dict(title=shelf.title, checkpoint=shelf.name)
+
+    @app.get("/run")
+    def training():
+        return shelf.progress()
 
     @app.post("/answer")
     def answer_one():
@@ -98,9 +138,9 @@ def make_app(answer: Answer, about: str, defaults: dict):
     return app
 
 
-def serve(answer: Answer, about: str, defaults: dict, port: int) -> None:
+def serve(answer: Answer, shelf: Shelf, form: dict, port: int) -> None:
     """Until Ctrl-C. Port 0 is any free one."""
-    app = make_app(answer, about, defaults)
+    app = make_app(answer, shelf, form)
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Handler(WSGIRequestHandler):
