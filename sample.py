@@ -23,6 +23,7 @@ import torch
 import configurator
 import data
 import generate
+import run
 import runtime
 import web
 from model import GPT, GPTConfig
@@ -108,15 +109,45 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
 
 def load_model(name: str | None) -> tuple[GPT, Path, str, str]:
     """Returns a model (default: the newest checkpoint, else an untrained GPT-2), its name, description, and prompt."""
-    newest = [runs[-1] for run in Path("out").glob("*") if (runs := checkpoints(run))]
+    newest = [found[-1] for folder in Path("out").glob("*") if (found := checkpoints(folder))]
     source = resolve(name) if name else max(newest, key=lambda folder: folder.stat().st_mtime, default=None)
     if source is None:
-        about = "UNTRAINED GPT-2 124M: no checkpoint under out/; try --model gpt2"
-        return GPT(GPTConfig()), Path("untrained"), about, HELLO
+        return GPT(GPTConfig()), Path("untrained"), "UNTRAINED GPT-2: no checkpoint under out/; try --model gpt2", HELLO
     model, prompt = GPT.from_pretrained(source), HELLO
     with suppress(OSError, ValueError, KeyError, TypeError):  # a model that was not trained here has no such file
         prompt = json.loads((Path(source) / "settings.json").read_text())["settings"]["sample_prompt"]
     return model, Path(source), f"{source}, {model.num_params():,} parameters", prompt
+
+
+class Shelf:
+    """The page's models: the checkpoints of a run, of which one at a time is open, or one model that is no run's."""
+
+    def __init__(self, source: Path, model: GPT, machine: runtime.Runtime):
+        folder = source.resolve()
+        self.run_folder, self.is_run = folder.parent, folder in checkpoints(folder.parent)
+        self.title = folder.parent.name if self.is_run else folder.name
+        self.name, self.opened, self.machine = folder.name, model, machine
+
+    def names(self) -> list[str]:
+        """Oldest first. A run that is still going adds checkpoints and deletes old ones."""
+        return [folder.name for folder in checkpoints(self.run_folder)] if self.is_run else []
+
+    def model(self, name: str) -> GPT:
+        """The model of a name that `names` gave. ValueError if it is not there, or damaged."""
+        if name != self.name or self.opened is None:
+            if name not in self.names():
+                raise ValueError(f"there is no checkpoint {name} (any more); choose another")
+            self.name, self.opened = name, None  # two at once may need too much memory
+            found = GPT.from_pretrained(self.run_folder / name).to(self.machine.device)
+            self.opened = generate.pack(found, self.machine.dtype)
+        return self.opened
+
+    def progress(self) -> dict:
+        """The checkpoints' names, and the losses in nats a token as pairs (steps, loss), 300 at most."""
+        records = run.read_metrics(self.run_folder / "metrics.jsonl") if self.is_run else []
+        curves = {kind: run.evenly(run.of_kind(records, kind, "loss"), 300) for kind in ("train", "val")}
+        pairs = {kind: [(run.updates(record), record["loss"]) for record in curve] for kind, curve in curves.items()}
+        return dict(checkpoints=self.names(), **pairs)
 
 
 # ---- Texts, and three ways to ask for them: as a command, line by line, with a page ----------------------------------
@@ -242,15 +273,14 @@ def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: lis
     print()
 
 
-def answer(shelf: web.Shelf, tokenizer: data.Tokenizer, asked: dict) -> Iterator[dict]:
+def answer(shelf: Shelf, tokenizer: data.Tokenizer, asked: dict) -> Iterator[dict]:
     """The events of web.py: after each token, the text that can be shown, and the token with its probability."""
-    settings, taken = checked(asked), asked["taken"]
+    settings, taken, model = checked(asked), asked["taken"], shelf.model(asked["checkpoint"])
     if not all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in taken):
         raise ValueError("taken must be the ids of tokens")
-    # Other draws than those that the text began with.
-    text = Text(tokenizer, asked["prompt"], settings["seed"] + len(taken), [asked["stop"]])
+    text = Text(tokenizer, asked["prompt"], settings["seed"] + len(taken), [asked["stop"]])  # other draws than before
     yield dict(taken=text.take(taken))
-    for [new] in complete(shelf.model(asked["checkpoint"]), [text], settings, logprobs=True, cut=True):
+    for [new] in complete(model, [text], settings, logprobs=True, cut=True):
         tokens = [
             dict(token=token, p=math.exp(p), id=i, likely=[dict(token=t, p=math.exp(q), id=j) for t, q, j in likely])
             for token, p, i, likely in text.record
@@ -274,13 +304,13 @@ def main(argv: list[str] | None = None) -> None:
             write_together(model, tokenizer, "".join(prompts), given.stop, settings)
             return
         if given.web:
-            to, dtype = machine.device, machine.dtype
-            shelf = web.Shelf(source, model, lambda name: generate.pack(GPT.from_pretrained(name).to(to), dtype))
+            shelf = Shelf(source, model, machine)
             del model  # the shelf drops it when another checkpoint takes its place
-            form = dict(about=description, settings=settings, prompts=[*prompts, default_prompt], stop=given.stop)
+            form = dict(title=shelf.title, about=description, checkpoint=shelf.name, settings=settings)
+            form |= dict(prompts=[*prompts, default_prompt], stop=given.stop)
             form |= dict(limits={name: limits for name, (_, *limits, _) in SETTINGS.items()})
             form |= dict(pinned=given.seed != SETTINGS["seed"][0], end_of_text=tokenizer.end_of_text)
-            web.serve(lambda asked: answer(shelf, tokenizer, asked), shelf, form, given.port)
+            web.serve(lambda asked: answer(shelf, tokenizer, asked), shelf.progress, form, given.port)
             return
         prompts = prompts or [default_prompt]
         wanted = [(prompt, given.seed + i) for prompt in prompts for i in range(given.samples)]

@@ -15,9 +15,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
-import run
-from pretrained import checkpoints
-
 HOST = "127.0.0.1"
 HEADERS = {
     # The page's own script and style, and requests to this server: should text ever become HTML, it can send nothing.
@@ -63,43 +60,11 @@ class Desk:
         self.turn.acquire(timeout=10)
 
 
-class Shelf:
-    """The checkpoints of a run. One at a time is open; the page names the next from the list that it was given."""
-
-    def __init__(self, source: Path, model, read: Callable):
-        """source: the model's folder, or another name of it. If it is no checkpoint of a run, it stands alone."""
-        folder = source.resolve()
-        self.run_folder, self.is_run = folder.parent, folder in checkpoints(folder.parent)
-        self.title = folder.parent.name if self.is_run else folder.name
-        self.name, self.opened, self.read = folder.name, model, read
-
-    def names(self) -> list[str]:
-        """Oldest first. A run that is still going adds checkpoints and deletes old ones."""
-        return [folder.name for folder in checkpoints(self.run_folder)] if self.is_run else []
-
-    def model(self, name: str):
-        """The model of this name. ValueError if there is none, or if it is damaged."""
-        if name != self.name:
-            if name not in self.names():
-                raise ValueError(f"there is no checkpoint {name} (any more); choose another")
-            self.name = self.opened = None  # two at once may need too much memory
-            self.opened = self.read(self.run_folder / name)
-            self.name = name
-        return self.opened
-
-    def progress(self) -> dict:
-        """The checkpoints' names, and the losses in nats a token as pairs (steps, loss), 300 at most."""
-        records = run.read_metrics(self.run_folder / "metrics.jsonl") if self.is_run else []
-        curves = {kind: run.evenly(run.of_kind(records, kind, "loss"), 300) for kind in ("train", "val")}
-        pairs = {kind: [(run.updates(record), record["loss"]) for record in curve] for kind, curve in curves.items()}
-        return dict(checkpoints=self.names(), **pairs)
-
-
 def line(**event) -> str:
     return json.dumps(event, allow_nan=False) + "\n"
 
 
-def make_app(answer: Answer, shelf: Shelf, form: dict):
+def make_app(answer: Answer, progress: Callable[[], dict], form: dict):
     """The Flask application: the page, what fills its form, how the run's training went, and the answers."""
     from flask import Flask, Response, abort, request
 
@@ -125,11 +90,9 @@ def make_app(answer: Answer, shelf: Shelf, form: dict):
 
     @app.get("/form")
     def fill():
-        return form | dict(title=shelf.title, checkpoint=shelf.name)
+        return form
 
-    @app.get("/run")
-    def training():
-        return shelf.progress()
+    app.add_url_rule("/run", view_func=progress)
 
     @app.post("/answer")
     def answer_one():
@@ -138,9 +101,9 @@ def make_app(answer: Answer, shelf: Shelf, form: dict):
     return app
 
 
-def serve(answer: Answer, shelf: Shelf, form: dict, port: int) -> None:
+def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -> None:
     """Until Ctrl-C. Port 0 is any free one."""
-    app = make_app(answer, shelf, form)
+    app = make_app(answer, progress, form)
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Handler(WSGIRequestHandler):

@@ -22,10 +22,12 @@ pytest.importorskip("flask")
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = dict(max_tokens=9, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1337)
-ASKED = SETTINGS | dict(prompt="x", stop="", checkpoint="toy", taken=[])
+ASKED = SETTINGS | dict(prompt="x", stop="", checkpoint="step_0000300", taken=[])
 LIMITS = dict.fromkeys(SETTINGS, (0, 2**62)) | dict(max_tokens=(1, 2**62), top_p=(0, 1), min_p=(0, 1))
 FORM = dict(about="a <b>toy</b>", settings=SETTINGS, limits=LIMITS, prompts=["class ", "x"], stop=[], pinned=False)
-FORM |= dict(end_of_text=0)
+FORM |= dict(end_of_text=0, title="small", checkpoint="step_0000300")
+RUN = dict(checkpoints=["step_0000100", "step_0000200", "step_0000300"])
+RUN |= dict(train=[(step, 4 - step / 100) for step in range(0, 301, 10)], val=[(0, 4.25), (100, 3.25), (300, 1.25)])
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 # sample.py's part, in another process. The prompt says what comes; "closed" is printed when an answer ends. A prompt of
@@ -42,7 +44,8 @@ def digit(n):
     return dict(token=str(n), p=p[n], id=n + 1, likely=[*likely, dict(token="", p=0.04, id=0)])
 def answer(asked):
     try:
-        shelf.model(asked["checkpoint"])
+        if asked["checkpoint"] not in progress()["checkpoints"]:
+            raise ValueError("there is no such checkpoint")
         if asked["prompt"] == "wrong":
             raise ValueError("this is wrong")
         if asked["prompt"].isdecimal():
@@ -70,9 +73,9 @@ def answer(asked):
             yield dict(text=" end", tokens=[token(" end")])
     finally:
         print("closed", flush=True)
-folder = pathlib.Path(sys.argv[2])
-shelf = web.Shelf(folder, "the model", lambda path: print(path.name, flush=True))
-web.serve(answer, shelf, json.loads(sys.argv[1]), 0)
+def progress():
+    return json.loads(pathlib.Path(sys.argv[2]).read_text())
+web.serve(answer, progress, json.loads(sys.argv[1]), 0)
 """
 
 
@@ -80,12 +83,8 @@ def words(settings: dict):
     yield from (dict(text=text) for text in ("a", "b\u2028\n", "</script>"))
 
 
-def shelf(folder="toy", read=None) -> web.Shelf:
-    return web.Shelf(Path(folder), "the first model", read)
-
-
-def client(answer=words, folder="toy"):
-    return web.make_app(answer, shelf(folder), FORM).test_client()
+def client(answer=words):
+    return web.make_app(answer, lambda: RUN, FORM).test_client()
 
 
 def post(client, **headers):
@@ -104,8 +103,8 @@ def test_the_page_what_fills_it_and_its_answers():
     app = client(lambda settings: got.append(settings) or words(settings))
     page, answer, missing = app.get("/"), post(app), app.get("/web.py")
     assert (page.status_code, page.mimetype, missing.status_code) == (200, "text/html", 404)
-    assert app.get("/form").json == json.loads(json.dumps(FORM)) | dict(title="toy", checkpoint="toy")
-    assert app.get("/run").json == dict(checkpoints=[], train=[], val=[])
+    assert app.get("/form").json == json.loads(json.dumps(FORM))
+    assert app.get("/run").json == json.loads(json.dumps(RUN))
     assert parsed(answer) == list(words({})) and got == [ASKED]
     assert answer.get_data().count(b"\n") == 3  # whatever line ends are in the text
     for response in (page, answer, missing):
@@ -142,68 +141,12 @@ def test_only_the_page_itself_may_ask(host, origin, status):
         assert response.status_code == status
 
 
-# ---- A run's checkpoints ---------------------------------------------------------------------------------------------
-
-
-STEPS = 100, 200, 300
-
-
-@pytest.fixture
-def run_folder(tmp_path) -> Path:
-    folder = tmp_path / "small"
-    for step in STEPS:
-        (folder / f"step_{step:07d}").mkdir(parents=True)
-    train = [dict(kind="train", step=step, loss=4 - step / 100) for step in range(0, 300, 10)]
-    val = [dict(kind="val", step=step, loss=4.25 - step / 100) for step in (0, 100, 300)]
-    lines = [json.dumps(record) for record in [*train, dict(kind="train", step=300, loss=None), *val]]
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tr']))
-    return folder
-
-
-def test_the_models_are_those_of_the_run_by_name(run_folder):
-    opened = shelf(run_folder / "step_0000300", lambda path: f"model of {path}")
-    assert (opened.title, opened.name) == ("small", "step_0000300")
-    assert opened.model("step_0000300") == "the first model"
-    first = opened.model("step_0000100")
-    assert first == f"model of {run_folder / 'step_0000100'}" and opened.model("step_0000100") is first
-    assert opened.model("step_0000300") != "the first model"  # one at a time is in memory
-    (run_folder / "step_0000100").rmdir()  # by keep_checkpoints
-    (run_folder / "elsewhere").mkdir()
-    for name in ("step_0000100", "elsewhere", ".", "../small/step_0000200", str(run_folder / "step_0000200"), None, []):
-        with pytest.raises(ValueError, match=r"^there is no checkpoint .* \(any more\); choose another$"):
-            opened.model(name)
-
-
-def test_a_model_that_cannot_be_read_leaves_none_open(run_folder):
-    def read(path):
-        if path.name == "step_0000200":
-            raise ValueError("damaged")
-        return path.name
-
-    opened = shelf(run_folder / "step_0000300", read)
-    with pytest.raises(ValueError, match="damaged"):
-        opened.model("step_0000200")
-    assert opened.model("step_0000300") == "step_0000300"
-
-
-def test_how_the_training_went(run_folder):
-    progress = client(folder=run_folder / "step_0000200").get("/run").json
-    assert progress["checkpoints"] == [f"step_{step:07d}" for step in STEPS]
-    assert progress["val"] == [[0, 4.25], [100, 3.25], [300, 1.25]]
-    assert progress["train"][:2] == [[1, 4], [11, 3.9]] and len(progress["train"]) == 30  # after the step's update
-    (run_folder / "metrics.jsonl").unlink()
-    assert client(folder=run_folder / "step_0000200").get("/run").json["train"] == []
-    for folder in (run_folder, run_folder / "step_0000400", "gpt2"):
-        alone = shelf(folder)
-        assert alone.progress() == dict(checkpoints=[], train=[], val=[]) and alone.title == Path(folder).name
-
-
 # ---- The server, in another process ----------------------------------------------------------------------------------
 
 
 class Server:
-    def __init__(self, folder: Path):
-        command = [sys.executable, "-u", "-c", SERVER, json.dumps(FORM), str(folder)]
+    def __init__(self, run_file: Path):
+        command = [sys.executable, "-u", "-c", SERVER, json.dumps(FORM), str(run_file)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), **pipes)
         self.lines = queue.Queue()
@@ -216,7 +159,7 @@ class Server:
 
     def ask(self, prompt: str) -> tuple[socket.socket, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", "/answer", json.dumps({**ASKED, "checkpoint": "step_0000300", "prompt": prompt}))
+        connection.request("POST", "/answer", json.dumps({**ASKED, "prompt": prompt}))
         return connection.sock, connection.getresponse()
 
     def interrupt(self) -> None:
@@ -226,8 +169,16 @@ class Server:
 
 
 @pytest.fixture
-def server(run_folder):
-    server = Server(run_folder / "step_0000300")
+def run_file(tmp_path) -> Path:
+    """What the server tells of the run."""
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(RUN))
+    return file
+
+
+@pytest.fixture
+def server(run_file):
+    server = Server(run_file)
     try:
         yield server
         server.interrupt()
@@ -241,7 +192,7 @@ def test_it_listens_on_this_computer_only_and_says_where(server):
         socket.create_connection(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
     for port in (server.port, 70000):
         with pytest.raises(ValueError, match=rf"^--port {port}: .* 0 for any free one\)$"):
-            web.serve(words, shelf(), FORM, port)
+            web.serve(words, dict, FORM, port)
 
 
 def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):
@@ -424,49 +375,42 @@ def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
     assert server.line() == "closed"
     slider.press("ArrowLeft")
     shows(page, f"whostep_0000200 {seed}")
-    assert page.locator("#at").text_content() == "step 200 of 300, loss 2.10"  # in training, for want of a validation's
-    assert [server.line(), server.line()] == ["step_0000200", "closed"]
+    assert page.locator("#at").text_content() == "step 200 of 300, loss 2.00"  # in training, for want of a validation's
+    assert server.line() == "closed"
     slider.fill("30")
     shows(page, f"whostep_0000100 {seed}")
     assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == ("100", "step 100 of 300, loss 3.25")
-    assert [server.line(), server.line()] == ["step_0000100", "closed"]
+    assert server.line() == "closed"
     slider.press("ArrowRight")
     shows(page, f"whostep_0000200 {seed}")  # as it was written before: the server has nothing to do
     press(page, "Generate")
     page.wait_for_selector("#generate:enabled")
     fresh = page.get_by_label("Seed", exact=True).input_value()
     shows(page, f"whostep_0000200 {fresh}")
-    assert fresh != seed and [server.line(), server.line()] == ["step_0000200", "closed"]
+    assert fresh != seed and server.line() == "closed" and server.lines.empty()
     curve = page.locator("path.val").get_attribute("d")
     assert curve.startswith("M0 0L333.3") and curve.count("L") == 2
 
 
-def test_a_checkpoint_that_is_gone(page, run_folder):
+def test_a_checkpoint_that_is_gone(page, run_file):
     ask(page, "3")
     shows(page, "3456789012")
-    (run_folder / "step_0000100").rmdir()
-    with page.expect_response("**/run"):  # then the page has the new list
-        page.get_by_label("Trained up to").fill("100")
-        status(page, "there is no checkpoint step_0000100 (any more); choose another")
-    page.wait_for_function("() => run.checkpoints.length === 2")
+    run_file.write_text(json.dumps(RUN | dict(checkpoints=RUN["checkpoints"][1:])))
+    page.get_by_label("Trained up to").fill("100")
+    status(page, "there is no such checkpoint")
+    page.wait_for_function("() => run.checkpoints.length === 2")  # the page has asked for the list again
     page.get_by_label("Trained up to").fill("90")
-    shows(page, "3456789012")
+    status(page, "Done.")
     assert page.locator("#at").text_content().startswith("step 200 of 300")
 
 
-def test_a_model_of_another_kind_has_no_slider(browser, tmp_path):
-    server = Server(tmp_path / "toy")
-    try:
-        page = browser.new_page()
-        page.goto(server.url)
-        page.wait_for_selector("#generate:enabled")
-        assert page.title() == "toy" and page.locator("#learning").is_hidden()
-        ask(page, "3")
-        shows(page, "3456789012")
-        page.close()
-        server.interrupt()
-    finally:
-        server.process.kill()
+def test_a_run_without_losses_and_a_model_that_is_no_runs(page, run_file):
+    run_file.write_text(json.dumps(RUN | dict(train=[], val=[])))
+    page.evaluate("() => readRun()")
+    assert page.locator("#at").text_content() == "step 300 of 300"
+    run_file.write_text(json.dumps(dict(checkpoints=[], train=[], val=[])))
+    page.evaluate("() => readRun()")
+    assert page.locator("#learning").is_hidden()
 
 
 def test_keys(page, server):
@@ -528,33 +472,31 @@ def test_text_is_never_html(page):
     assert page.evaluate("() => window.broken") is None
 
 
-@pytest.mark.parametrize(
-    "label, value, says",
-    [
+def test_a_value_that_cannot_be_is_marked_and_the_text_stays(page, server):
+    ask(page, "3")
+    shows(page, "3456789012")
+    assert server.line() == "closed"
+    wrong = [
         ("Temperature", "-1", "Temperature must be 0 or more"),
         ("Temperature", "", "Temperature must be a number"),
         ("Tokens", "2.5", "Tokens must be a whole number"),
         ("Top p", "1.5", "Top p must be 1 or less"),
-    ],
-)
-def test_a_value_that_cannot_be_is_marked_and_the_text_stays(page, server, label, value, says):
-    ask(page, "3")
+    ]
+    for label, value, says in wrong:
+        field = page.get_by_label(label)
+        before = field.input_value()
+        field.fill(value)
+        for button in ("Generate", "Continue"):
+            press(page, button)
+            status(page, says)
+            assert field.get_attribute("aria-invalid") == "true"
+            assert field.evaluate("field => field === document.activeElement")
+        field.fill(before)
+        assert field.get_attribute("aria-invalid") is None
     shows(page, "3456789012")
-    assert server.line() == "closed"
-    field = page.get_by_label(label)
-    before = field.input_value()
-    field.fill(value)
-    for button in ("Generate", "Continue"):
-        press(page, button)
-        status(page, says)
-        assert field.get_attribute("aria-invalid") == "true"
-        assert field.evaluate("field => field === document.activeElement")
-        shows(page, "3456789012")
-    field.fill(before)
-    assert field.get_attribute("aria-invalid") is None
     assert server.lines.empty()  # nothing was asked of it
-    press(page, "Generate")
-    status(page, "Done.")
+    press(page, "Continue")
+    shows(page, "3456789012345678901")
 
 
 def test_what_the_server_refuses_is_said_and_the_text_stays(page):
