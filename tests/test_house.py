@@ -24,9 +24,9 @@ HOUSE = {
     "prepare": {"configurator", "data", "vocabulary"},
     "fineweb": {"configurator", "data", "prepare"},
     "hellaswag": {"configurator", "runtime", "pretrained", "model", "data", "vocabulary", "generate"},
-    "web": set(),
-    "sample": {"configurator", "runtime", "pretrained", "model", "data", "vocabulary", "generate", "web"},
     "run": {"runtime", "pretrained", "data"},
+    "web": set(),
+    "sample": {"configurator", "runtime", "pretrained", "model", "data", "vocabulary", "generate", "run", "web"},
     "checkpoint": {"pretrained", "model", "data", "run"},
     "plot": {"configurator", "pretrained", "model", "run"},
     "train": {"auto", "configurator", "runtime", "pretrained", "model", "data", "vocabulary", "optimizer", "generate"}
