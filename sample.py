@@ -109,7 +109,7 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
 
 
 def load_model(name: str | None) -> tuple[GPT, data.Tokenizer, Path, str, str]:
-    """A model (default: the newest checkpoint, else an untrained GPT-2), its tokenizer, name, description and prompt."""
+    """A model (default: the newest checkpoint, else an untrained GPT-2), its tokenizer, name, description, prompt."""
     newest = [found[-1] for folder in Path("out").glob("*") if (found := checkpoints(folder))]
     source = resolve(name) if name else max(newest, key=lambda folder: folder.stat().st_mtime, default=None)
     if source is None:
