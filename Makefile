@@ -12,8 +12,8 @@ STDLIB = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib
 .PHONY: quickstart test torture clean
 
 quickstart: $(BIN)/installed
-	@echo "== 1/3  shards: the source of Python's standard library, a token for each byte"
-	@$(BIN)/python prepare.py "$(STDLIB)" --out shards/stdlib --tokenizer bytes --glob '*.py' \
+	@echo "== 1/3  shards: the source of Python's standard library, in 2,048 tokens learned from it"
+	@$(BIN)/python prepare.py "$(STDLIB)" --out shards/stdlib --tokenizer 2048 --glob '*.py' \
 		--exclude site-packages --exclude dist-packages --exclude test --exclude tests --exclude idle_test
 	@echo "== 2/3  training: config/quickstart.py"
 	@$(BIN)/python train.py config/quickstart.py

@@ -2,7 +2,7 @@
 
     make quickstart
 
-makes the shards (the Makefile has the command), and then runs
+learns a vocabulary from the text and makes the shards (the Makefile has the command), and then runs
 
     python train.py config/quickstart.py
     python sample.py --model out/quickstart -p "def " -p "class " -p "import " -m 200 --temperature 0.8
@@ -19,17 +19,20 @@ block_size = 128
 batch_size = 16
 total_batch_size = batch_size * block_size
 
-learning_rate = 5.5e-3
+optimizer = "muon"
+learning_rate = 1e-2  # of embeddings, biases and norms
+muon_learning_rate = 2e-2
+muon_momentum = 0.9  # a short run: average over fewer steps than 0.95 does
 min_lr = 0.0
-warmup_steps = 200
-max_steps = 2_300
-beta2 = 0.99  # small batches are noisy: average over more steps
+warmup_steps = 100
+max_steps = 2_000
 
 log_every = 25
-eval_every = 575
+eval_every = 400
 hellaswag_every = 0
 eval_tokens = 1_000_000  # more than there are: all
-checkpoint_every = 1_150
-sample_every = 1_150
+checkpoint_every = 200
+keep_checkpoints = 0  # all of them: the page of sample.py --web shows how the model learned
+sample_every = 400
 sample_prompt = "def "
-sample_tokens = 120
+sample_tokens = 60
