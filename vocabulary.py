@@ -135,9 +135,9 @@ def learn(texts: list[bytes], size: int) -> str:
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     # A pair that stands only once in the sample is no rule of the language.
     options = dict(min_frequency=2, initial_alphabet=list(data.byte_alphabet()), show_progress=sys.stderr.isatty())
-    texts = (text.decode("utf-8", errors="replace") for text in texts)
-    chunks = (text[start : start + CHUNK] for text in texts for start in range(0, len(text), CHUNK))
-    bpe.train_from_iterator(chunks, trainers.BpeTrainer(vocab_size=size - 1, **options))
+    texts = [text.decode("utf-8", errors="replace") for text in texts]
+    chunks = [text[start : start + CHUNK] for text in texts for start in range(0, len(text), CHUNK)]
+    bpe.train_from_iterator(chunks, trainers.BpeTrainer(vocab_size=size - 1, **options), length=len(chunks))
     if (found := bpe.get_vocab_size() + 1) < size:
         advice = f"--tokenizer {found}" if found >= SMALLEST else "--tokenizer bytes"
         raise ValueError(f"--tokenizer {size}: the text has enough for {found} only; take more text, or {advice}")
@@ -146,9 +146,10 @@ def learn(texts: list[bytes], size: int) -> str:
 
 
 def summary(tokenizer: LearnedTokenizer, texts: list[bytes]) -> str:
-    """One line: tokens, bytes a token in the first megabyte of the texts, and the ten longest without indentation."""
+    """One line: tokens, bytes a token in the texts' first megabyte, the ten longest (not runs of a sign or space)."""
     some = b"".join(texts)[:1_000_000]
     tokens = {tokenizer.decode_bytes([i]).strip() for i in range(tokenizer.end_of_text)}
-    longest = " ".join(token.decode(errors="replace") for token in sorted(tokens, key=lambda t: (len(t), t))[:-11:-1])
+    words = sorted((token for token in tokens if len(set(token)) > 2), key=lambda token: (len(token), token))
+    longest = b" ".join(words[:-11:-1]).decode(errors="replace")
     each = len(some) / len(tokenizer.encode(some))
     return f"{tokenizer.vocab_size:,} tokens, {each:.2f} bytes each; the longest: {data.printable(longest)}"
