@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import mmap
 import os
 import re
@@ -33,12 +34,23 @@ PIECE_BYTES = 1 << 20
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------
 
 
+# A place where GPT-2's pre-tokeniser always splits: before a space or newline that follows a character other than white
+# space. None of its patterns crosses it, so cutting a text there changes no id. (Non-ASCII white space is in UTF-8.)
+BREAK = re.compile(
+    rb"(?<=\S)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
+    rb"(?=[ \n])"
+)
+
+
 class Tokenizer:
     """The common part. What is not UTF-8, such as half a character, becomes U+FFFD.
 
     A tokenizer adds name, vocab_size, end_of_text (an id that no text encodes to), encode_bytes (UTF-8 -> ids, uint16),
     decode_bytes (ids -> UTF-8), and hf_files: name -> text of the files from which transformers makes the same.
     """
+
+    hf_class = "GPT2Tokenizer"  # of transformers
+    breaks = BREAK
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Text, or its UTF-8 -> ids, uint16."""
@@ -47,13 +59,17 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def byte_counts(self) -> np.ndarray:
+        """The bytes that each id stands for: (vocab_size) int64; 0 for end of text, the last id."""
+        return np.array([*(len(self.decode_bytes([i])) for i in range(self.end_of_text)), 0])
+
 
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding. tiktoken does the work: self.encoding is a tiktoken.Encoding."""
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
         # In segments: for a run of millions of characters without white space, tiktoken's time grows beyond proportion.
-        texts = [segment.decode("utf-8", errors="replace") for segment in segments(text, 0, len(text))]
+        texts = [segment.decode("utf-8", errors="replace") for segment in segments(text, 0, len(text), self.breaks)]
         # Nothing is disallowed: an <|endoftext|> that stands in a text is text, and not our token.
         ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         return np.concatenate(ids or [[]]).astype(np.uint16)
@@ -69,7 +85,7 @@ class GPT2Tokenizer(BPETokenizer):
     the same two, byte for byte, and tiktoken checks their SHA-256.
     """
 
-    name, vocab_size, end_of_text, hf_class = "gpt2", 50257, 50256, "GPT2Tokenizer"
+    name, vocab_size, end_of_text = "gpt2", 50257, 50256
     MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
     VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
@@ -92,7 +108,7 @@ class GPT2Tokenizer(BPETokenizer):
 class BytesTokenizer(Tokenizer):
     """Ids 0 to 255 are bytes, 256 is end of text: a vocabulary so small that a CPU can learn it in minutes."""
 
-    name, vocab_size, end_of_text, hf_class = "bytes", 257, 256, "GPT2Tokenizer"
+    name, vocab_size, end_of_text = "bytes", 257, 256
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
@@ -113,45 +129,34 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-# A place where GPT-2's pre-tokeniser always splits: before a space or newline that follows a character other than white
-# space. None of its patterns crosses it, so cutting a text there changes no id. (Non-ASCII white space is in UTF-8.)
-GPT2_BREAK = re.compile(
-    rb"(?<=\S)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
-    rb"(?=[ \n])"
-)
-# One where learned tokenizers split too: they keep a newline with an ASCII sign before it (vocabulary.PATTERN).
-BREAK = re.compile(GPT2_BREAK.pattern + rb"(?!(?<=[!-/:-@\[-`{-~])\n)")
-
-
-def segments(text: bytes | mmap.mmap, start: int, end: int) -> Iterator[bytes]:
-    """text[start:end] in segments of about PIECE_BYTES. Their ids equal those of the whole.
+def segments(text: bytes | mmap.mmap, start: int, end: int, breaks=BREAK) -> Iterator[bytes]:
+    """text[start:end] in segments of about PIECE_BYTES. Their ids equal those of the whole; breaks: a tokenizer's.
 
     A segment without any break is cut between two characters; there, one token may become two.
     """
     reach = start
     while reach < end:
         reach = min(reach + PIECE_BYTES, end)
-        cut = end if reach == end else start + last_break(text[start:reach])
+        cut = end if reach == end else start + last_break(text[start:reach], breaks)
         yield text[start:cut]
         start = cut
 
 
-def last_break(block: bytes) -> int:
-    # The first window nearly always has a break.
-    for pattern, window in ((BREAK, 4096), (BREAK, len(block)), (GPT2_BREAK, len(block))):
-        if found := list(pattern.finditer(block, max(0, len(block) - window))):
+def last_break(block: bytes, breaks: re.Pattern) -> int:
+    for window in (4096, len(block)):  # the first window nearly always has a break
+        if found := list(breaks.finditer(block, max(0, len(block) - window))):
             return found[-1].start()
     partial_character = re.search(rb"[\xc0-\xff][\x80-\xbf]*\Z", block[-4:])
     return len(block) - (len(partial_character[0]) if partial_character else 0)
 
 
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": BytesTokenizer}
-VOCAB_SIZES = [tokenizer.vocab_size for tokenizer in TOKENIZERS.values()]
+KNOWN = {*TOKENIZERS, *(tokenizer.vocab_size for tokenizer in TOKENIZERS.values())}
 
 
 @functools.cache
 def get_tokenizer(name_or_vocab_size: str | int) -> Tokenizer:
-    """The tokenizer with this name, or with a vocabulary of this size."""
+    """The tokenizer of this name, or of a model with a vocabulary of this size."""
     for tokenizer in TOKENIZERS.values():
         if name_or_vocab_size in (tokenizer.name, tokenizer.vocab_size):
             return tokenizer()
@@ -309,6 +314,12 @@ class Windows:
         if not places:
             raise ValueError(self.too_small("validation", T + 1))
         return np.array(places[: max(1, max_tokens // T)])
+
+    def bits_per_byte(self, places: np.ndarray, tokenizer: Tokenizer) -> float:
+        """The bits a byte of a loss of one nat a token, over the tokens that the windows at these places predict."""
+        counts, batches = tokenizer.byte_counts(), np.array_split(places, -(-len(places) // 64))
+        n_bytes = sum(int(counts[self.read(batch)[:, 1:]].sum()) for batch in batches)
+        return len(places) * self.block_size / max(1, n_bytes) / math.log(2)
 
     def too_small(self, split: str, needed: int) -> str:
         missing = f"no shard has the {needed:,} that block_size {self.block_size} needs"

@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     source = resolve(arguments.model)
     folder = locate(source)
     model = GPT.from_pretrained(folder)
-    tokenizer = vocabulary.of_model(folder, model.config.vocab_size)
+    tokenizer = vocabulary.of_folder(folder, model.config.vocab_size)
     n_parameters = model.num_params()
     model, machine, note = generate.ready(model, machine, arguments.dtype, rows=1024)
     if machine.is_main:

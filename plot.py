@@ -47,12 +47,14 @@ class Run(NamedTuple):
     look: dict  # of its lines
     records: list[dict]
     fineweb: bool  # its loss can be compared with published ones: GPT-2's tokens, and FineWeb's text
+    bits: float | None = None  # draw losses in bits a byte: how many a nat a token is
 
     def curve(self, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens seen (n) and values (n), without nulls."""
         records = of_kind(self.records, kind, key)
         tokens = tokens_seen(self.records, np.array([updates(record) for record in records]))
-        return tokens, np.array([record[key] for record in records], dtype=float)
+        values = np.array([record[key] for record in records], dtype=float)
+        return tokens, values * self.bits if self.bits and key == "loss" else values
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -66,6 +68,11 @@ def read_runs(folders: list[Path]) -> list[Run]:
         text = f"{started['settings']['data_dir']} {started['data']}".lower()
         name = str(folder) if len(folders) > 1 else folder.resolve().name
         runs.append(Run(name, look, records, started["tokenizer"] == "gpt2" and "fineweb" in text))
+    # Runs with different vocabularies can be compared in bits a byte only.
+    known = [of_kind(run.records, "val", "loss", "val_bpb") for run in runs]
+    if len({of_kind(run.records, "run")[-1]["tokenizer"] for run in runs}) > 1 and all(known):
+        bits = [val[-1]["val_bpb"] / val[-1]["loss"] for val in known]
+        return [run._replace(bits=each, fineweb=False) for run, each in zip(runs, bits)]
     return runs
 
 
@@ -86,14 +93,15 @@ def loss_figure(runs: list[Run]):
     top, *below = figure.subplots(1 + scored, sharex=True, squeeze=False, height_ratios=[5, 3][: 1 + scored])[:, 0]
     for run in runs:
         draw_noisy(top, run, "loss", f"{run.name}: training (smoothed)")
-        if val := of_kind(run.records, "val", "loss"):
+        tokens, losses = run.curve("val", "loss")
+        if len(losses):
             # Circles without a line: a line from before the first step would cut across the fall of the loss.
             circles = run.look | dict(ls="none", marker="o", ms=5, mfc="none")
-            top.plot(*run.curve("val", "loss"), **circles, label=f"{run.name}: validation, last {val[-1]['loss']:.3f}")
+            top.plot(tokens, losses, **circles, label=f"{run.name}: validation, last {losses[-1]:.3f}")
     if any(run.fineweb for run in runs):
         draw_reference(top, GPT2_LOSS, "GPT-2 124M")
         top.plot(*LLMC_LOSSES, color=GREY, ls="--", lw=1, label="llm.c's GPT-2 124M: validation")
-    top.set_ylabel("loss, nats per token")
+    top.set_ylabel("loss, bits per byte" if runs[0].bits else "loss, nats per token")
     tokens, losses = np.concatenate([run.curve(kind, "loss") for run in runs for kind in ("train", "val")], axis=1)
     later = 1.02 * losses[tokens >= 0.05 * tokens.max()].max()
     if len(losses) >= 50 and losses.max() > later:  # the first losses of a long run would squash the rest

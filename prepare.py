@@ -71,13 +71,15 @@ Piece = list[tuple[str, bool, bytes]]  # split, whether a document begins here, 
 Tokens = dict[str, np.ndarray]  # split -> uint16
 
 
-def pieces_of(files: list[Path], column="text", split=Split(), progress=lambda n_bytes: None) -> Iterator[Piece]:
+def pieces_of(
+    files: list[Path], column="text", split=Split(), progress=lambda n_bytes: None, breaks=data.BREAK
+) -> Iterator[Piece]:
     """All documents, as pieces of about data.PIECE_BYTES of text. `progress` is told of the bytes read of the files."""
     piece, piece_bytes = [], 0
     for number, (text, in_file) in enumerate(documents_of(files, column)):
         start = 0
         for name, end in split.ends(text, number).items():
-            for n, segment in enumerate(data.segments(text, start, end)):
+            for n, segment in enumerate(data.segments(text, start, end, breaks)):
                 piece.append((name, n == 0, segment))
                 piece_bytes += len(segment)
                 progress(in_file * len(segment) / len(text))
@@ -253,7 +255,7 @@ def shard_files(files, out: Path, tokenise_all: Callable, tokenizer, sizes: dict
     name, record = out / out.name, out / "progress" / "all.npz"
     shards = Shards(record, lambda s, n: Path(f"{name}_{s}_{n + 1:06d}.bin"), sizes, tokenizer.end_of_text)
     with progress_bar(sum(path.stat().st_size for path in files), out.name) as bar:
-        shards.fill(pieces_of(files, column, split, bar.update), tokenise_all, bar)
+        shards.fill(pieces_of(files, column, split, bar.update, tokenizer.breaks), tokenise_all, bar)
     return shards.rows
 
 
@@ -357,7 +359,7 @@ def parse_shared(parser: argparse.ArgumentParser, argv: list[str] | None) -> arg
     return arguments
 
 
-def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
+def describe(arguments: argparse.Namespace, files: list[Path], chosen: data.Tokenizer | int) -> dict:
     """What decides the shards' bytes, for meta.json: the options, and a hash of the files' names and contents."""
     digest = hashlib.sha256()
     for path in files:
@@ -367,7 +369,7 @@ def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
         digest.update(os.fsencode(path.name) + bytes.fromhex(data.sha256(path)))
     size, tables = sum(path.stat().st_size for path in files), [path for path in files if path.name.endswith(TABLES)]
     names = ["shard_tokens", "val_fraction"] + (["text_column"] if tables else [])
-    options = dict(tokenizer=vocabulary.identity(arguments.tokenizer)) | {n: getattr(arguments, n) for n in names}
+    options = dict(tokenizer=getattr(chosen, "name", chosen)) | {name: getattr(arguments, name) for name in names}
     return options | dict(seed=SEED, files=len(files), bytes=size, sha256=digest.hexdigest())
 
 
@@ -383,7 +385,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     out = Path(arguments.out).resolve()
     files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
-    source = describe(arguments, files)
+    chosen = vocabulary.choose(arguments.tokenizer)
+    source = describe(arguments, files, chosen)
     with shard_folder(out, source) as meta:
         if meta["complete"]:
             print(f"{arguments.out}: already made from these {len(files)} files")
@@ -399,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
         workers = arguments.workers or min(available_cpus(), 1 + source["bytes"] // (8 << 20))
         pieces = itertools.chain.from_iterable(pieces_of(files, column, split))
         texts = (text for name, _, text in pieces if name == "train")
-        name = vocabulary.provide(arguments.tokenizer, out, texts, SEED)
+        name = vocabulary.provide(chosen, out / vocabulary.FILE, texts, SEED)
         tokenizer = vocabulary.load(name)
         with tokenising(name, workers) as tokenise_all:
             rows = shard_files(files, out, tokenise_all, tokenizer, sizes, column, split)

@@ -141,8 +141,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def of_kind(records: list[dict], kind: str, *names: str) -> list[dict]:
-    """The records of this kind in which none of these values is null (a NaN is logged as null)."""
-    return [r for r in records if r["kind"] == kind and all(r[name] is not None for name in names)]
+    """The records of this kind in which none of these values is missing or null (a NaN is logged as null)."""
+    return [r for r in records if r["kind"] == kind and all(r.get(name) is not None for name in names)]
 
 
 def updates(record: dict) -> int:
@@ -221,6 +221,8 @@ def results(records: list[dict], n_steps: int) -> dict[str, str]:
     if val := of_kind(records, "val", "loss"):
         best = min(val, key=lambda record: record["loss"])
         rows["validation loss"] = f"{val[-1]['loss']:.4f} (best: {best['loss']:.4f} at step {best['step']:,})"
+    if val := of_kind(records, "val", "val_bpb"):
+        rows["validation, bits a byte"] = f"{val[-1]['val_bpb']:.4f} ({started['tokenizer']})"
     if scores := of_kind(records, "hellaswag"):
         rows["HellaSwag (acc_norm)"] = f"{scores[-1]['acc_norm']:.4f} (GPT-2 124M: {GPT2_HELLASWAG})"
     if mfu := [record["mfu"] for record in of_kind(records, "train", "mfu")]:

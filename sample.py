@@ -117,7 +117,7 @@ def load_model(name: str | None) -> tuple[GPT, data.Tokenizer, Path, str, str]:
         return model, data.get_tokenizer(model.config.vocab_size), Path("untrained"), about, HELLO
     folder = locate(source)
     model, prompt = GPT.from_pretrained(folder), HELLO
-    tokenizer = vocabulary.of_model(folder, model.config.vocab_size)
+    tokenizer = vocabulary.of_folder(folder, model.config.vocab_size)
     with suppress(OSError, ValueError, KeyError, TypeError):  # a model that was not trained here has no such file
         prompt = json.loads((Path(source) / "settings.json").read_text())["settings"]["sample_prompt"]
     return model, tokenizer, Path(source), f"{source}, {model.num_params():,} parameters", prompt

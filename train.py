@@ -154,12 +154,13 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 3. The data -------------------------------------------------------------------------------------------------
     sequences = sequences_per_process(config, machine.world_size)
-    tokenizer = vocabulary.of_shards(config.data_dir)
+    tokenizer = vocabulary.of_folder(config.data_dir, data.read_meta(config.data_dir).get("tokenizer", "gpt2"))
     windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
-    val_windows, val_places = None, []
+    val_windows, val_places, val_bits = None, [], 0.0  # bits a byte for a loss of one nat a token
     if config.eval_every:
         val_windows = data.Windows(data.open_shards(config.data_dir, "val"), config.block_size, tokenizer.vocab_size)
         val_places = val_windows.first(config.eval_tokens)
+        val_bits = val_windows.bits_per_byte(val_places, tokenizer)
     say(
         f"data: {config.data_dir}, {windows.n_tokens:,} training tokens ({tokenizer.name}), seen "
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
@@ -239,8 +240,8 @@ def train(config: TrainConfig) -> dict:
             evaluated = fresh and due(config.eval_every, step)
             if evaluated:
                 val_loss = evaluate(raw_model, val_windows, val_places, batch_size, machine)
-                log("val", step, loss=val_loss)
-                console.line(f"step {step:,} | val loss {val_loss:.4f}")
+                log("val", step, loss=val_loss, val_bpb=val_loss * val_bits)
+                console.line(f"step {step:,} | val loss {val_loss:.4f} ({val_loss * val_bits:.4f} bits a byte)")
 
             untrained = step == 0 and config.init_from == "scratch"  # it guesses, and its text is noise
             if fresh and tasks and due(config.hellaswag_every, step) and not untrained:
@@ -396,7 +397,7 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
     settings = {name: getattr(config, name) for name in ("dropout", "pad_vocab", "recompute")}
     model = GPT.from_pretrained(source, **settings)
     V, T = model.config.vocab_size, model.config.block_size
-    if V != tokenizer.vocab_size or vocabulary.of_model(locate(source), V).name != tokenizer.name:
+    if V != tokenizer.vocab_size or vocabulary.of_folder(locate(source), V).name != tokenizer.name:
         shards = f"the shards in {config.data_dir} are {tokenizer.name}'s with {tokenizer.vocab_size}"
         other = "other " * (V == tokenizer.vocab_size)
         raise ValueError(f"{source} has {V} {other}tokens, but {shards}; make them with the model's tokenizer")

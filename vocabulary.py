@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ PATTERN = (
     r"(?: |[^\s\p{L}\p{M}\p{N}])?[\p{L}\p{M}]++| ?\p{N}++| ?[^\s\p{L}\p{M}\p{N}]++(?:(?<=[!-~])\r?\n\s*+)?"
     r"|[^\S\n]*+\n\s*+|\s{1,1000}(?!\S)|\s"
 )
+# data.BREAK, but not between an ASCII sign and a newline.
+BREAK = re.compile(data.BREAK.pattern + rb"(?!(?<=[!-/:-@\[-`{-~])\n)")
 
 
 class LearnedTokenizer(data.BPETokenizer):
@@ -32,6 +35,7 @@ class LearnedTokenizer(data.BPETokenizer):
     same, because each token comes from one merge, and their order is that of the tokens.
     """
 
+    breaks = BREAK
     hf_class = "PreTrainedTokenizerFast"  # it takes tokenizer.json as it is; a GPT2Tokenizer would have GPT-2's pattern
 
     def __init__(self, content: str):
@@ -54,9 +58,6 @@ class LearnedTokenizer(data.BPETokenizer):
         return {FILE: self.content}
 
 
-learned = functools.cache(LearnedTokenizer)
-
-
 def load(name_or_file: str | Path) -> data.Tokenizer:
     """The tokenizer of this name, or of a tokenizer.json. ValueError if that is missing or damaged."""
     if name_or_file in data.TOKENIZERS:
@@ -64,70 +65,61 @@ def load(name_or_file: str | Path) -> data.Tokenizer:
     try:
         return learned(Path(name_or_file).read_bytes().decode())
     except FileNotFoundError:
-        raise ValueError(f"{name_or_file}: not there; copy its folder whole, or make it again") from None
+        reason = "not there, and neither gpt2 nor bytes fits; copy the folder whole, or make it again"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"damaged, or not learned by prepare.py ({type(error).__name__}: {error})"
-        raise ValueError(f"{name_or_file}: {reason}") from None
+    raise ValueError(f"{name_or_file}: {reason}")
 
 
-def of_shards(folder: str | Path) -> data.Tokenizer:
-    """The tokenizer that made the shards in a folder. ValueError if the one there is not what meta.json names."""
-    name = data.read_meta(folder).get("tokenizer", "gpt2")  # published shards have no meta.json
-    if not name.startswith("bpe"):
-        return data.get_tokenizer(name)
+learned = functools.cache(LearnedTokenizer)
+
+
+def of_folder(folder: str | Path, known: str | int) -> data.Tokenizer:
+    """The tokenizer of shards, which meta.json names, or of a model with so many tokens. ValueError without it."""
+    if known in data.KNOWN:
+        return data.get_tokenizer(known)
     tokenizer = load(Path(folder) / FILE)
-    if tokenizer.name != name:
-        raise ValueError(f"{Path(folder) / FILE}: is {tokenizer.name}, but the shards were made with {name}")
-    return tokenizer
-
-
-def of_model(folder: str | Path, vocab_size: int) -> data.Tokenizer:
-    """The tokenizer of a model with vocab_size tokens: a known one, or that in its folder. ValueError without one."""
-    if vocab_size in data.VOCAB_SIZES or not (Path(folder) / FILE).exists():
-        return data.get_tokenizer(vocab_size)
-    tokenizer = load(Path(folder) / FILE)
-    if tokenizer.vocab_size != vocab_size:
-        raise ValueError(f"{Path(folder) / FILE}: has {tokenizer.vocab_size} tokens, but the model has {vocab_size}")
+    if known not in (tokenizer.name, tokenizer.vocab_size):
+        raise ValueError(f"{Path(folder) / FILE}: is {tokenizer.name}, but what is beside it was made with {known}")
     return tokenizer
 
 
 # ---- Learning --------------------------------------------------------------------------------------------------------
 
 
-def identity(wanted: str) -> str:
-    """What decides the ids of prepare.py's --tokenizer: a name, or a number of tokens. ValueError if it is neither."""
-    sizes = f"a number of tokens from {SMALLEST} to {LARGEST} (not {data.GPT2Tokenizer.vocab_size}: GPT-2's)"
-    if wanted in data.TOKENIZERS:
-        return wanted
-    if wanted.isdecimal() and SMALLEST <= int(wanted) <= LARGEST and int(wanted) not in data.VOCAB_SIZES:
-        return str(int(wanted))
-    if not (Path(wanted) / FILE).exists():
-        raise ValueError(f"--tokenizer {wanted}: must be gpt2, bytes, {sizes}, or a folder with a {FILE}")
-    return load(Path(wanted) / FILE).name
+def choose(wanted: str) -> data.Tokenizer | int:
+    """prepare.py's --tokenizer: a tokenizer, or the number of tokens to learn. ValueError if it is neither."""
+    if wanted.isdecimal() and SMALLEST <= int(wanted) <= LARGEST and int(wanted) not in data.KNOWN:
+        return int(wanted)
+    if wanted in data.TOKENIZERS or (Path(wanted) / FILE).exists():
+        return load(wanted if wanted in data.TOKENIZERS else Path(wanted) / FILE)
+    number = f"a number from {SMALLEST} to {LARGEST} (not {data.GPT2Tokenizer.vocab_size}, which is GPT-2's)"
+    raise ValueError(f"--tokenizer {wanted}: must be gpt2, bytes, {number}, or a folder with a {FILE}")
 
 
-def provide(wanted: str, folder: Path, texts: Iterator[bytes], seed: int) -> str:
-    """The tokenizer of `identity`, as `load` takes it; learned from the texts, if it is not yet in the folder."""
-    if wanted in data.TOKENIZERS:
-        return wanted
-    file = folder / FILE
-    if not wanted.isdecimal():
-        data.write_whole(file, load(Path(wanted) / FILE).content.encode())
+def provide(chosen: data.Tokenizer | int, file: Path, texts: Iterator[bytes], seed: int) -> str:
+    """Learn or copy what was chosen to the file, if it is not there yet. Returns the name or file for `load`."""
+    if not isinstance(chosen, (int, LearnedTokenizer)):
+        return chosen.name
+    if isinstance(chosen, LearnedTokenizer):
+        data.write_whole(file, chosen.content.encode())
     elif not file.exists():
         drawn = sample(texts, seed)
-        data.write_whole(file, learn(drawn, int(wanted)).encode())
+        data.write_whole(file, learn(drawn, chosen).encode())
         print(f"{file}: {summary(load(file), drawn)}")
     return str(file)
 
 
 def sample(texts: Iterator[bytes], seed: int) -> list[bytes]:
-    """Texts drawn evenly from all, with SAMPLE_BYTES at most; when there are more, half of those drawn are dropped."""
-    rng, drawn, share = random.Random(seed), [], 1.0
+    """Texts drawn evenly from all, with SAMPLE_BYTES at most: when there are more, every second one is dropped."""
+    rng, drawn, n_bytes, share = random.Random(seed), [], 0, 1.0
     for text in texts:
         if rng.random() < share:
             drawn.append(text)
-        while sum(map(len, drawn)) > SAMPLE_BYTES and len(drawn) > 1:
-            drawn, share = [text for text in drawn if rng.random() < 0.5], share / 2
+            n_bytes += len(text)
+        if n_bytes > SAMPLE_BYTES:
+            drawn, share = drawn[::2], share / 2
+            n_bytes = sum(map(len, drawn))
     return drawn
 
 
@@ -143,22 +135,21 @@ def learn(texts: list[bytes], size: int) -> str:
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     # A pair that stands only once in the sample is no rule of the language.
     options = dict(min_frequency=2, initial_alphabet=list(data.byte_alphabet()), show_progress=sys.stderr.isatty())
-    bpe.train_from_iterator(chunks(texts), trainers.BpeTrainer(vocab_size=size - 1, **options))
+    texts = [text.decode("utf-8", errors="replace") for text in texts]
+    chunks = [text[start : start + CHUNK] for text in texts for start in range(0, len(text), CHUNK)]
+    bpe.train_from_iterator(chunks, trainers.BpeTrainer(vocab_size=size - 1, **options), length=len(chunks))
     if (found := bpe.get_vocab_size() + 1) < size:
-        raise ValueError(f"--tokenizer {size}: the text has only enough for {found}; take more text, or that many")
+        advice = f"--tokenizer {found}" if found >= SMALLEST else "--tokenizer bytes"
+        raise ValueError(f"--tokenizer {size}: the text has enough for {found} only; take more text, or {advice}")
     bpe.add_special_tokens([data.END_OF_TEXT])
     return bpe.to_str(pretty=True)
 
 
-def chunks(texts: list[bytes]) -> Iterator[str]:
-    for text in (text.decode("utf-8", errors="replace") for text in texts):
-        yield from (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
-
-
 def summary(tokenizer: LearnedTokenizer, texts: list[bytes]) -> str:
-    """One line: tokens, bytes a token in the first megabyte of the texts, and the longest tokens."""
+    """One line: tokens, bytes a token in the texts' first megabyte, the ten longest (not runs of a sign or space)."""
     some = b"".join(texts)[:1_000_000]
-    tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.end_of_text)]
-    longest = " ".join(ascii(token.decode(errors="replace")) for token in sorted(tokens, key=len)[:-11:-1])
-    each = len(some) / max(1, len(tokenizer.encode(some)))
-    return f"{tokenizer.vocab_size:,} tokens learned, {each:.2f} bytes a token; the longest: {longest}"
+    tokens = {tokenizer.decode_bytes([i]).strip() for i in range(tokenizer.end_of_text)}
+    words = sorted((token for token in tokens if len(set(token)) > 2), key=lambda token: (len(token), token))
+    longest = b" ".join(words[:-11:-1]).decode(errors="replace")
+    each = len(some) / len(tokenizer.encode(some))
+    return f"{tokenizer.vocab_size:,} tokens, {each:.2f} bytes each; the longest: {data.printable(longest)}"

@@ -27,25 +27,15 @@ HOUSE = {
     "run": {"runtime", "pretrained", "data"},
     "web": set(),
     "sample": {"configurator", "runtime", "pretrained", "model", "data", "vocabulary", "generate", "run", "web"},
-    "checkpoint": {"pretrained", "model", "data", "run"},
+    "checkpoint": {"pretrained", "model", "data", "vocabulary", "run"},
     "plot": {"configurator", "pretrained", "model", "run"},
     "train": {"auto", "configurator", "runtime", "pretrained", "model", "data", "vocabulary", "optimizer", "generate"}
     | {"hellaswag", "run", "checkpoint", "plot"},
     "bench": {"auto", "configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "run", "train"},
 }
 SCRIPTS = {"prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench"}
-HEAVY = {
-    "tiktoken",
-    "tokenizers",
-    "transformers",
-    "datasets",
-    "matplotlib",
-    "safetensors",
-    "huggingface_hub",
-    "wandb",
-    "tensorboard",
-}
-HEAVY |= {"pyarrow", "flask", "werkzeug"}
+HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
+HEAVY |= {"tokenizers", "pyarrow", "flask", "werkzeug"}
 
 
 def tree(name: str) -> ast.Module:

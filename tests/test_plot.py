@@ -22,6 +22,20 @@ def started(step: int = 0, batch: int = 1000, data_dir="shards/fineweb", **facts
     return dict(step=step, kind="run", settings=settings) | usual | facts
 
 
+def test_runs_with_other_vocabularies_are_compared_in_bits_per_byte(tmp_path):
+    records = [trained(0, 3.0), validated(1, 2.0)]
+    one = write(tmp_path / "a", started(tokenizer="gpt2"), *records, validated(2, 1.5) | dict(val_bpb=0.75))
+    two = write(tmp_path / "b", started(), *records, validated(2, 1.0) | dict(val_bpb=1.25))
+    [axes] = loss_axes(one, two)
+    assert axes.get_ylabel() == "loss, bits per byte"
+    assert line(axes, f"{one}: training")[:, 1].tolist() == [1.5] and line(axes, f"{two}: training")[:, 1] == [3.75]
+    assert line(axes, f"{one}: validation, last 0.750")[:, 1].tolist() == [1.0, 0.75]
+    assert line(axes, f"{two}: validation, last 1.250")[:, 1].tolist() == [2.5, 1.25]
+    unknown = write(tmp_path / "c", started(tokenizer="gpt2"), *records)  # an older run
+    for folders in ((one,), (one, one), (unknown, two)):
+        assert loss_axes(*folders)[0].get_ylabel() == "loss, nats per token"
+
+
 def trained(step: int, loss: float | None = 2.0, **values) -> dict:
     usual = dict(loss=loss, lr=1e-3, grad_norm=1.0, tokens_per_s=5e4, mfu=None, ms=1.0)
     return dict(step=step, kind="train") | usual | values

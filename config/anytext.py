@@ -1,0 +1,36 @@
+"""A small GPT from scratch on any text, in any language or script: prose, code, DNA.
+
+    python prepare.py my_texts/ --out shards/anytext --tokenizer 2048
+    python train.py config/anytext.py
+    python sample.py --model out/anytext -p "..."
+
+The vocabulary is learned from the text, so a token is several bytes in every script. 2,048 tokens suit a megabyte or
+two; take more for more text. The best checkpoint is kept. Runs with different vocabularies compare in bits a byte.
+"""
+
+data_dir = "shards/anytext"
+out_dir = "out/anytext"
+
+n_layer = 6
+n_head = 3
+n_embd = 192
+block_size = 128  # tokens: some 400 bytes
+dropout = 0.1
+
+batch_size = 8
+total_batch_size = batch_size * block_size
+
+learning_rate = 2e-3
+min_lr = 0.0
+warmup_steps = 200
+max_steps = 2_000  # 2M tokens, about 6 MB of text
+beta2 = 0.99  # small batches are noisy: average over more steps
+
+log_every = 50
+eval_every = 200
+hellaswag_every = 0
+eval_tokens = 1_000_000
+checkpoint_every = 200
+sample_every = 500
+sample_prompt = ""  # begins a document
+sample_tokens = 100
