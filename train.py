@@ -135,7 +135,7 @@ def train(config: TrainConfig) -> dict:
     """
     # ---- 1. The machine ----------------------------------------------------------------------------------------------
     machine = runtime.start(config.device, config.tf32)
-    say = print if machine.is_main else lambda *_: None
+    say = run.say if machine.is_main else lambda *_: None
     out_dir = Path(config.out_dir)
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
@@ -159,9 +159,10 @@ def train(config: TrainConfig) -> dict:
         val_windows = data.Windows(data.open_shards(config.data_dir, "val"), config.block_size, tokenizer.vocab_size)
         val_places = val_windows.first(config.eval_tokens)
     say(
-        f"data: {config.data_dir}, {windows.n_tokens:,} training tokens ({tokenizer.name}), seen "
+        f"data: {config.data_dir}, {windows.n_tokens:,} training tokens, seen "
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
-        f"{len(val_places) * config.block_size:,} validation tokens"
+        f"{len(val_places) * config.block_size:,} validation tokens\n"
+        f"vocabulary: {tokenizer.name}, {tokenizer.vocab_size:,} tokens"
     )
     tasks = machine.broadcast(load_tasks(config, say) if machine.is_main and config.hellaswag_every else [])
 
@@ -198,8 +199,8 @@ def train(config: TrainConfig) -> dict:
     batch_size = auto.batch_size(config.batch_size, sequences, raw_model, config.block_size, machine)
     n_accumulate = sequences // batch_size
     say(
-        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} (processes) x "
-        f"{n_accumulate} (micro-steps) = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
+        f"batch: {batch_size} (sequences) x {config.block_size} (tokens) x {machine.world_size} (processes) x "
+        f"{n_accumulate} (micro-steps) = {config.total_batch_size:,} tokens a step; x {config.max_steps:,} (steps) = "
         f"{config.max_steps * config.total_batch_size:,} tokens"
     )
     batches = data.Batches(windows, batch_size, sequences * machine.world_size, machine.world_size, config.seed)
@@ -236,12 +237,14 @@ def train(config: TrainConfig) -> dict:
             fresh = not found or step > start_step
             evaluated = fresh and due(config.eval_every, step)
             if evaluated:
+                console.bar.set_postfix_str("validation")
                 val_loss = evaluate(raw_model, val_windows, val_places, batch_size, machine)
                 log("val", step, loss=val_loss)
                 console.line(f"step {step:,} | val loss {val_loss:.4f}")
 
             untrained = step == 0 and config.init_from == "scratch"  # it guesses, and its text is noise
             if fresh and tasks and due(config.hellaswag_every, step) and not untrained:
+                console.bar.set_postfix_str("HellaSwag")
                 score = hellaswag.evaluate(raw_model, tokenizer, machine, tasks)
                 log("hellaswag", step, **score)
                 console.line(f"step {step:,} | hellaswag {score['acc_norm']:.4f} of {score['n']:,}")
