@@ -358,7 +358,7 @@ def sequences_per_process(config: TrainConfig, world_size: int) -> int:
     if rest or not sequences:
         nearest = max(1, round(config.total_batch_size / unit)) * unit
         wrong = f"total_batch_size {config.total_batch_size} is not a multiple of block_size {config.block_size} x "
-        raise ValueError(f"{wrong}{world_size} processes; the nearest that is: {nearest}")
+        raise ValueError(f"{wrong}{world_size} (processes); the nearest that is: {nearest}")
     return sequences
 
 
@@ -448,20 +448,12 @@ def main(argv: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(argv):
         print(__doc__ + configurator.help_text(TrainConfig))
         return
-    rank = int(os.environ.get("RANK", 0))
+    config = configurator.configure(TrainConfig, argv)
     try:
-        config = configurator.configure(TrainConfig, argv)
-    except ValueError:  # the same on every rank, so one prints it
-        sys.exit(2) if rank else None
-        raise
-    try:
+        is_main = os.environ.get("RANK", "0") == "0"
         busy = f"out_dir {config.out_dir}: another run is writing to it; wait for it, or stop it"
-        with data.lock(Path(config.out_dir) / ".lock", busy) if rank == 0 else contextlib.nullcontext():
+        with data.lock(Path(config.out_dir) / ".lock", busy) if is_main else contextlib.nullcontext():
             result = train(config)
-    except (ValueError, OSError) as error:
-        if rank:
-            raise ValueError(f"(rank {rank}) {error}") from None
-        raise
     except torch.OutOfMemoryError:
         hint = "set --batch_size=auto, a smaller one, or --recompute=True; the result is the same"
         raise ValueError(f"out of memory with batch_size {config.batch_size}: {hint}") from None
@@ -469,7 +461,7 @@ def main(argv: list[str] | None = None) -> None:
         if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"(rank {rank}) another process is gone or hangs (see --timeout): {reason}") from None
+        raise ValueError(f"another process is gone or hangs (see --timeout): {reason}") from None
     except KeyboardInterrupt:
         os._exit(130)  # at once, even while a thread writes a checkpoint
     if result["stopped"]:
