@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import pretrained
 import sample
 import train
 from generate import generate
@@ -155,7 +157,7 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_gpt2_comes_from_the_hub_once(hub, capsys):
+def test_gpt2_comes_from_the_hub_once(hub, capsys, monkeypatch):
     first, _ = run(capsys, "--model", "gpt2", "-m", "8")
     assert first.startswith(sample.HELLO)
     line = fails(capsys, "--model", "nobody/nothing")
@@ -163,6 +165,10 @@ def test_gpt2_comes_from_the_hub_once(hub, capsys):
     hub.shutdown()
     hub.server_close()
     assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first  # from the cache
+    with socket.create_server(hub.server_address):  # a network that takes questions and never answers
+        monkeypatch.setattr(pretrained.fetch, "__defaults__", (0.1,))
+        assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first
+        assert "ReadTimeout" in fails(capsys, "--model", "nobody/nothing")
 
 
 # ---- What is wrong is one line ---------------------------------------------------------------------------------------
