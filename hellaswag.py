@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     model, machine, note = generate.ready(model, machine, arguments.dtype, rows=1024)
     tokenizer = data.get_tokenizer(model.config.vocab_size)
     if machine.is_main:
-        print(f"model: {source}, {n_parameters:,} parameters; {machine.note}; {note}", file=sys.stderr)
+        print(f"model: {source}, {n_parameters:,} parameters\n{machine.note}\n{note}", file=sys.stderr)
     start = time.perf_counter()
     try:
         result = evaluate(model, tokenizer, machine, tasks, show_progress=machine.is_main)

@@ -288,7 +288,7 @@ def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
     assert re.sub(r"\033\[[\d;]*m", "", coloured) == whole
     styles = set()
     for row in coloured.splitlines()[-40:]:
-        value, style, likely = re.match(r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m  of  (.*)$", row).groups()
+        value, style, likely = re.match(r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m of (.*)$", row).groups()
         likely = [float(other) for other in re.findall(r" (-\d+\.\d\d)(?:  |$)", likely)]
         assert len(likely) == 5 and likely == sorted(likely, reverse=True) and likely[0] >= float(value) - 0.006
         p = math.exp(float(value))
