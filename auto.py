@@ -60,12 +60,13 @@ def race_threads(run: Callable[[], object], ms: float) -> dict[int, float]:
 
 
 def contest(runs: dict[str, Callable[[], object]], margin: float = 1.03) -> tuple[str, int | None, dict, str]:
-    """The name that wins the race, its best number of threads (None: no race), the times, and all of it in words."""
+    """The name that wins the race, its best number of threads (None: no race), the times, and these in words."""
     times = race(runs)
     name = fastest(times, margin)
     threads = race_threads(runs[name], times[name])
-    shown = times | {f"{n} thread{'s' * (n > 1)}": ms for n, ms in threads.items()}
-    why = f" (ms for a block: {'; '.join(f'{one} {ms:.1f}' for one, ms in shown.items())})"
+    shown = [f"{ms:.1f}" for ms in sorted(times.values())]
+    shown += [f"{n} thread{'s' * (n > 1)} {ms:.1f}" for n, ms in threads.items()]
+    why = f" (ms a block: {', '.join(shown)})"
     return name, fastest(threads) if threads else None, times, why
 
 

@@ -115,7 +115,7 @@ def bench_tokenize(arguments: argparse.Namespace, machine: Runtime) -> dict:
             seconds = time.perf_counter() - begin
         return {"MB/s": megabytes / seconds, "tokens/s": sum(row["tokens"] for row in rows["train"]) / seconds}
 
-    alone = f"tiktoken alone, {workers} processes"
+    alone = f"tiktoken alone, {workers} process{'es' * (workers > 1)}"
     return interleaved({alone: side_by_side, f"shards, {workers} workers": shards}, arguments.rounds, alone)
 
 

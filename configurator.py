@@ -10,9 +10,11 @@ import ast
 import contextlib
 import difflib
 import inspect
+import json
 import os
 import re
 import sys
+import time
 import traceback
 import types
 from collections.abc import Iterator
@@ -31,7 +33,13 @@ def command(program: str) -> Iterator[None]:
     except BrokenPipeError:  # the reader has closed the pipe, like head; Python must not write to it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
-        print("\n".join(f"{program}: {line}" for line in str(error).strip().splitlines()), file=sys.stderr)
+        if rank := int(os.environ.get("RANK", 0)):
+            time.sleep(10)  # a mistake of all ranks is said by the main one; then torchrun ends the others
+            error = f"(rank {rank}) {error}"
+        message = "\n".join(f"{program}: {line}" for line in str(error).strip().splitlines())
+        print(message, file=sys.stderr)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own report with it
+            Path(file).write_text(json.dumps(dict(message=message, timestamp=time.time())))
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)

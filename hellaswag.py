@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     n_parameters = model.num_params()
     model, machine, note = generate.ready(model, machine, arguments.dtype, rows=1024)
     if machine.is_main:
-        print(f"model: {source}, {n_parameters:,} parameters; {machine.note}; {note}", file=sys.stderr)
+        print(f"model: {source}, {n_parameters:,} parameters\n{machine.note}\n{note}", file=sys.stderr)
     start = time.perf_counter()
     try:
         result = evaluate(model, tokenizer, machine, tasks, show_progress=machine.is_main)

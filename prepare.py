@@ -301,7 +301,7 @@ def finish_folder(out: Path, tokenizer: data.Tokenizer, source: dict, shards: di
     for path in out.glob("*.tmp"):  # of killed runs
         path.unlink(missing_ok=True)
     tokens = f"{n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens"
-    return f"{documents:,} documents, {tokens} ({tokenizer.name})"
+    return f"{documents:,} document{'s' * (documents != 1)}, {tokens} ({tokenizer.name})"
 
 
 def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) -> list[Path]:
@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     source = describe(arguments, files, chosen)
     with shard_folder(out, source) as meta:
         if meta["complete"]:
-            print(f"{arguments.out}: already made from these {len(files)} files")
+            print(f"{arguments.out}: already made from these files ({len(files):,})")
             return
         # One document of every `stride` is for validation; with fewer documents than that, the tail of each.
         n, fraction, column = arguments.shard_tokens, arguments.val_fraction, arguments.text_column

@@ -60,19 +60,24 @@ def locate(name: str | Path) -> Path:
     raise ValueError(f"{name}: no such model; name gpt2, gpt2-medium, ..., a hub id or a folder (here are {runs})")
 
 
-def fetch(repo: str) -> Path:
+def fetch(repo: str, timeout: float = 10) -> Path:
     """A model of the hub as a folder in the hub's cache: its safetensors or, where it has none, its pickled weights."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
+    options, why = dict(ignore_patterns="*/*"), None
+    try:
+        HfApi().model_info(repo, revision="main", timeout=timeout)  # snapshot_download might wait for ever
+    except Exception as error:  # of many types; the cache may have the model
+        options["local_files_only"], why = True, error
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             wanted = ["config.json", "tokenizer.json", weights]
-            folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns="*/*"))
+            folder = Path(snapshot_download(repo, allow_patterns=wanted, **options))
             if any(folder.glob(weights)):
                 break
         return folder
-    except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    except Exception as error:
+        reason = f"{type(why or error).__name__}: {str(why or error).strip()}".splitlines()[0]
         raise ValueError(f"{repo}: not a folder here, and not fetched from the Hugging Face hub ({reason})") from None
 
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from textwrap import indent
+from textwrap import fill, indent
 
 import numpy as np
 import torch
@@ -238,6 +238,13 @@ def evenly(items: list, n: int) -> list:
 # ---- Console and signals ---------------------------------------------------------------------------------------------
 
 
+def say(text: str) -> None:
+    """Print lines; a terminal gets them broken at words, with an indent."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    style = dict(subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    print(*(fill(line, width, **style) for line in text.splitlines()), sep="\n", flush=True)
+
+
 class Console(contextlib.AbstractContextManager):
     """A progress bar on a terminal, plain lines in a file, nothing on ranks above 0."""
 
@@ -253,6 +260,9 @@ class Console(contextlib.AbstractContextManager):
         self.bar.close()
 
     def line(self, text: str) -> None:
+        """Print what was done besides training. The bar's time left does not count it."""
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.unpause()
         if self.is_main:
             try:
                 self.bar.write(text) if self.live else print(text, flush=True)

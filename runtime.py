@@ -206,10 +206,10 @@ def choose_device(setting: str, world_size=1, local_rank=0, local_size=1) -> tup
         raise ValueError(f"device={setting}: PyTorch {torch.__version__} sees no CUDA GPU here; use --device=cpu")
     count = torch.cuda.device_count()
     if local_size > count:  # said by every process, not only by those that go without
-        raise ValueError(f"{local_size} processes but {count} GPUs on this machine; use --nproc_per_node={count}")
+        raise ValueError(f"{local_size} processes, but GPUs on this machine: {count}; use --nproc_per_node={count}")
     index = local_rank if device.index is None or local_size > 1 else device.index
     if index >= count:
-        raise ValueError(f"device={setting}: this machine has {count} GPUs, counted from 0")
+        raise ValueError(f"device={setting}: GPUs on this machine, counted from 0: {count}")
     major, minor = torch.cuda.get_device_capability(index)
     oldest = min((int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)), default=0)
     if 10 * major + minor < oldest:  # for example a V100 with a build for CUDA 13

@@ -242,9 +242,9 @@ def write(model: GPT, texts: list[Text], settings: dict, stream: bool, as_json: 
             print()
             for token, logprob, _, likely in text.record:
                 style = LIKELY if logprob > math.log(0.5) else UNLIKELY if logprob < math.log(0.05) else BOLD
-                show(f"{logprob:8.3f}  ")
-                show(f"{token!r:16}", style)
-                show("  of  " + "  ".join(f"{other!r} {value:.2f}" for other, value, _ in likely) + "\n")
+                show(f"{logprob:7.3f}  ")
+                show(f"{token!r:12}", style)
+                show(" of " + "  ".join(f"{other!r} {value:.2f}" for other, value, _ in likely) + "\n")
 
 
 def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: list[str], settings: dict) -> None:
@@ -269,7 +269,7 @@ def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: lis
                 story = ""
             elif name in SETTINGS:
                 try:
-                    settings = checked(settings | {name: type(SETTINGS[name][0])(value)})
+                    settings = checked(settings | {name: configurator.parse(value, None)})
                 except ValueError as error:
                     print(f"{line}: {error}", file=sys.stderr)
             else:
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         rows = min(BATCH, max(1, len(prompts)) * given.samples)
         model, machine, note = generate.ready(model, machine, given.dtype, rows)
-        print(f"model: {description}; {machine.note}; {note}", file=sys.stderr)
+        print(f"model: {description}\n{machine.note}\n{note}", file=sys.stderr)
         if given.interactive:
             write_together(model, tokenizer, "".join(prompts), given.stop, settings)
             return

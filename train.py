@@ -137,7 +137,7 @@ def train(config: TrainConfig) -> dict:
     """
     # ---- 1. The machine ----------------------------------------------------------------------------------------------
     machine = runtime.start(config.device, config.tf32)
-    say = print if machine.is_main else lambda *_: None
+    say = run.say if machine.is_main else lambda *_: None
     out_dir = Path(config.out_dir)
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
@@ -162,9 +162,10 @@ def train(config: TrainConfig) -> dict:
         val_places = val_windows.first(config.eval_tokens)
         val_bits = val_windows.bits_per_byte(val_places, tokenizer)
     say(
-        f"data: {config.data_dir}, {windows.n_tokens:,} training tokens ({tokenizer.name}), seen "
+        f"data: {config.data_dir}, {windows.n_tokens:,} training tokens, seen "
         f"{config.max_steps * config.total_batch_size / windows.n_tokens:.2f} times; "
-        f"{len(val_places) * config.block_size:,} validation tokens"
+        f"{len(val_places) * config.block_size:,} validation tokens\n"
+        f"vocabulary: {tokenizer.name}, {tokenizer.vocab_size:,} tokens"
     )
     tasks = machine.broadcast(load_tasks(config, say) if machine.is_main and config.hellaswag_every else [])
 
@@ -201,8 +202,8 @@ def train(config: TrainConfig) -> dict:
     batch_size = auto.batch_size(config.batch_size, sequences, raw_model, config.block_size, machine)
     n_accumulate = sequences // batch_size
     say(
-        f"batch: {batch_size} sequences x {config.block_size} tokens x {machine.world_size} (processes) x "
-        f"{n_accumulate} (micro-steps) = {config.total_batch_size:,} tokens a step; {config.max_steps:,} steps = "
+        f"batch: {batch_size} (sequences) x {config.block_size} (tokens) x {machine.world_size} (processes) x "
+        f"{n_accumulate} (micro-steps) = {config.total_batch_size:,} tokens a step; x {config.max_steps:,} (steps) = "
         f"{config.max_steps * config.total_batch_size:,} tokens"
     )
     batches = data.Batches(windows, batch_size, sequences * machine.world_size, machine.world_size, config.seed)
@@ -239,12 +240,14 @@ def train(config: TrainConfig) -> dict:
             fresh = not found or step > start_step
             evaluated = fresh and due(config.eval_every, step)
             if evaluated:
+                console.bar.set_postfix_str("validation")
                 val_loss = evaluate(raw_model, val_windows, val_places, batch_size, machine)
                 log("val", step, loss=val_loss, val_bpb=val_loss * val_bits)
                 console.line(f"step {step:,} | val loss {val_loss:.4f} ({val_loss * val_bits:.4f} bits a byte)")
 
             untrained = step == 0 and config.init_from == "scratch"  # it guesses, and its text is noise
             if fresh and tasks and due(config.hellaswag_every, step) and not untrained:
+                console.bar.set_postfix_str("HellaSwag")
                 score = hellaswag.evaluate(raw_model, tokenizer, machine, tasks)
                 log("hellaswag", step, **score)
                 console.line(f"step {step:,} | hellaswag {score['acc_norm']:.4f} of {score['n']:,}")
@@ -358,7 +361,7 @@ def sequences_per_process(config: TrainConfig, world_size: int) -> int:
     if rest or not sequences:
         nearest = max(1, round(config.total_batch_size / unit)) * unit
         wrong = f"total_batch_size {config.total_batch_size} is not a multiple of block_size {config.block_size} x "
-        raise ValueError(f"{wrong}{world_size} processes; the nearest that is: {nearest}")
+        raise ValueError(f"{wrong}{world_size} (processes); the nearest that is: {nearest}")
     return sequences
 
 
@@ -449,20 +452,12 @@ def main(argv: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(argv):
         print(__doc__ + configurator.help_text(TrainConfig))
         return
-    rank = int(os.environ.get("RANK", 0))
+    config = configurator.configure(TrainConfig, argv)
     try:
-        config = configurator.configure(TrainConfig, argv)
-    except ValueError:  # the same on every rank, so one prints it
-        sys.exit(2) if rank else None
-        raise
-    try:
+        is_main = os.environ.get("RANK", "0") == "0"
         busy = f"out_dir {config.out_dir}: another run is writing to it; wait for it, or stop it"
-        with data.lock(Path(config.out_dir) / ".lock", busy) if rank == 0 else contextlib.nullcontext():
+        with data.lock(Path(config.out_dir) / ".lock", busy) if is_main else contextlib.nullcontext():
             result = train(config)
-    except (ValueError, OSError) as error:
-        if rank:
-            raise ValueError(f"(rank {rank}) {error}") from None
-        raise
     except torch.OutOfMemoryError:
         hint = "set --batch_size=auto, a smaller one, or --recompute=True; the result is the same"
         raise ValueError(f"out of memory with batch_size {config.batch_size}: {hint}") from None
@@ -470,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
         if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"(rank {rank}) another process is gone or hangs (see --timeout): {reason}") from None
+        raise ValueError(f"another process is gone or hangs (see --timeout): {reason}") from None
     except KeyboardInterrupt:
         os._exit(130)  # at once, even while a thread writes a checkpoint
     if result["stopped"]:

@@ -64,7 +64,7 @@ def test_a_run_computes_as_the_race_says_and_its_resume_as_it_began(
     train.train(config(**free))
     straight = metrics(tmp_path / "run")
     assert metrics(tmp_path / "run", "run")[0]["dtype"] == ("bfloat16" if "bf16" in winner else "float32")
-    assert f"arithmetic: {winner} (ms for a block: " in capsys.readouterr().out
+    assert f"arithmetic: {winner} (ms a block: " in capsys.readouterr().out
 
     race_is_won_by("fp32, spelled-out attention")
     train.train(config(**free, resume=str(tmp_path / "run" / "step_0000006")))
@@ -79,7 +79,7 @@ def test_the_race_leaves_no_gradients_and_a_short_run_has_none(config, monkeypat
     assert why == "arithmetic: fp32, fused attention\ncompile: off (as set)"
     monkeypatch.setattr(auto, "RACE_PAYS", -1)
     choice, why = auto.choose(free, model, machine, before={})
-    assert choice["dtype"] in ("fp32", "bf16") and "ms for a block" in why
+    assert choice["dtype"] in ("fp32", "bf16") and "ms a block" in why
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -102,7 +102,7 @@ def test_inference_has_a_race_of_its_own(monkeypatch, race_is_won_by, winner):
     monkeypatch.setattr(auto, "precisions", lambda *_: ["fp32", "bf16"])
     machine = Runtime(CPU, torch.float32)
     model, ready, why = generate.ready(make_toy(), machine, "auto", rows=10_000)
-    assert ready.dtype == model.lm_head.weight.dtype == runtime.DTYPES[winner] and "ms for a block" in why
+    assert ready.dtype == model.lm_head.weight.dtype == runtime.DTYPES[winner] and "ms a block" in why
     assert generate.ready(make_toy(), machine, "auto", rows=1)[2] == "dtype: fp32 (a small model: one thread)"
 
 

@@ -98,7 +98,7 @@ def test_the_score_against_one_task_at_a_time(capsys, tmp_path):
 
 def test_tokens_of_files_against_tiktoken(capsys, text_file):
     bench.main(["tokenize", str(text_file), "--workers", "1", "--rounds", "1"])
-    assert "tiktoken alone, 1 processes" in capsys.readouterr().out
+    assert "tiktoken alone, 1 process " in capsys.readouterr().out
 
 
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768)

@@ -72,9 +72,11 @@ def test_two_ranks_equal_one(config, tmp_path, optimizer):
 
 
 def test_a_mistake_is_said_once(config):
-    run = torchrun(2, config(n_head=5))
-    assert run.returncode != 0
-    assert run.stderr.count("n_embd 32 is not divisible by n_head 5") == 1
+    """By the main rank, and again where torchrun's own report ends."""
+    run = torchrun(2, config(total_batch_size=96))
+    said = [line for line in run.stderr.splitlines() if "total_batch_size" in line]
+    assert run.returncode != 0 and said == [said[0], f"  traceback : {said[0]}"]
+    assert said[0].endswith("96 is not a multiple of block_size 32 x 2 (processes); the nearest that is: 128")
 
 
 def test_what_only_one_rank_sees_is_said_too(config, shards, tmp_path):

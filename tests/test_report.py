@@ -130,3 +130,29 @@ def test_a_report_or_card_that_fails_does_not_fail_the_run(config, monkeypatch, 
     assert train.train(c)["step"] == 12
     assert "is not whole (ZeroDivisionError: division by zero)" in capsys.readouterr().out
     assert checkpoints(c.out_dir) and not (checkpoints(c.out_dir)[-1] / "README.md").exists()
+
+
+def test_the_bars_time_left_is_trainings(monkeypatch):
+    """Validation of 100 s, beside steps of 1 s, counts neither in the time passed nor in the time left."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with run.Console(10, 0, 1, is_main=True) as console:
+        clock = [console.bar.start_t]
+        console.bar._time = lambda: clock[0]
+        for _ in range(3):
+            console.bar.set_postfix_str("validation")
+            assert str(console.bar).endswith(", validation]")
+            clock[0] += 100
+            console.line("val loss 1.0")
+            clock[0] += 1
+            console.bar.update()
+        assert str(console.bar).endswith(" 3/10 [00:03<00:07]")
+
+
+def test_a_terminal_gets_lines_broken_at_words(monkeypatch, capsys):
+    text = "batch: 16 (sequences) x 128 (tokens) x 1\narithmetic: bf16 and as always spelled-out attention"
+    run.say(text)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "39")
+    run.say(text)
+    assert capsys.readouterr().out == re.sub(r" (1$|spelled)", r"\n  \1", text, flags=re.M) + "\n"

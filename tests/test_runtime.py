@@ -47,10 +47,10 @@ def test_devices_that_are_not_there(gpus):
         with pytest.raises(ValueError, match=message):
             choose_device(setting)
     gpus(1)
-    with pytest.raises(ValueError, match="device=cuda:1: this machine has 1 GPUs, counted from 0"):
+    with pytest.raises(ValueError, match="device=cuda:1: GPUs on this machine, counted from 0: 1"):
         choose_device("cuda:1")
     for rank in (0, 1):
-        with pytest.raises(ValueError, match="2 processes but 1 GPUs on this machine; use --nproc_per_node=1"):
+        with pytest.raises(ValueError, match="2 processes, but GPUs on this machine: 1; use --nproc_per_node=1"):
             choose_device("auto", world_size=2, local_rank=rank, local_size=2)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import pretrained
 import sample
 import train
 from generate import generate
@@ -156,7 +158,7 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_gpt2_comes_from_the_hub_once(hub, capsys):
+def test_gpt2_comes_from_the_hub_once(hub, capsys, monkeypatch):
     first, _ = run(capsys, "--model", "gpt2", "-m", "8")
     assert first.startswith(sample.HELLO)
     line = fails(capsys, "--model", "nobody/nothing")
@@ -164,6 +166,10 @@ def test_gpt2_comes_from_the_hub_once(hub, capsys):
     hub.shutdown()
     hub.server_close()
     assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first  # from the cache
+    with socket.create_server(hub.server_address):  # a network that takes questions and never answers
+        monkeypatch.setattr(pretrained.fetch, "__defaults__", (0.1,))
+        assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first
+        assert "ReadTimeout" in fails(capsys, "--model", "nobody/nothing")
 
 
 # ---- What is wrong is one line ---------------------------------------------------------------------------------------
@@ -283,7 +289,7 @@ def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
     assert re.sub(r"\033\[[\d;]*m", "", coloured) == whole
     styles = set()
     for row in coloured.splitlines()[-40:]:
-        value, style, likely = re.match(r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m  of  (.*)$", row).groups()
+        value, style, likely = re.match(r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m of (.*)$", row).groups()
         likely = [float(other) for other in re.findall(r" (-\d+\.\d\d)(?:  |$)", likely)]
         assert len(likely) == 5 and likely == sorted(likely, reverse=True) and likely[0] >= float(value) - 0.006
         p = math.exp(float(value))
