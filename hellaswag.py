@@ -12,13 +12,11 @@ A task is a line of JSON. The fields that count (the others say where it comes f
      "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."]}
 
 The model never sees the endings side by side. Each follows the context, and the losses of its tokens are summed. acc
-takes the ending with the lowest sum, acc_norm the one with the lowest mean: a token in the completion style, and a
-character in the harness style. The first reads ctx and endings as they are. The second reads clean texts, and a context
-such as "Roof shingle removal: A man is sitting on a roof. He". Published for OpenAI's weights (Karpathy,
-build-nanogpt), n = 10,042:
+takes the ending with the lowest sum, acc_norm the one with the lowest mean. There are two styles:
 
-    completion   gpt2  acc 0.2859   acc_norm 0.2955            gpt2-xl  acc 0.3842   acc_norm 0.4893
-    harness      gpt2  acc 0.2892   acc_norm 0.3114            gpt2-xl  acc 0.4004   acc_norm 0.5089
+    completion   ctx and endings as they are; the mean is a token's
+    harness      as lm-evaluation-harness: cleaned texts; the mean is a character's; the context above becomes
+                 "Roof shingle removal: A man is sitting on a roof. He"
 """
 
 import argparse
@@ -50,7 +48,7 @@ from runtime import Runtime
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 FILE = Path("shards/hellaswag/hellaswag_val.jsonl")  # where it is kept
-PUBLISHED = {  # acc, acc_norm
+PUBLISHED = {  # acc, acc_norm of OpenAI's weights on all 10,042 tasks, from Karpathy's build-nanogpt
     "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
     "harness": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
 }

@@ -124,16 +124,18 @@ LINES = [
         *("[step] Rub it. [title] Cut it. [step] Eat.", " [substeps] Go on.", "[title] No mark", "a  b"),
     ),
     line(" Canoeing", "It rains   hard.", "the OLD lady", 1, " runs.", "Runs  far   away.", "RUNS", "waits [for"),
-    line("Health", "Eat well. [title]", "[step]", 2, "[header]", "and sleep.", "…", "日本語 is longer in bytes."),
-    line("Äpfel", "漢字 [x [y] z]", "", 0, "one [a]\n two", "[a] [b] three", "\tfour", "five [title]"),
+    line("Health", "Eat well. [title]", "[step]", 2, "[header]", "…", "日本語", "☃"),
+    line("Äpfel", "漢字 [x [y] z]", "", 0, "one [a]\n two", "[a] [b] three", "\tfour", "日本語 [title]"),
+    line("", "", "", 1, "and sleep.", "日本語 is longer in bytes.", "日本語のテキスト", "éééé"),
 ]
 # What lm-evaluation-harness 0.4.13 makes of them: the context, which may end in a space, and the endings.
 CLEAN = [
     ("Roofing: A man sits on a roof. He", "is using wrap.", "rips level tiles off.", "holds a cube.", "x"),
     ("Home and Garden: How to peel. Wash it.  Use water.", " Rub it.. Cut it. Eat.", " Go on.", " No mark", "a b"),
     ("Canoeing: It rains  hard. The old lady", "runs.", "Runs far  away.", "RUNS", "waits [for"),
-    ("Health: Eat well.. ", "", "and sleep.", "…", "日本語 is longer in bytes."),
-    ("Äpfel: 漢字 z]", "one \n two", " three", "four", "five. "),
+    ("Health: Eat well.. ", "", "…", "日本語", "☃"),
+    ("Äpfel: 漢字 z]", "one \n two", " three", "four", "日本語. "),
+    (":", "and sleep.", "日本語 is longer in bytes.", "日本語のテキスト", "éééé"),
 ]
 
 
@@ -145,7 +147,7 @@ def write_lines(path: Path, lines: list[dict]) -> Path:
 def test_the_harness_cleans_the_texts(tmp_path):
     tasks = hellaswag.examples(write_lines(tmp_path / "tasks.jsonl", LINES), style="harness")
     assert [(task.context, *task.endings) for task in tasks] == CLEAN
-    assert [task.label for task in tasks] == [3, 0, 1, 2, 0]
+    assert [task.label for task in tasks] == [3, 0, 1, 2, 0, 1]
 
 
 @torch.no_grad()
@@ -183,7 +185,7 @@ def test_the_harness_style_equals_its_definition(tokenizer, tmp_path):
     result = hellaswag.evaluate(model, tokens, CPU, tasks)
     labels = [task.label for task in tasks]
     right, right_norm = (np.sum(np.argmin(each, axis=1) == labels) for each in (expected, means))
-    assert (result["style"], result["acc"], result["acc_norm"]) == ("harness", right / 5, right_norm / 5)
+    assert (result["style"], result["acc"], result["acc_norm"]) == ("harness", right / 6, right_norm / 6)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     path = write_lines(tmp_path / "tasks.jsonl", LINES)
     hellaswag.main([*arguments, "--style", "harness"])
     out = capsys.readouterr().out
-    assert "harness style, 5 tasks" in out and "(lowest mean a character)   published: 0.3114" in out
+    assert "harness style, 6 tasks" in out and "(lowest mean a character)   published: 0.3114" in out
     for partly in (["--limit", "3"], ["--data", str(path)]):
         hellaswag.main([*arguments, *partly])
         assert "published" not in capsys.readouterr().out
