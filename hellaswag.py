@@ -2,18 +2,21 @@
 
     python hellaswag.py --model gpt2                              OpenAI's 124M, on all 10,042 tasks
     python hellaswag.py --model out/gpt2_124M --limit 1000        an own run's newest checkpoint, the first 1,000
+    python hellaswag.py --model gpt2 --style harness              as lm-evaluation-harness scores
     torchrun --standalone --nproc_per_node=8 hellaswag.py --model gpt2-xl
 
 A task is a line of JSON. The fields that count (the others say where it comes from):
 
-    {"ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using wrap to wrap a pair of skis.",
+    {"activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he", "label": 3,
+     "ctx": "A man is sitting on a roof. he", "endings": ["is using wrap to wrap a pair of skis.",
      "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."]}
 
-Completion style: the model never sees the endings side by side. Each follows the context, and the losses of its tokens
-are summed. acc takes the ending with the lowest sum, acc_norm the one with the lowest mean a token. Published for
-OpenAI's weights in this style (Karpathy, build-nanogpt), n = 10,042:
+The model never sees the endings side by side. Each follows the context, and the losses of its tokens are summed. acc
+takes the ending with the lowest sum, acc_norm the one with the lowest mean. There are two styles:
 
-    gpt2     acc 0.2859   acc_norm 0.2955            gpt2-xl  acc 0.3842   acc_norm 0.4893
+    completion   ctx and endings as they are; the mean is a token's
+    harness      as lm-evaluation-harness: cleaned texts; the mean is a character's; the context above becomes
+                 "Roof shingle removal: A man is sitting on a roof. He"
 """
 
 import argparse
@@ -23,6 +26,7 @@ import http.client
 import json
 import math
 import os
+import re
 import sys
 import time
 import urllib.request
@@ -45,7 +49,10 @@ from runtime import Runtime
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 FILE = Path("shards/hellaswag/hellaswag_val.jsonl")  # where it is kept
-PUBLISHED = {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)}  # acc, acc_norm
+PUBLISHED = {  # acc, acc_norm of OpenAI's weights on all 10,042 tasks, from Karpathy's build-nanogpt
+    "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
+    "harness": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
+}
 BATCH_TOKENS = 8192  # tokens in one forward pass
 LOGIT_ROWS = 256  # how many predictions are over the whole vocabulary at once: 50 MB in float32
 
@@ -55,6 +62,7 @@ class Example:
     context: str
     endings: tuple[str, ...]
     label: int  # the number of the right ending
+    style: str = "completion"  # a key of PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -69,21 +77,35 @@ class Rendered:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
-def examples(path: str | Path | None = None, limit: int = 0) -> list[Example]:
+def clean(text: str) -> str:
+    """Without the marks of WikiHow's articles, in the steps of lm-evaluation-harness (0.4.13, task version 1.0)."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def example_of(record: dict, style: str) -> Example:
+    """A task from a line's record. ValueError, KeyError, TypeError or AttributeError if it is not one."""
+    context, endings = record["ctx"], record["endings"]
+    if style == "harness":
+        context = clean(record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize())
+        endings = [clean(ending) for ending in endings]
+    task = Example(context, tuple(endings), int(record["label"]), style)  # the label is "3" in some copies
+    texts = all(isinstance(text, str) for text in (task.context, *task.endings))
+    if not texts or len(task.endings) != 4 or not 0 <= task.label < 4:
+        raise ValueError("ctx must be a string, endings four strings, label 0 to 3")
+    return task
+
+
+def examples(path: str | Path | None = None, limit: int = 0, style: str = "completion") -> list[Example]:
     """The tasks of a file (None: the official one), the first `limit` or all. ValueError for a line that is not one."""
     path, tasks = Path(path or fetch()), []
     lines = enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1)
     for number, line in [(number, line) for number, line in lines if line.strip()][: limit or None]:
         try:
-            record = json.loads(line)
-            task = Example(record["ctx"], tuple(record["endings"]), int(record["label"]))  # "3" in some copies
-            texts = all(isinstance(text, str) for text in (task.context, *task.endings))
-            if not texts or len(task.endings) != 4 or not 0 <= task.label < 4:
-                raise ValueError("ctx must be a string, endings four strings, label 0 to 3")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            tasks.append(example_of(json.loads(line), style))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}, line {number}: not a HellaSwag task ({reason})") from None
-        tasks.append(task)
     if not tasks:
         raise ValueError(f"{path}: no tasks in it; it should have one JSON object a line")
     return tasks
@@ -117,11 +139,13 @@ def render(example: Example, tokenizer: data.Tokenizer, block_size: int) -> Rend
     """An example in tokens, cut to what a model with block_size positions can read.
 
     The context loses its beginning, as much as the longest ending needs. An ending longer than the window is judged by
-    its beginning.
+    its beginning. In the harness style, the white space at a context's end is part of each ending.
     """
-    context = tokenizer.encode(example.context)
+    text = example.context.rstrip() if example.style == "harness" else example.context
+    between = example.context[len(text) :] + " "
+    context = tokenizer.encode(text)
     context = context if len(context) else np.array([tokenizer.end_of_text], dtype=np.uint16)
-    endings = tuple(tokenizer.encode(" " + ending)[:block_size] for ending in example.endings)
+    endings = tuple(tokenizer.encode(between + ending)[:block_size] for ending in example.endings)
     room = block_size - max(len(ending) for ending in endings) + 1
     return Rendered(context[-room:], endings)
 
@@ -182,7 +206,7 @@ def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.
 
 
 def evaluate(model: GPT, tokenizer, machine: Runtime, tasks: list[Example], show_progress=False) -> dict:
-    """{"n", "acc", "acc_norm", ...} over the tasks. Each rank scores a share of them; all get the result.
+    """{"style", "n", "acc", "acc_norm", ...} over the tasks. Each rank scores a share of them; all get the result.
 
     Nothing is drawn from a random generator, and the model is left as it was.
     """
@@ -190,28 +214,33 @@ def evaluate(model: GPT, tokenizer, machine: Runtime, tasks: list[Example], show
 
     rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
     batches = batches_of(rendered, BATCH_TOKENS)[machine.rank :: machine.world_size]
+    style = tasks[0].style
+    measured = tasks if style == "harness" else rendered  # an ending's length is in characters or in tokens
     right = torch.zeros(2)  # tasks that the lowest sum and the lowest mean get right
     was_training = model.training
     model.eval()
     for batch in tqdm(batches, unit="batch", disable=None if show_progress else True, dynamic_ncols=True):
         sums = ending_losses(model, [rendered[i] for i in batch], machine)  # (B, 4)
-        lengths = np.array([[len(ending) for ending in rendered[i].endings] for i in batch])
+        lengths = np.array([[len(ending) for ending in measured[i].endings] for i in batch])
         labels = np.array([tasks[i].label for i in batch])
-        chosen = np.stack([sums.argmin(axis=1), (sums / lengths).argmin(axis=1)])  # (2, B); of equals, the first
+        with np.errstate(divide="ignore"):  # an ending of marks only has no characters: its mean is infinite
+            chosen = np.stack([sums.argmin(axis=1), (sums / lengths).argmin(axis=1)])  # (2, B); of equals, the first
         right += torch.from_numpy((chosen == labels).sum(axis=1))
     model.train(was_training)
     n = len(tasks)
     acc, acc_norm = (count / n for count in machine.sum(right.to(machine.device)).tolist())
     stderr, stderr_norm = (math.sqrt(p * (1 - p) / n) for p in (acc, acc_norm))
-    return {"n": n, "acc": acc, "acc_norm": acc_norm, "acc_stderr": stderr, "acc_norm_stderr": stderr_norm}
+    result = {"style": style, "n": n, "acc": acc, "acc_norm": acc_norm}
+    return result | {"acc_stderr": stderr, "acc_norm_stderr": stderr_norm}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("hellaswag.py", description="Score a GPT-2 on HellaSwag, completion style.")
+    parser = argparse.ArgumentParser("hellaswag.py", description="Score a GPT-2 on HellaSwag.")
     add = parser.add_argument
     add("--model", default="gpt2", help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: %(default)s)")
     add("--data", metavar="FILE", help="tasks, one JSON object a line (none: the official ones, fetched once)")
     add("--limit", type=int, default=0, metavar="N", help="only the first N tasks; 0 is all (default: %(default)s)")
+    add("--style", default="completion", choices=[*PUBLISHED], help="how it is scored (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *runtime.DTYPES], help="of matrix products (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of sentences")
@@ -222,8 +251,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def in_words(result: dict, published: tuple[float, float] | None) -> str:
-    lines = [f"HellaSwag, completion style, {result['n']:,} tasks:"]
-    for i, (name, what) in enumerate([("acc", "lowest sum"), ("acc_norm", "lowest mean a token")]):
+    lines = [f"HellaSwag, {result['style']} style, {result['n']:,} tasks:"]
+    mean = "lowest mean a " + ("character" if result["style"] == "harness" else "token")
+    for i, (name, what) in enumerate([("acc", "lowest sum"), ("acc_norm", mean)]):
         beside = f"   published: {published[i]:.4f}" if published else ""
         lines.append(f"  {name:9}{result[name]:.4f} +- {result[name + '_stderr']:.4f}  ({what}){beside}")
     return "\n".join([*lines, f"  {result['n'] / result['seconds']:.1f} tasks/s"])
@@ -233,7 +263,7 @@ def in_words(result: dict, published: tuple[float, float] | None) -> str:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     machine = runtime.start(arguments.device)
-    tasks = machine.broadcast(machine.is_main and examples(arguments.data, arguments.limit))
+    tasks = machine.broadcast(machine.is_main and examples(arguments.data, arguments.limit, arguments.style))
     source = resolve(arguments.model)
     folder = locate(source)
     model = GPT.from_pretrained(folder)
@@ -247,9 +277,9 @@ def main(argv: list[str] | None = None) -> None:
         result = evaluate(model, tokenizer, machine, tasks, show_progress=machine.is_main)
     except torch.OutOfMemoryError:
         raise ValueError("out of GPU memory; stop what else uses the GPU, or use --device=cpu") from None
-    result = {"model": str(source), "style": "completion"} | result | {"seconds": time.perf_counter() - start}
+    result = {"model": str(source)} | result | {"seconds": time.perf_counter() - start}
     if machine.is_main:
-        published = None if arguments.data or arguments.limit else PUBLISHED.get(arguments.model)
+        published = None if arguments.data or arguments.limit else PUBLISHED[arguments.style].get(arguments.model)
         print(json.dumps(result) if arguments.json else in_words(result, published))
     machine.close()
     if machine.world_size > 1:

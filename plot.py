@@ -110,7 +110,9 @@ def loss_figure(runs: list[Run]):
         for run in runs:
             axes.plot(*run.curve("hellaswag", "acc_norm"), **run.look, marker="o", ms=4, mfc="none")
         axes.set_ylabel("HellaSwag, acc_norm")
-        draw_reference(axes, GPT2_HELLASWAG, "GPT-2 124M")
+        styles = {score.get("style", "completion") for run in runs for score in of_kind(run.records, "hellaswag")}
+        for style in sorted(styles):
+            draw_reference(axes, GPT2_HELLASWAG[style], "GPT-2 124M")
         draw_reference(axes, GPT3_HELLASWAG, "GPT-3 124M")
     finish(figure, runs)
     return figure

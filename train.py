@@ -90,6 +90,7 @@ class TrainConfig:
     eval_tokens: int = 10_485_760  # validation tokens, always the same ones
     hellaswag_every: int = 250  # HellaSwag's score, see hellaswag.py; 0 for non-GPT-2 tokenizers or non-English text
     hellaswag_limit: int = 0  # only the first so many tasks; 0 is all 10,042
+    hellaswag_style: Literal["completion", "harness"] = "completion"  # harness: as lm-evaluation-harness scores
     hellaswag_data: str = ""  # a copy of hellaswag_val.jsonl; if empty, it is fetched once to shards/hellaswag
     sample_every: int = 1_000  # a sample of text
     sample_prompt: str = "Hello, I'm a language model,"  # what it continues
@@ -429,7 +430,7 @@ def evaluate(model: GPT, windows: data.Windows, places: np.ndarray, batch_size: 
 def load_tasks(config: TrainConfig, say) -> list[hellaswag.Example]:
     """HellaSwag's tasks. If they cannot be fetched, one line says why and the run continues without them."""
     try:
-        return hellaswag.examples(config.hellaswag_data, config.hellaswag_limit)
+        return hellaswag.examples(config.hellaswag_data, config.hellaswag_limit, config.hellaswag_style)
     except (ValueError, OSError) as error:
         if config.hellaswag_data:
             raise

@@ -1,5 +1,6 @@
 """The HellaSwag score against one that is as plain as can be; in a run; and with files as they come."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -107,6 +108,97 @@ def test_bf16_and_both_attentions_agree():
     np.testing.assert_allclose(hellaswag.ending_losses(model, rendered, CPU), exact, rtol=1e-5)
 
 
+# ---- The harness style -----------------------------------------------------------------------------------------------
+
+
+def line(activity_label: str, ctx_a: str, ctx_b: str, label: int, *endings: str) -> dict:
+    """A task in the official file's fields."""
+    ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
+    return dict(activity_label=activity_label, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, label=label, endings=endings)
+
+
+LINES = [
+    line("Roofing", "A man sits on a roof.", "he", 3, "is using wrap.", "rips level tiles off.", "holds a cube.", "x"),
+    line(
+        *("Home and Garden", "[header] How to peel [title] Wash it.  [step] Use water.", "", 0),
+        *("[step] Rub it. [title] Cut it. [step] Eat.", " [substeps] Go on.", "[title] No mark", "a  b"),
+    ),
+    line(" Canoeing", "It rains   hard.", "the OLD lady", 1, " runs.", "Runs  far   away.", "RUNS", "waits [for"),
+    line("Health", "Eat well. [title]", "[step]", 2, "[header]", "…", "日本語", "☃"),
+    line("Äpfel", "漢字 [x [y] z]", "", 0, "one [a]\n two", "[a] [b] three", "\tfour", "日本語 [title]"),
+    line("", "", "", 1, "and sleep.", "日本語 is longer in bytes.", "日本語のテキスト", "éééé"),
+]
+# What lm-evaluation-harness 0.4.13 makes of them: the context, which may end in a space, and the endings.
+CLEAN = [
+    ("Roofing: A man sits on a roof. He", "is using wrap.", "rips level tiles off.", "holds a cube.", "x"),
+    ("Home and Garden: How to peel. Wash it.  Use water.", " Rub it.. Cut it. Eat.", " Go on.", " No mark", "a b"),
+    ("Canoeing: It rains  hard. The old lady", "runs.", "Runs far  away.", "RUNS", "waits [for"),
+    ("Health: Eat well.. ", "", "…", "日本語", "☃"),
+    ("Äpfel: 漢字 z]", "one \n two", " three", "four", "日本語. "),
+    (":", "and sleep.", "日本語 is longer in bytes.", "日本語のテキスト", "éééé"),
+]
+
+
+def write_lines(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    return path
+
+
+def test_the_harness_cleans_the_texts(tmp_path):
+    tasks = hellaswag.examples(write_lines(tmp_path / "tasks.jsonl", LINES), style="harness")
+    assert [(task.context, *task.endings) for task in tasks] == CLEAN
+    assert [task.label for task in tasks] == [3, 0, 1, 2, 0, 1]
+
+
+@torch.no_grad()
+def harness_sum(model: GPT, context: str, ending: str, tokenizer: data.Tokenizer) -> float:
+    """The definition: context, space and ending are encoded together. What follows the context's tokens is judged.
+
+    White space at the end of the context counts as the ending's.
+    """
+    whole = torch.from_numpy(tokenizer.encode(context + " " + ending).astype(np.int64))
+    n = len(tokenizer.encode(context.rstrip()))
+    logp = F.log_softmax(model(whole[None, :-1])[0], dim=-1)
+    return -logp[n - 1 :].gather(1, whole[n:, None]).sum().item()
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_the_harness_style_equals_its_definition(tokenizer, tmp_path):
+    """acc_norm divides by the characters of the ending alone; an empty one is never chosen."""
+    tasks = hellaswag.examples(write_lines(tmp_path / "tasks.jsonl", LINES), style="harness")
+    model, tokens = toy(tokenizer).eval(), data.get_tokenizer(tokenizer)
+    expected = np.array([[harness_sum(model, context, ending, tokens) for ending in ends] for context, *ends in CLEAN])
+    means = [
+        [each / len(ending) if ending else np.inf for each, ending in zip(row, ends)]
+        for row, (_, *ends) in zip(expected, CLEAN)
+    ]
+    rendered = [hellaswag.render(task, tokens, model.config.block_size) for task in tasks]
+    np.testing.assert_allclose(hellaswag.ending_losses(model, rendered, CPU), expected, rtol=1e-5)
+    # Each choice, one task at a time: with the label at it, the task is right.
+    for task, sums, mean in zip(tasks, expected, means):
+        for name, chosen in (("acc", np.argmin(sums)), ("acc_norm", np.argmin(mean))):
+            scores = [
+                hellaswag.evaluate(model, tokens, CPU, [dataclasses.replace(task, label=label)])[name]
+                for label in range(4)
+            ]
+            assert scores == [float(label == chosen) for label in range(4)]
+    result = hellaswag.evaluate(model, tokens, CPU, tasks)
+    labels = [task.label for task in tasks]
+    right, right_norm = (np.sum(np.argmin(each, axis=1) == labels) for each in (expected, means))
+    assert (result["style"], result["acc"], result["acc_norm"]) == ("harness", right / 6, right_norm / 6)
+
+
+@pytest.mark.parametrize(
+    "change, message", [({}, "KeyError: 'ctx_a'"), (dict(ctx_a="a", ctx_b=None), "AttributeError")]
+)
+def test_the_harness_needs_its_fields(tmp_path, change, message):
+    record = {name: value for name, value in LINES[0].items() if name not in ("ctx_a", "ctx_b")} | change
+    path = write_lines(tmp_path / "tasks.jsonl", [record])
+    assert len(hellaswag.examples(path)) == 1
+    with pytest.raises(ValueError, match=f"line 1: not a HellaSwag task .{message}"):
+        hellaswag.examples(path, style="harness")
+
+
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
@@ -204,13 +296,18 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     expected = hellaswag.evaluate(toy("bytes"), data.get_tokenizer("bytes"), CPU, TASKS)
     assert result["style"] == "completion" and expected.items() <= result.items()
     # Published figures stand beside those of the official tasks, if all of them were scored.
-    monkeypatch.setattr(hellaswag, "PUBLISHED", {folder: (0.2859, 0.2955)})
+    monkeypatch.setitem(hellaswag.PUBLISHED["completion"], folder, (0.2859, 0.2955))
+    monkeypatch.setitem(hellaswag.PUBLISHED["harness"], folder, (0.2892, 0.3114))
     monkeypatch.setattr(hellaswag, "fetch", lambda: path)
     hellaswag.main(arguments)
     out = capsys.readouterr().out
     assert f"acc_norm {result['acc_norm']:.4f} +- {result['acc_norm_stderr']:.4f}  (lowest mean a token)" in out
     assert "HellaSwag, completion style, 36 tasks" in out and "published: 0.2955" in out and "tasks/s" in out
-    for partly in (["--limit", "8"], ["--data", str(path)]):
+    path = write_lines(tmp_path / "tasks.jsonl", LINES)
+    hellaswag.main([*arguments, "--style", "harness"])
+    out = capsys.readouterr().out
+    assert "harness style, 6 tasks" in out and "(lowest mean a character)   published: 0.3114" in out
+    for partly in (["--limit", "3"], ["--data", str(path)]):
         hellaswag.main([*arguments, *partly])
         assert "published" not in capsys.readouterr().out
 
@@ -246,6 +343,16 @@ def test_a_run_scores_itself_and_is_not_disturbed(config, tmp_path):
     model = GPT.from_pretrained(tmp_path / "scored" / "step_0000006")
     expected = hellaswag.evaluate(model, data.get_tokenizer("bytes"), CPU, TASKS[:30])
     assert expected.items() <= records[-1].items()
+
+
+def test_a_run_scores_in_the_style_of_its_setting(config, tmp_path):
+    scoring = dict(hellaswag_every=4, hellaswag_data=str(write_lines(tmp_path / "tasks.jsonl", LINES)))
+    train.train(config(max_steps=4, checkpoint_every=4, report=True, hellaswag_style="harness", **scoring))
+    (score,) = metrics(tmp_path / "run", "hellaswag")
+    model = GPT.from_pretrained(tmp_path / "run" / "step_0000004")
+    tasks = hellaswag.examples(scoring["hellaswag_data"], style="harness")
+    assert hellaswag.evaluate(model, data.get_tokenizer("bytes"), CPU, tasks).items() <= score.items()
+    assert "(GPT-2 124M: 0.3114)" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_run_goes_on_where_the_tasks_cannot_be_fetched(config, server, tmp_path, capsys):
