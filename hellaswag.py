@@ -37,8 +37,9 @@ import configurator
 import data
 import generate
 import runtime
+import vocabulary
 from model import GPT
-from pretrained import resolve
+from pretrained import locate, resolve
 from runtime import Runtime
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
@@ -234,10 +235,11 @@ def main(argv: list[str] | None = None) -> None:
     machine = runtime.start(arguments.device)
     tasks = machine.broadcast(machine.is_main and examples(arguments.data, arguments.limit))
     source = resolve(arguments.model)
-    model = GPT.from_pretrained(source)
+    folder = locate(source)
+    model = GPT.from_pretrained(folder)
+    tokenizer = vocabulary.of_model(folder, model.config.vocab_size)
     n_parameters = model.num_params()
     model, machine, note = generate.ready(model, machine, arguments.dtype, rows=1024)
-    tokenizer = data.get_tokenizer(model.config.vocab_size)
     if machine.is_main:
         print(f"model: {source}, {n_parameters:,} parameters; {machine.note}; {note}", file=sys.stderr)
     start = time.perf_counter()

@@ -32,6 +32,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
     bias: bool = True  # in Linear and LayerNorm, as in GPT-2
+    exact_gelu: bool = False  # x Φ(x), as nanoGPT has it, instead of GPT-2's tanh form of it
     flash: bool = True  # fused attention; False writes the (T, T) matrix to memory
     pad_vocab: bool = True  # round the rows of the embedding up to a multiple of 64: 50257 -> 50304
     recompute: bool = False  # in training, recompute each block in the backward pass instead of keeping its activations
@@ -107,16 +108,17 @@ def attention_spelled_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=Fals
 
 
 class MLP(nn.Module):
-    """Each token on its own: out to four times the width, tanh-GELU (the form GPT-2 was trained with), and back."""
+    """Each token on its own: out to four times the width, GELU, and back. GPT-2 was trained with GELU's tanh form."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU("none" if config.exact_gelu else "tanh")
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -244,7 +246,7 @@ class GPT(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_pretrained(cls, name: str | Path, **settings) -> "GPT":
-        """A model from a run, a checkpoint or any GPT-2 folder, nanoGPT's ckpt.pt, or the hub ("gpt2", "user/model").
+        """A model from a run, a GPT-2 folder, a file of nanoGPT or llm.c, or the hub ("gpt2", "user/model").
 
         `settings` are the GPTConfig fields that do not change the function: dropout, flash, pad_vocab, recompute.
         Raises ValueError when the files cannot be had or do not fit.

@@ -1,7 +1,7 @@
 """Documents -> tokens -> shards, on all cores; and the command that shards local text.
 
     python prepare.py book.txt --out shards/book
-    python prepare.py notes/ 'logs/*.md' --out shards/mine --glob '*.txt' --exclude drafts --tokenizer bytes
+    python prepare.py notes/ 'logs/*.md' --out shards/mine --glob '*.txt' --exclude drafts --tokenizer 4096
     python prepare.py reviews.jsonl.gz table.parquet --out shards/rows --text_column body
 
 After an interruption, the same command continues and ends with the same bytes, on any number of workers.
@@ -38,6 +38,7 @@ import numpy as np
 
 import configurator
 import data
+import vocabulary
 
 START_METHOD = "spawn"  # of worker processes: the same on all systems, and safe with threads
 TABLES = (".parquet", ".jsonl", ".jsonl.gz")
@@ -136,7 +137,7 @@ def read_parquet(path: Path, column: str) -> Documents:
 
 def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
     """The tokens of a piece. Each document begins with the end-of-text token."""
-    tokenizer, tokens = data.get_tokenizer(tokenizer_name), {}
+    tokenizer, tokens = vocabulary.load(tokenizer_name), {}
     start = np.array([tokenizer.end_of_text], dtype=np.uint16)
     for split, begins, text in piece:
         tokens.setdefault(split, []).extend([start, tokenizer.encode(text)] if begins else [tokenizer.encode(text)])
@@ -148,7 +149,7 @@ def tokenising(tokenizer_name: str, workers: int) -> Iterator[Callable[[Iterator
     """A function that tokenises pieces, in order, on worker processes, which have started when the block begins."""
     job = functools.partial(tokenise, tokenizer_name=tokenizer_name)
     if workers == 1:
-        data.get_tokenizer(tokenizer_name)  # load it now
+        vocabulary.load(tokenizer_name)  # load it now
         yield functools.partial(map, job)
         return
     context, can_block = multiprocessing.get_context(START_METHOD), hasattr(signal, "pthread_sigmask")  # not on Windows
@@ -189,7 +190,7 @@ def start_worker(tokenizer_name: str, all_started) -> None:
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    data.get_tokenizer(tokenizer_name)
+    vocabulary.load(tokenizer_name)
     all_started.wait()
 
 
@@ -276,8 +277,8 @@ def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part
                     pass
             meta = data.read_meta(out)
         if not meta or (parts == 1 and not any(out.glob("*.bin"))):  # nothing is made yet: other options are welcome
-            for record in progress.glob("*.npz"):
-                record.unlink()
+            for old in (*progress.glob("*.npz"), *out.glob(vocabulary.FILE)):
+                old.unlink()
             meta = {"source": source | begin(), "complete": False}
             data.write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
         before = meta.get("source", {})
@@ -329,7 +330,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="files, folders, or globs in quotes")
     add("--out", required=True, metavar="FOLDER", help="folder for the shards, such as shards/mine (required)")
-    add("--tokenizer", choices=data.TOKENIZERS, default="gpt2", help="GPT-2's BPE, or bytes (default: %(default)s)")
+    tokenizer = "gpt2, bytes, a number of tokens to learn from the text, or a folder that has learned ones (default: "
+    add("--tokenizer", default="gpt2", metavar="gpt2|bytes|N|FOLDER", help=tokenizer + "%(default)s)")
     add("--glob", default="*", help="names of the files to take from folders, at any depth (default: all)")
     skip = "names of files and folders to skip inside folders; repeatable (default: hidden ones only)"
     add("--exclude", action="append", default=[], metavar="GLOB", help=skip)
@@ -364,8 +366,8 @@ def describe(arguments: argparse.Namespace, files: list[Path]) -> dict:
                 raise ValueError(f"{path}: binary (NUL bytes), not text; leave it out with --exclude")
         digest.update(os.fsencode(path.name) + bytes.fromhex(data.sha256(path)))
     size, tables = sum(path.stat().st_size for path in files), [path for path in files if path.name.endswith(TABLES)]
-    names = ["tokenizer", "shard_tokens", "val_fraction"] + (["text_column"] if tables else [])
-    options = {name: getattr(arguments, name) for name in names}
+    names = ["shard_tokens", "val_fraction"] + (["text_column"] if tables else [])
+    options = dict(tokenizer=vocabulary.identity(arguments.tokenizer)) | {n: getattr(arguments, n) for n in names}
     return options | dict(seed=SEED, files=len(files), bytes=size, sha256=digest.hexdigest())
 
 
@@ -395,8 +397,11 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {"train": n, "val": max(min(n, 1 << 20), round(n * fraction))}
         # A worker takes a second to start, in which another one tokenises some 8 MB.
         workers = arguments.workers or min(available_cpus(), 1 + source["bytes"] // (8 << 20))
-        tokenizer = data.get_tokenizer(arguments.tokenizer)
-        with tokenising(arguments.tokenizer, workers) as tokenise_all:
+        pieces = itertools.chain.from_iterable(pieces_of(documents_of(files, column), split))
+        texts = (text for name, _, text in pieces if name == "train")
+        name = vocabulary.provide(arguments.tokenizer, out, texts, SEED)
+        tokenizer = vocabulary.load(name)
+        with tokenising(name, workers) as tokenise_all:
             rows = shard_files(files, out, tokenise_all, tokenizer, sizes, column, split)
         if not rows["train"] or (fraction and not rows["val"]):
             advice = f"delete {arguments.out}, and take more text or --val_fraction 0"

@@ -1,4 +1,4 @@
-"""Models as files: Hugging Face folders and the hub, a run's checkpoints, and the checkpoints of nanoGPT.
+"""Models as files: Hugging Face folders and the hub, a run's checkpoints, and those of nanoGPT and llm.c.
 
 `read` gives a shape and tensors, `write` takes them; neither knows the network. Inside this project a tensor has the
 name of its parameter in model.py, such as transformer.h.0.attn.c_attn.weight, and nn.Linear's orientation (out, in).
@@ -6,6 +6,7 @@ GPT-2's files hold those matrices as (in, out): its authors wrote the layers as 
 """
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -19,13 +20,13 @@ SHAPE = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer
 # What config.json may say otherwise and model.py does not do.
 ONLY = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "n_inner": None,
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
+GELU = {"gelu_new": False, "gelu": True}  # config.json's activation_function -> GPTConfig's exact_gelu
 
 
 def is_conv1d(name: str) -> bool:
@@ -65,7 +66,8 @@ def fetch(repo: str) -> Path:
 
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            folder = Path(snapshot_download(repo, allow_patterns=["config.json", weights], ignore_patterns="*/*"))
+            wanted = ["config.json", "tokenizer.json", weights]
+            folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns="*/*"))
             if any(folder.glob(weights)):
                 break
         return folder
@@ -89,7 +91,7 @@ def read(name: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
             raise ValueError(f"{path}: no model.safetensors in this folder; a checkpoint has it beside config.json")
         state = {name: tensor for file in files for name, tensor in read_file(file).items()}
     else:
-        shape, state = read_nanogpt(path)
+        shape, state = read_llmc(path) if is_llmc(path) else read_nanogpt(path)
     if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
         raise ValueError(f"{path}: not a table of names and tensors")
 
@@ -149,7 +151,10 @@ def read_config(file: Path) -> dict:
         # n_inner may be spelled out: None means four times the width.
         if hf.get(name, value) != value and (name, hf[name]) != ("n_inner", 4 * hf["n_embd"]):
             raise ValueError(f"{file}: {name} is {hf[name]!r}; this model is GPT-2 with {value!r} only")
-    return shape | dict(bias=bool(hf.get("bias", True)))
+    activation = str(hf.get("activation_function", "gelu_new"))
+    if activation not in GELU:
+        raise ValueError(f"{file}: activation_function is {activation!r}; this model has {' or '.join(GELU)}")
+    return shape | dict(bias=bool(hf.get("bias", True)), exact_gelu=GELU[activation])
 
 
 def read_file(file: Path) -> dict:
@@ -172,17 +177,58 @@ def read_file(file: Path) -> dict:
 
 
 def read_nanogpt(file: Path) -> tuple[dict, dict]:
-    """Shape and tensors of nanoGPT's ckpt.pt (its GELU is the exact one, not GPT-2's) or build-nanogpt's model_*.pt."""
+    """Shape and tensors of nanoGPT's ckpt.pt or build-nanogpt's model_*.pt."""
     content = read_file(file)
     try:
         options = dict(content["model_args"] if "model_args" in content else vars(content["config"]))
         shape = {name: options[name] for name in SHAPE} | dict(bias=bool(options.get("bias", True)))
+        # nanoGPT took the exact GELU in June 2023, months after its option `bias`. build-nanogpt has GPT-2's.
+        shape["exact_gelu"] = "model_args" in content and "bias" in options
         state = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
         if shape["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
             shape["vocab_size"] = 50257
             state |= {name: state[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not nanoGPT's ckpt.pt ({error!r}); for weights alone, name their folder") from None
+    return shape, state
+
+
+LLMC_MAGIC, LLMC_DTYPES = 20240326, {3: torch.float32, 5: torch.bfloat16}  # a file's first number; version -> dtype
+LLMC_HEADER = 1024  # bytes: 256 int32
+
+
+def is_llmc(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == LLMC_MAGIC.to_bytes(4, "little")
+
+
+def read_llmc(file: Path) -> tuple[dict, dict]:
+    """Shape and tensors of llm.c's gpt2_124M.bin or model_*.bin, mapped into memory (write_model in its train_gpt2.py).
+
+    Behind the header stand the numbers alone: both embeddings; then, one kind of parameter after the other, that of
+    every layer; then the last LayerNorm. The token embedding has rows of zeros up to a multiple of 128.
+    """
+    size = file.stat().st_size
+    if size < LLMC_HEADER:
+        raise ValueError(f"{file}: damaged, or half copied: it ends within llm.c's header")
+    _, version, T, V, n_layer, n_head, C, rows = torch.from_file(str(file), size=8, dtype=torch.int32).tolist()
+    if version not in LLMC_DTYPES:
+        raise ValueError(f"{file}: version {version} of llm.c's format; this reads 3 (float32) and 5 (bfloat16)")
+    dtype = LLMC_DTYPES[version]
+    expected = LLMC_HEADER + dtype.itemsize * ((rows + T) * C + n_layer * (12 * C * C + 13 * C) + 2 * C)
+    if min(T, V, n_layer, n_head, C) < 1 or rows < V or size != expected:
+        raise ValueError(f"{file}: damaged, or half copied: it has {size:,} bytes, but its header says {expected:,}")
+    shape = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=C, bias=True)
+    sizes = parameter_shapes(shape | dict(vocab_size=rows))
+    names = ["transformer.wte.weight", "transformer.wpe.weight"]
+    for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+        for kind in ("weight", "bias"):
+            names += [f"transformer.h.{layer}.{part}.{kind}" for layer in range(n_layer)]
+    names += ["transformer.ln_f.weight", "transformer.ln_f.bias"]
+    content = torch.from_file(str(file), size=expected // dtype.itemsize, dtype=dtype)
+    parts = content[LLMC_HEADER // dtype.itemsize :].split([math.prod(sizes[name]) for name in names])
+    state = {name: part.view(sizes[name]) for name, part in zip(names, parts)}
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:V]
     return shape, state
 
 
@@ -199,6 +245,7 @@ def write(folder: str | Path, config, weights: dict[str, torch.Tensor]) -> None:
     shapes = parameter_shapes(vars(config) | dict(bias=True))  # transformers' GPT-2 always has biases
     state |= {name: torch.zeros(size) for name, size in shapes.items() if name not in state}
     hf = ONLY | dict(architectures=["GPT2LMHeadModel"], dtype="float32", initializer_range=0.02)
+    hf["activation_function"] = "gelu" if config.exact_gelu else "gelu_new"
     hf |= {theirs: getattr(config, name) for name, theirs in SHAPE.items()} | dict(n_ctx=config.block_size)
     hf |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     # End of text is the last id in every tokenizer of this project, as in GPT-2's.

@@ -23,10 +23,12 @@ import torch
 import configurator
 import data
 import generate
+import run
 import runtime
+import vocabulary
 import web
 from model import GPT, GPTConfig
-from pretrained import checkpoints, resolve
+from pretrained import checkpoints, locate, resolve
 
 HELLO = "Hello, I'm a language model,"
 BOLD, LIKELY, UNLIKELY = "1", "38;5;33", "38;5;208"  # ANSI codes: bold; blue and orange, safe for colour-blind readers
@@ -106,16 +108,50 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     return prompts
 
 
-def load_model(name: str | None) -> tuple[GPT, str, str]:
-    """Returns a model (default: the newest checkpoint, else an untrained GPT-2), its description, and its prompt."""
-    newest = [runs[-1] for run in Path("out").glob("*") if (runs := checkpoints(run))]
+def load_model(name: str | None) -> tuple[GPT, data.Tokenizer, Path, str, str]:
+    """A model (default: the newest checkpoint, else an untrained GPT-2), its tokenizer, name, description, prompt."""
+    newest = [found[-1] for folder in Path("out").glob("*") if (found := checkpoints(folder))]
     source = resolve(name) if name else max(newest, key=lambda folder: folder.stat().st_mtime, default=None)
     if source is None:
-        return GPT(GPTConfig()), "UNTRAINED GPT-2 124M: no checkpoint under out/; try --model gpt2", HELLO
-    model, prompt = GPT.from_pretrained(source), HELLO
+        model, about = GPT(GPTConfig()), "UNTRAINED GPT-2: no checkpoint under out/; try --model gpt2"
+        return model, data.get_tokenizer(model.config.vocab_size), Path("untrained"), about, HELLO
+    folder = locate(source)
+    model, prompt = GPT.from_pretrained(folder), HELLO
+    tokenizer = vocabulary.of_model(folder, model.config.vocab_size)
     with suppress(OSError, ValueError, KeyError, TypeError):  # a model that was not trained here has no such file
         prompt = json.loads((Path(source) / "settings.json").read_text())["settings"]["sample_prompt"]
-    return model, f"{source}, {model.num_params():,} parameters", prompt
+    return model, tokenizer, Path(source), f"{source}, {model.num_params():,} parameters", prompt
+
+
+class Shelf:
+    """The page's models: the checkpoints of a run, of which one at a time is open, or one model that is no run's."""
+
+    def __init__(self, source: Path, model: GPT, machine: runtime.Runtime):
+        folder = source.resolve()
+        self.run_folder, self.is_run = folder.parent, folder in checkpoints(folder.parent)
+        self.title = folder.parent.name if self.is_run else folder.name
+        self.name, self.opened, self.machine = folder.name, model, machine
+
+    def names(self) -> list[str]:
+        """Oldest first. A run that is still going adds checkpoints and deletes old ones."""
+        return [folder.name for folder in checkpoints(self.run_folder)] if self.is_run else []
+
+    def model(self, name: str) -> GPT:
+        """The model of a name that `names` gave. ValueError if it is not there, or damaged."""
+        if name != self.name or self.opened is None:
+            if name not in self.names():
+                raise ValueError(f"there is no checkpoint {name} (any more); choose another")
+            self.name, self.opened = name, None  # two at once may need too much memory
+            found = GPT.from_pretrained(self.run_folder / name).to(self.machine.device)
+            self.opened = generate.pack(found, self.machine.dtype)
+        return self.opened
+
+    def progress(self) -> dict:
+        """The checkpoints' names, and the losses in nats a token as pairs (steps, loss), 300 at most."""
+        records = run.read_metrics(self.run_folder / "metrics.jsonl") if self.is_run else []
+        curves = {kind: run.evenly(run.of_kind(records, kind, "loss"), 300) for kind in ("train", "val")}
+        pairs = {kind: [(run.updates(record), record["loss"]) for record in curve] for kind, curve in curves.items()}
+        return dict(checkpoints=self.names(), **pairs)
 
 
 # ---- Texts, and three ways to ask for them: as a command, line by line, with a page ----------------------------------
@@ -130,15 +166,15 @@ class Text:
         self.stops = [stop.replace("\\n", "\n") for stop in stops if stop]
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text, self.held, self.done = "", "", False  # shown; held back, as it may become a stop text; complete
-        # If wanted, for each token: its text, its log-probability, and the five most likely in its place with theirs.
-        self.record: list[tuple[str, float, list[tuple[str, float]]]] = []
+        # If wanted, for each token: its text, log-probability and id, and those of the five most likely in its place.
+        self.record: list[tuple[str, float, int, list[tuple[str, float, int]]]] = []
 
     def add(self, token: int | None, logprobs: torch.Tensor | None = None) -> str:
         """Append a token (None: no more come) and return what is ready to show; logprobs (V) are those of its place."""
         if logprobs is not None:
             values, ids = logprobs.topk(min(5, len(logprobs)))
-            likely = [(self.tokenizer.decode([i]), value) for i, value in zip(ids.tolist(), values.tolist())]
-            self.record.append((self.tokenizer.decode([token]), logprobs[token].item(), likely))
+            likely = [(self.tokenizer.decode([i]), value, i) for i, value in zip(ids.tolist(), values.tolist())]
+            self.record.append((self.tokenizer.decode([token]), logprobs[token].item(), token, likely))
         last = token in (None, self.tokenizer.end_of_text)
         self.held += self.decoder.decode(b"" if last else self.tokenizer.decode_bytes([token]), final=last)
         ends = [at for at in map(self.held.find, self.stops) if at >= 0]
@@ -147,6 +183,13 @@ class Text:
         end = min(ends) if ends else len(self.held) - (0 if last else max(starts, default=0))
         shown, self.held = self.held[:end], self.held[end:]
         self.text += shown
+        return shown
+
+    def take(self, tokens: list[int]) -> list[str]:
+        """Append tokens that stand already; returns what each of them shows. Neither stop text nor id ends the text."""
+        stops, self.stops = self.stops, []
+        shown = [self.add(token) for token in tokens]
+        self.ids, self.stops, self.done = self.ids + tokens, stops, False
         return shown
 
 
@@ -186,9 +229,9 @@ def write(model: GPT, texts: list[Text], settings: dict, stream: bool, as_json: 
         seconds = time.perf_counter() - start
         for number, text in enumerate(batch, first):
             if as_json:
-                total, n = sum(value for _, value, _ in text.record), len(text.record)
+                total, n = sum(value for _, value, *_ in text.record), len(text.record)
                 row = dict(prompt=text.prompt, completion=text.text, tokens=n, logprob=total, tokens_per_s=n / seconds)
-                each = dict(logprobs=[(token, value) for token, value, _ in text.record]) if logprobs else {}
+                each = dict(logprobs=[(token, value) for token, value, *_ in text.record]) if logprobs else {}
                 print(json.dumps(row | each), flush=True)
                 continue
             if number:
@@ -197,11 +240,11 @@ def write(model: GPT, texts: list[Text], settings: dict, stream: bool, as_json: 
                 show(text.prompt, BOLD)
                 show(text.text)
             print()
-            for token, logprob, likely in text.record:
+            for token, logprob, _, likely in text.record:
                 style = LIKELY if logprob > math.log(0.5) else UNLIKELY if logprob < math.log(0.05) else BOLD
                 show(f"{logprob:8.3f}  ")
                 show(f"{token!r:16}", style)
-                show("  of  " + "  ".join(f"{other!r} {value:.2f}" for other, value in likely) + "\n")
+                show("  of  " + "  ".join(f"{other!r} {value:.2f}" for other, value, _ in likely) + "\n")
 
 
 def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: list[str], settings: dict) -> None:
@@ -234,14 +277,17 @@ def write_together(model: GPT, tokenizer: data.Tokenizer, story: str, stops: lis
     print()
 
 
-def answer(model: GPT, tokenizer: data.Tokenizer, asked: dict) -> Iterator[dict]:
+def answer(shelf: Shelf, tokenizer: data.Tokenizer, asked: dict) -> Iterator[dict]:
     """The events of web.py: after each token, the text that can be shown, and the token with its probability."""
-    settings = checked(asked)
-    text = Text(tokenizer, asked["prompt"], settings["seed"], [asked["stop"]])
+    settings, taken, model = checked(asked), asked["taken"], shelf.model(asked["checkpoint"])
+    if not all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in taken):
+        raise ValueError("taken must be the ids of tokens")
+    text = Text(tokenizer, asked["prompt"], settings["seed"] + len(taken), [asked["stop"]])  # other draws than before
+    yield dict(taken=text.take(taken))
     for [new] in complete(model, [text], settings, logprobs=True, cut=True):
         tokens = [
-            dict(token=token, p=math.exp(logprob), likely=[[other, math.exp(value)] for other, value in likely])
-            for token, logprob, likely in text.record
+            dict(token=token, p=math.exp(p), id=i, likely=[dict(token=t, p=math.exp(q), id=j) for t, q, j in likely])
+            for token, p, i, likely in text.record
         ]
         text.record.clear()
         yield dict(text=new, tokens=tokens)
@@ -252,8 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parse_arguments(argv)
     settings, prompts = checked(vars(given)), read_prompts(given.prompts + given.prompt, given.file)
     machine = runtime.start(given.device)
-    model, description, default_prompt = load_model(given.model)
-    tokenizer = data.get_tokenizer(model.config.vocab_size)
+    model, tokenizer, source, description, default_prompt = load_model(given.model)
     try:
         rows = min(BATCH, max(1, len(prompts)) * given.samples)
         model, machine, note = generate.ready(model, machine, given.dtype, rows)
@@ -261,11 +306,16 @@ def main(argv: list[str] | None = None) -> None:
         if given.interactive:
             write_together(model, tokenizer, "".join(prompts), given.stop, settings)
             return
-        prompts = prompts or [default_prompt]
         if given.web:
-            form = settings | dict(prompt=prompts[0], stop="".join(given.stop[:1]))
-            web.serve(lambda asked: answer(model, tokenizer, asked), description, form, given.port)
+            shelf = Shelf(source, model, machine)
+            del model  # the shelf drops it when another checkpoint takes its place
+            form = dict(title=shelf.title, about=description, checkpoint=shelf.name, settings=settings)
+            form |= dict(prompts=[*prompts, default_prompt], stop=given.stop)
+            form |= dict(limits={name: limits for name, (_, *limits, _) in SETTINGS.items()})
+            form |= dict(pinned=given.seed != SETTINGS["seed"][0], end_of_text=tokenizer.end_of_text)
+            web.serve(lambda asked: answer(shelf, tokenizer, asked), shelf.progress, form, given.port)
             return
+        prompts = prompts or [default_prompt]
         wanted = [(prompt, given.seed + i) for prompt in prompts for i in range(given.samples)]
         texts = [Text(tokenizer, prompt, seed, given.stop) for prompt, seed in wanted]
         write(model, texts, settings, given.stream, given.json, given.logprobs)

@@ -37,8 +37,10 @@ import hellaswag
 import plot
 import run
 import runtime
+import vocabulary
 from model import GPT, GPTConfig
 from optimizer import build_optimizer, in_words
+from pretrained import locate
 from runtime import Runtime
 
 
@@ -152,7 +154,7 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 3. The data -------------------------------------------------------------------------------------------------
     sequences = sequences_per_process(config, machine.world_size)
-    tokenizer = data.get_tokenizer(data.read_meta(config.data_dir).get("tokenizer", "gpt2"))  # published: no meta.json
+    tokenizer = vocabulary.of_shards(config.data_dir)
     windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
     val_windows, val_places = None, []
     if config.eval_every:
@@ -381,7 +383,7 @@ def seed_dropout(*numbers: int) -> None:
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    names = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("vocab_size", "flash")]
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size", "flash", "exact_gelu"}
     return GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
 
 
@@ -394,9 +396,10 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
     settings = {name: getattr(config, name) for name in ("dropout", "pad_vocab", "recompute")}
     model = GPT.from_pretrained(source, **settings)
     V, T = model.config.vocab_size, model.config.block_size
-    if V != tokenizer.vocab_size:
+    if V != tokenizer.vocab_size or vocabulary.of_model(locate(source), V).name != tokenizer.name:
         shards = f"the shards in {config.data_dir} are {tokenizer.name}'s with {tokenizer.vocab_size}"
-        raise ValueError(f"{source} has {V} tokens, but {shards}; make them with the model's tokenizer")
+        other = "other " * (V == tokenizer.vocab_size)
+        raise ValueError(f"{source} has {V} {other}tokens, but {shards}; make them with the model's tokenizer")
     if T < config.block_size:
         raise ValueError(f"block_size {config.block_size} is beyond {source}'s context; set --block_size={T}")
     return model

@@ -24,8 +24,9 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-# A request (prompt, stop, settings) -> events: {"text": what can be shown now, "tokens": [{"token", "p", "likely"}]}.
-# ValueError if something is missing or wrong.
+# A request (prompt, stop, settings, checkpoint, taken: ids of tokens that the text has already) -> events. The first is
+# {"taken": what each of those shows}, the others {"text": what can be shown now, "tokens": [{"id", "token", "p",
+# "likely": [{"id", "token", "p"}, ...]}]}. ValueError if something is missing or wrong.
 Answer = Callable[[dict], Generator[dict, None, None]]
 
 
@@ -63,8 +64,8 @@ def line(**event) -> str:
     return json.dumps(event, allow_nan=False) + "\n"
 
 
-def make_app(answer: Answer, about: str, defaults: dict):
-    """The Flask application: the page, what fills its form, and the answers."""
+def make_app(answer: Answer, progress: Callable[[], dict], form: dict):
+    """The Flask application: the page, what fills its form, how the run's training went, and the answers."""
     from flask import Flask, Response, abort, request
 
     app = Flask("web", static_folder=None)
@@ -88,8 +89,10 @@ def make_app(answer: Answer, about: str, defaults: dict):
         return Response(Path(__file__).with_name("web.html").read_bytes(), mimetype="text/html")
 
     @app.get("/form")
-    def form():
-        return dict(about=about, defaults=defaults)
+    def fill():
+        return form
+
+    app.add_url_rule("/run", view_func=progress)
 
     @app.post("/answer")
     def answer_one():
@@ -98,9 +101,9 @@ def make_app(answer: Answer, about: str, defaults: dict):
     return app
 
 
-def serve(answer: Answer, about: str, defaults: dict, port: int) -> None:
+def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -> None:
     """Until Ctrl-C. Port 0 is any free one."""
-    app = make_app(answer, about, defaults)
+    app = make_app(answer, progress, form)
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Handler(WSGIRequestHandler):

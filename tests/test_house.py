@@ -20,20 +20,31 @@ HOUSE = {
     "optimizer": {"model"},
     "auto": {"runtime", "model"},
     "generate": {"runtime", "model", "auto"},
-    "prepare": {"configurator", "data"},
+    "vocabulary": {"data"},
+    "prepare": {"configurator", "data", "vocabulary"},
     "fineweb": {"configurator", "data", "prepare"},
-    "hellaswag": {"configurator", "runtime", "pretrained", "model", "data", "generate"},
-    "web": set(),
-    "sample": {"configurator", "runtime", "pretrained", "model", "data", "generate", "web"},
+    "hellaswag": {"configurator", "runtime", "pretrained", "model", "data", "vocabulary", "generate"},
     "run": {"runtime", "pretrained", "data"},
+    "web": set(),
+    "sample": {"configurator", "runtime", "pretrained", "model", "data", "vocabulary", "generate", "run", "web"},
     "checkpoint": {"pretrained", "model", "data", "run"},
     "plot": {"configurator", "pretrained", "model", "run"},
-    "train": {"auto", "configurator", "runtime", "model", "data", "optimizer", "generate", "hellaswag"}
-    | {"run", "checkpoint", "plot"},
+    "train": {"auto", "configurator", "runtime", "pretrained", "model", "data", "vocabulary", "optimizer", "generate"}
+    | {"hellaswag", "run", "checkpoint", "plot"},
     "bench": {"auto", "configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "run", "train"},
 }
 SCRIPTS = {"prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench"}
-HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
+HEAVY = {
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "safetensors",
+    "huggingface_hub",
+    "wandb",
+    "tensorboard",
+}
 HEAVY |= {"pyarrow", "flask", "werkzeug"}
 
 

@@ -1,6 +1,8 @@
 """Models as files: Hugging Face folders in every form, other people's checkpoints, and files that do not fit."""
 
+import dataclasses
 import json
+import struct
 import subprocess
 import sys
 
@@ -10,8 +12,10 @@ from conftest import ids, make_toy
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import generate
 from model import GPT, GPTConfig
 from pretrained import checkpoints, resolve
+from runtime import Runtime
 
 WEIGHTS = "model.safetensors"
 SHAPE = dict(n_layer=2, n_head=1, n_embd=8, block_size=4, vocab_size=9)
@@ -49,6 +53,11 @@ def reconfigure(folder, change) -> None:
     [
         (dict(model_type="llama"), "model_type is 'llama'"),
         (dict(n_inner=100), "n_inner is 100"),
+        (
+            dict(activation_function="relu"),
+            "config.json: activation_function is 'relu'; this model has gelu_new or gelu",
+        ),
+        (dict(activation_function=["gelu"]), "activation_function is .*; this model has"),
         (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
         (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"),
         (dict(n_embd=64), "ln_f.weight is .32,., but a GPT-2 of this config has it with the shape .64,."),
@@ -71,6 +80,40 @@ def test_biases_are_as_config_json_says(tmp_path, toy):
     reconfigure(tmp_path, dict(bias=False))  # but those of the file are not zeros
     with pytest.raises(ValueError, match="bias has no place in a GPT-2"):
         GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_both_forms_of_gelu_are_read_written_and_computed(tmp_path, activation):
+    """The two differ by 2e-4 at most; all ways to compute the model must have the form that config.json names."""
+    torch.manual_seed(1)
+    shape = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, activation_function=activation)
+    theirs = GPT2LMHeadModel(shape).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, x = GPT.from_pretrained(tmp_path / "theirs").eval(), ids(2, 24)
+    assert ours.config.exact_gelu == (activation == "gelu")
+    with torch.no_grad():
+        logits = theirs(x).logits
+    assert torch.allclose(ours(x), logits, atol=2e-5)
+    other = GPT(dataclasses.replace(ours.config, exact_gelu=activation == "gelu_new")).eval()
+    other.load_state_dict(ours.state_dict())
+    assert not torch.allclose(other(x), logits, atol=1e-4)
+
+    ours.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/config.json").read_text())["activation_function"] == activation
+    with torch.no_grad():
+        assert torch.allclose(GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()(x).logits, logits, atol=2e-5)
+
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    assert torch.allclose(ours(x[:, :-1], x[:, 1:]), loss, atol=2e-5)
+    packed, _, _ = generate.ready(ours, Runtime(torch.device("cpu"), torch.float32), "fp32", rows=2)
+    for token_graph in (False, True):  # the graph's arithmetic, without a GPU to capture it
+        cache, _ = generate.prefill(packed, x[:, :-1].tolist(), 2)
+        step = generate.TokenGraph(packed, cache) if token_graph else None
+        last = step(x[:, -1:]) if step else generate.forward_cached(packed, x[:, -1:], cache)
+        assert torch.allclose(last, logits[:, -1], atol=2e-5)
 
 
 def test_half_copied_folders(tmp_path, toy):
@@ -126,16 +169,16 @@ def nanogpt(model: GPT, path, prefix="", vocab_size=257) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpts_checkpoints_are_read(tmp_path, bias):
-    ours = make_toy(bias=bias)
+    ours = make_toy(bias=bias, exact_gelu=True)
     nanogpt(ours, tmp_path / "ckpt.pt", prefix="_orig_mod.")
     again = GPT.from_pretrained(tmp_path / "ckpt.pt", dropout=0.25).eval()
     assert again.config.dropout == 0.25
     assert torch.equal(again(ids(2, 16)), ours(ids(2, 16))) and again.config.bias == bias
     old = torch.load(tmp_path / "ckpt.pt")
-    if old["model_args"].pop("bias"):  # before nanoGPT could leave them out, all models had them
+    if old["model_args"].pop("bias"):  # before nanoGPT could leave them out, all models had them, and the tanh form
         torch.save(old, tmp_path / "old.pt")
-        assert torch.equal(GPT.from_pretrained(tmp_path / "old.pt").eval()(ids(2, 16)), ours(ids(2, 16)))
-    padded = make_toy(vocab_size=50257)
+        assert torch.equal(GPT.from_pretrained(tmp_path / "old.pt").eval()(ids(2, 16)), make_toy()(ids(2, 16)))
+    padded = make_toy(vocab_size=50257, exact_gelu=True)
     nanogpt(padded, tmp_path / "padded.pt", vocab_size=50304)
     again = GPT.from_pretrained(tmp_path / "padded.pt").eval()
     assert again.config.vocab_size == 50257 and torch.equal(again(ids(1, 8)), padded(ids(1, 8)))
@@ -196,6 +239,59 @@ def test_build_nanogpts_checkpoint_is_read(tmp_path, toy):
     )
     subprocess.run([sys.executable, "-c", save], cwd=tmp_path, check=True)
     assert torch.equal(GPT.from_pretrained(tmp_path / "model_00009.pt").eval()(ids(1, 9)), toy(ids(1, 9)))
+
+
+def llmc(model: GPT, path, version: int, header=None, rows=384) -> None:
+    """Save as llm.c does: 256 int32, then the parameters, each kind of all layers together, without names."""
+    shape, state = model.config, model.weights()
+    numbers = dict(enumerate([20240326, version, shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head]))
+    numbers |= {6: shape.n_embd, 7: rows} | (header or {})
+    names = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
+    kinds = "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias ln_2.weight"
+    kinds += " ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias"
+    names[2:2] = [f"h.{layer}.{kind}" for kind in kinds.split() for layer in range(shape.n_layer)]
+    tensors = [state[f"transformer.{name}"] for name in names]
+    tensors[0] = torch.nn.functional.pad(tensors[0], (0, 0, 0, rows - shape.vocab_size))
+    whole = torch.cat([tensor.flatten() for tensor in tensors])
+    content = whole.numpy().tobytes() if version == 3 else whole.bfloat16().view(torch.int16).numpy().tobytes()
+    path.write_bytes(struct.pack("<256i", *(numbers.get(i, 0) for i in range(256))) + content)
+
+
+@pytest.mark.parametrize("version", [3, 5])
+def test_llmcs_checkpoints_are_read(tmp_path, version):
+    ours, x = make_toy(n_layer=3), ids(2, 16)
+    llmc(ours, tmp_path / "model_00019560.bin", version)
+    again = GPT.from_pretrained(tmp_path / "model_00019560.bin", dropout=0.25).eval()
+    assert again.config == dataclasses.replace(ours.config, dropout=0.25)
+    if version == 5:
+        ours = ours.bfloat16().float()
+    assert torch.equal(again(x), ours(x))
+    again.save_pretrained(tmp_path / "copy")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "copy").eval()(x), ours(x))
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ({1: 1}, "version 1 of llm.c's format; this reads 3"),
+        ({2: 17}, "damaged, or half copied: it has .* bytes, but its header says"),
+        ({4: 10**9}, "damaged, or half copied"),
+        ({2: -1, 7: 401}, "damaged, or half copied"),  # the size is right
+        ({3: 385}, "damaged, or half copied"),  # more tokens than rows
+        ({5: 5}, "n_embd 32 is not divisible by n_head 5"),
+        ({0: 20240520}, r"not a file of weights \(damaged"),  # a shard of tokens, and so not llm.c's model
+    ],
+)
+def test_llmcs_files_that_do_not_fit(tmp_path, toy, header, message):
+    llmc(toy, tmp_path / "model.bin", 3, header)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path / "model.bin")
+    if header == {1: 1}:
+        for size in (2, 100, 1024, -4):
+            llmc(toy, tmp_path / "model.bin", 3)
+            (tmp_path / "model.bin").write_bytes((tmp_path / "model.bin").read_bytes()[:size])
+            with pytest.raises(ValueError, match=r"model.bin: .*damaged, or half copied"):
+                GPT.from_pretrained(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("name", ["nothere", "out/nothere", "a/b/c"])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -353,25 +354,74 @@ def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
 def page(toy, monkeypatch):
     """What the command with these arguments gives web.serve."""
 
-    def page(*argv: str) -> list:
+    def page(*argv: str, model: str = toy) -> list:
         monkeypatch.setattr(sample.web, "serve", serve := Mock())
-        sample.main(["--model", toy, "--web", *argv, "--device", "cpu", "--dtype", "fp32"])
+        sample.main(["--model", str(model), "--web", *argv, "--device", "cpu", "--dtype", "fp32"])
         return serve.call_args.args
 
     return page
 
 
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    """Three checkpoints, each of another model, and how the training went."""
+    folder, settings = tmp_path / "small", dict(settings=dict(sample_prompt="ROMEO:"))
+    for step in (100, 200, 300):
+        make_toy(n_layer=step // 100).save_pretrained(folder / f"step_{step:07d}")
+        (folder / f"step_{step:07d}" / "settings.json").write_text(json.dumps(settings))
+    train = [dict(kind="train", step=step, loss=4 - step / 1000) for step in range(1000)]
+    val = [dict(kind="val", step=0, loss=4.2), dict(kind="val", step=100, loss=None)]
+    lines = [json.dumps(record) for record in [*train, *val]]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tr']))
+    return folder
+
+
+def asked(form: dict, **changes) -> dict:
+    """What the page asks with the form as it is."""
+    fields = dict(prompt=form["prompts"][0], checkpoint=form["checkpoint"], stop="", taken=[])
+    return form["settings"] | fields | changes
+
+
 def test_the_page_begins_with_the_settings_of_the_command_and_answers_like_it(toy, capsys, page):
     arguments = ("-p", "The fox", "-m", "20", "--seed", "5", "--top_k", "9")
-    answer, description, form, port = page(*arguments, "--stop", "\\n", "--port", "7")
-    assert toy in description and port == 7
-    assert (form["prompt"], form["stop"], form["top_k"], form["seed"]) == ("The fox", "\\n", 9, 5)
-    events = list(answer(form | dict(stop="")))
+    answer, progress, form, port = page(*arguments, "--stop", "\\n", "--port", "7")
+    assert toy in form["about"] and form["title"] == Path(toy).name and port == 7
+    assert progress() == dict(checkpoints=[], train=[], val=[])  # it is no run's
+    assert (form["prompts"], form["stop"]) == (["The fox", sample.HELLO], ["\\n"])
+    assert (form["settings"]["top_k"], form["settings"]["seed"], form["pinned"]) == (9, 5, True)
+    assert form["limits"]["top_p"] == [0, 1] and not page()[2]["pinned"]
+    first, *events = answer(asked(form))
     record = json.loads(run(capsys, "--model", toy, *arguments, "--json")[0])
-    assert "".join(event["text"] for event in events) == record["completion"]
+    assert first == dict(taken=[]) and "".join(event["text"] for event in events) == record["completion"]
     tokens = [token for event in events for token in event["tokens"]]
     assert len(tokens) == record["tokens"] and sum(math.log(t["p"]) for t in tokens) == pytest.approx(record["logprob"])
-    assert all(len(token["likely"]) == 5 and token["p"] <= token["likely"][0][1] + 1e-9 for token in tokens)
+    assert bytes(token["id"] for token in tokens).decode(errors="replace") == record["completion"]
+    for token in tokens:
+        likely = [other["p"] for other in token["likely"]]
+        assert len(likely) == 5 and likely == sorted(likely, reverse=True) and token["p"] <= likely[0] + 1e-9
+
+
+def test_an_answer_goes_on_behind_what_was_taken(page):
+    answer, _, form, _ = page("-m", "12", "--seed", "5", "--temperature", "0")
+    [_, *events] = answer(asked(form, prompt="The "))
+    ids, texts = [token["id"] for event in events for token in event["tokens"]], [event["text"] for event in events]
+    for n in (1, 7, 12):  # the likeliest again and again: what follows is the same
+        first, *rest = answer(asked(form, prompt="The ", taken=ids[:n], max_tokens=12))
+        assert "".join(first["taken"]) == "".join(texts[:n])
+        assert [token["id"] for event in rest for token in event["tokens"]][: 12 - n] == ids[n:]
+    answer = page("-m", "12")[0]
+    runs = [answer(asked(form, prompt="The ", taken=taken, temperature=1.0)) for taken in ([], list(b"The "))]
+    assert len({"".join(event["text"] for event in list(events)[1:]) for events in runs}) == 2  # other draws
+
+
+def test_taken_tokens_are_shown_whole_whatever_ends_a_text(page):
+    answer, _, form, _ = page("-m", "1")
+    llama = "\N{LLAMA}".encode()
+    first, *rest = answer(asked(form, taken=[*b"a STOP", 256, *llama[:2]], stop="STOP"))
+    assert first == dict(taken=[*"a STOP", "", "", ""])  # half a character waits for the rest
+    assert len(rest[0]["tokens"]) == 1
+    first, _, *rest = answer(asked(form, taken=[*b"b", *llama, *b"c"]))
+    assert "".join(first["taken"]) == "b\N{LLAMA}c"
 
 
 def test_what_the_page_may_ask(page):
@@ -379,6 +429,43 @@ def test_what_the_page_may_ask(page):
     wrong = dict(temperature=-(10**400), min_p=False, top_k=None, max_tokens=2.5, seed="1")
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=rf"^{name} must be (a number|a whole number|0 or more)$"):
-            list(answer(form | {name: value}))
+            list(answer(asked(form, **{name: value})))
+    for taken in ([257], [-1], [1.0], ["a"], [None]):
+        with pytest.raises(ValueError, match=r"^taken must be the ids of tokens$"):
+            list(answer(asked(form, taken=taken)))
     for prompt in ("x" * 99, "half a character \ud800"):  # long ones are cut as with -i
-        assert list(answer(form | dict(prompt=prompt)))
+        assert list(answer(asked(form, prompt=prompt)))
+
+
+def test_the_page_opens_the_checkpoints_of_its_run(page, run_folder):
+    answer, progress, form, _ = page("-m", "20", "--seed", "3", model=run_folder)
+    assert (form["title"], form["checkpoint"], form["prompts"]) == ("small", "step_0000300", ["ROMEO:"])
+    told = progress()
+    assert told["checkpoints"] == ["step_0000100", "step_0000200", "step_0000300"]
+    assert told["val"] == [(0, 4.2)] and len(told["train"]) == 300
+    assert (told["train"][0], told["train"][-1]) == ((1, 4), (1000, 4 - 0.999))  # a loss stands behind its update
+
+    def text(answer, name: str) -> str:
+        return "".join(event.get("text", "") for event in answer(asked(form, checkpoint=name)))
+
+    texts = {name: text(answer, name) for name in told["checkpoints"]}
+    assert len(set(texts.values())) == 3
+    for name in reversed(texts):  # as if the page had been started with it, and again when another was open
+        alone = page("-m", "20", "--seed", "3", model=run_folder / name)[0]
+        assert text(answer, name) == text(alone, name) == texts[name]
+
+
+def test_checkpoints_are_opened_by_a_name_on_the_list_only(page, run_folder):
+    answer, progress, form, _ = page("-m", "2", model=run_folder)
+    shutil.copytree(run_folder / "step_0000100", run_folder / "other")
+    shutil.rmtree(run_folder / "step_0000200")  # by keep_checkpoints
+    assert progress()["checkpoints"] == ["step_0000100", "step_0000300"]
+    path = str(run_folder / "step_0000100")
+    for name in ("other", "step_0000200", path, "./step_0000100", "step_0000100/", "", None, [], 7):
+        with pytest.raises(ValueError, match=r"^there is no checkpoint .* \(any more\); choose another$"):
+            next(answer(asked(form, checkpoint=name)))
+    (run_folder / "step_0000100" / "model.safetensors").write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"model\.safetensors: not a file of weights"):
+            list(answer(asked(form, checkpoint="step_0000100")))
+    assert list(answer(asked(form)))  # the first opens again

@@ -21,37 +21,61 @@ import web
 pytest.importorskip("flask")
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = dict(prompt="x", max_tokens=9, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
-SETTINGS |= dict(seed=1337, stop="")
+SETTINGS = dict(max_tokens=9, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1337)
+ASKED = SETTINGS | dict(prompt="x", stop="", checkpoint="step_0000300", taken=[])
+LIMITS = dict.fromkeys(SETTINGS, (0, 2**62)) | dict(max_tokens=(1, 2**62), top_p=(0, 1), min_p=(0, 1))
+FORM = dict(about="a <b>toy</b>", settings=SETTINGS, limits=LIMITS, prompts=["class ", "x"], stop=[], pinned=False)
+FORM |= dict(end_of_text=0, title="small", checkpoint="step_0000300")
+RUN = dict(checkpoints=["step_0000100", "step_0000200", "step_0000300"])
+RUN |= dict(train=[(step, 4 - step / 100) for step in range(0, 301, 10)], val=[(0, 4.25), (100, 3.25), (300, 1.25)])
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
-# sample.py's part, in another process. The prompt says what comes; "closed" is printed when an answer ends.
+# sample.py's part, in another process. The prompt says what comes; "closed" is printed when an answer ends. A prompt of
+# numbers is counted on from there, modulo 10, by tokens whose ids are their digits plus 1; 0 is the end of text.
 SERVER = """
-import json, signal, sys, time, web
+import json, pathlib, signal, sys, time, web
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job, such as nohup make test
-def token(text, p=0.3):
-    likely = [[text, p], ["\\n", 0.25], [" <i>a</i>", 0.2], ["b", 0.1], ["\\t", 0.05]]
-    return dict(token=text, p=p, likely=likely)
-def answer(settings):
+def token(text, p=0.3, id=1):
+    likely = [(text, p, id), ("\\n", 0.25, 11), (" <i>a</i>", 0.2, 12), ("b", 0.1, 13), ("\\t", 0.05, 14)]
+    return dict(token=text, p=p, id=id, likely=[dict(token=t, p=q, id=i) for t, q, i in likely])
+def digit(n):
+    p = [0.5 if d == n else 0.05 for d in range(10)]
+    likely = [dict(token=str(d), p=p[d], id=d + 1) for d in sorted(range(10), key=lambda d: -p[d])[:4]]
+    return dict(token=str(n), p=p[n], id=n + 1, likely=[*likely, dict(token="", p=0.04, id=0)])
+def answer(asked):
     try:
-        if settings["temperature"] is None:  # an empty field
-            raise ValueError("temperature must be a number")
-        if settings["prompt"] == "html":
+        if asked["checkpoint"] not in progress()["checkpoints"]:
+            raise ValueError("there is no such checkpoint")
+        if asked["prompt"] == "wrong":
+            raise ValueError("this is wrong")
+        if asked["prompt"].isdecimal():
+            yield dict(taken=["" if i == 0 else str(i - 1) for i in asked["taken"]])
+            n = asked["taken"][-1] - 1 if asked["taken"] else int(asked["prompt"][-1])
+            for _ in range(asked["max_tokens"]):
+                n = (n + 1) % 10
+                yield dict(text=str(n), tokens=[digit(n)])
+        if asked["prompt"] == "html":
             text = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
             yield dict(text=text, tokens=[token(text)])
-        if settings["prompt"] == "pieces":  # an emoji of three tokens, newlines, a held-back stop text
+        if asked["prompt"] == "pieces":  # an emoji of three tokens, newlines, a held-back stop text
             yield dict(text=" \\N{LLAMA}", tokens=[token("\\ufffd")] * 3)
             yield dict(text="", tokens=[token("\\n\\n", 0.004)])
             yield dict(text="\\n\\ndef", tokens=[token("def", 0.9)])
             yield dict(text="", tokens=[token("STOP")])
             return
-        while settings["prompt"] == "forever":
+        if asked["prompt"] == "who":
+            text = f"{asked['checkpoint']} {asked['seed']}"
+            yield dict(text=text, tokens=[token(text)])
+        while asked["prompt"] == "forever":
             yield dict(text=" word", tokens=[token(" word")])
             time.sleep(0.01)
-        yield dict(text=" end", tokens=[token(" end")])
+        if asked["prompt"] == "x":
+            yield dict(text=" end", tokens=[token(" end")])
     finally:
         print("closed", flush=True)
-web.serve(answer, "a <b>toy</b>", json.loads(sys.argv[1]), 0)
+def progress():
+    return json.loads(pathlib.Path(sys.argv[2]).read_text())
+web.serve(answer, progress, json.loads(sys.argv[1]), 0)
 """
 
 
@@ -60,11 +84,11 @@ def words(settings: dict):
 
 
 def client(answer=words):
-    return web.make_app(answer, "a model", SETTINGS).test_client()
+    return web.make_app(answer, lambda: RUN, FORM).test_client()
 
 
 def post(client, **headers):
-    return client.post("/answer", json=SETTINGS, headers=headers)
+    return client.post("/answer", json=ASKED, headers=headers)
 
 
 def parsed(response) -> list[dict]:
@@ -79,8 +103,9 @@ def test_the_page_what_fills_it_and_its_answers():
     app = client(lambda settings: got.append(settings) or words(settings))
     page, answer, missing = app.get("/"), post(app), app.get("/web.py")
     assert (page.status_code, page.mimetype, missing.status_code) == (200, "text/html", 404)
-    assert app.get("/form").json == dict(about="a model", defaults=SETTINGS)
-    assert parsed(answer) == list(words({})) and got == [SETTINGS]
+    assert app.get("/form").json == json.loads(json.dumps(FORM))
+    assert app.get("/run").json == json.loads(json.dumps(RUN))
+    assert parsed(answer) == list(words({})) and got == [ASKED]
     assert answer.get_data().count(b"\n") == 3  # whatever line ends are in the text
     for response in (page, answer, missing):
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
@@ -120,8 +145,8 @@ def test_only_the_page_itself_may_ask(host, origin, status):
 
 
 class Server:
-    def __init__(self):
-        command = [sys.executable, "-u", "-c", SERVER, json.dumps(SETTINGS)]
+    def __init__(self, run_file: Path):
+        command = [sys.executable, "-u", "-c", SERVER, json.dumps(FORM), str(run_file)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), **pipes)
         self.lines = queue.Queue()
@@ -134,7 +159,7 @@ class Server:
 
     def ask(self, prompt: str) -> tuple[socket.socket, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", "/answer", json.dumps({**SETTINGS, "prompt": prompt}))
+        connection.request("POST", "/answer", json.dumps({**ASKED, "prompt": prompt}))
         return connection.sock, connection.getresponse()
 
     def interrupt(self) -> None:
@@ -144,8 +169,16 @@ class Server:
 
 
 @pytest.fixture
-def server():
-    server = Server()
+def run_file(tmp_path) -> Path:
+    """What the server tells of the run."""
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(RUN))
+    return file
+
+
+@pytest.fixture
+def server(run_file):
+    server = Server(run_file)
     try:
         yield server
         server.interrupt()
@@ -159,7 +192,7 @@ def test_it_listens_on_this_computer_only_and_says_where(server):
         socket.create_connection(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
     for port in (server.port, 70000):
         with pytest.raises(ValueError, match=rf"^--port {port}: .* 0 for any free one\)$"):
-            web.serve(words, "a model", SETTINGS, port)
+            web.serve(words, dict, FORM, port)
 
 
 def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):
@@ -212,6 +245,7 @@ def browser():
 def page(browser, server):
     """The page, opened; at the end, nothing went wrong in it, and it asked this server only."""
     context = browser.new_context(viewport=dict(width=900, height=700))
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
     page, asked, wrong = context.new_page(), [], []
     context.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -224,43 +258,184 @@ def page(browser, server):
     context.close()
 
 
+def press(page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
 def ask(page, prompt: str) -> None:
-    page.get_by_label("Prompt").fill(prompt)
-    page.get_by_role("button", name="Generate").click()
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    press(page, "Generate")
 
 
 def status(page, text: str) -> None:
     page.wait_for_function("text => document.getElementById('status').textContent === text", arg=text)
 
 
+def shows(page, text: str) -> None:
+    """Wait until this is the text, and all of it is there."""
+    page.wait_for_function("text => document.getElementById('out').textContent === text", arg=text)
+    page.wait_for_selector("#generate:enabled")
+
+
+def point_at(page, token: int) -> None:
+    """Move the pointer to a token, and wait for its tip."""
+    page.locator(".token").nth(token).hover()
+    page.wait_for_function("n => pointed === document.querySelectorAll('.token')[n]", arg=token)
+
+
+def alternative(page, text: str) -> None:
+    page.locator("#tip button").get_by_text(text, exact=True).click()
+
+
+def branches(page) -> list[str]:
+    return page.locator("#branches button").all_inner_texts()
+
+
 def test_text_streams_and_stops(page, server):
+    assert page.title() == page.get_by_role("heading").text_content() == "small"
     assert page.locator("#about").text_content() == "a <b>toy</b>"
     ask(page, "forever")
     page.wait_for_selector(".token:nth-child(20)")  # of a text without end: it is shown as it comes
     assert "tokens/s" in page.locator("#rate").text_content()
     assert page.get_by_role("button", name="Generate").is_disabled()
-    page.get_by_role("button", name="Stop").click()
+    press(page, "Stop")
     status(page, "Stopped.")
     assert server.line() == "closed"
     n = page.locator(".token").count()
     assert page.locator("#out").text_content() == "forever" + n * " word"
     assert page.locator("#out .prompt").text_content() == "forever"
-    page.get_by_role("button", name="Continue").click()
-    assert page.get_by_label("Prompt").input_value() == "forever" + n * " word"
+
+
+def test_continue_writes_on_from_the_end(page):
+    ask(page, "3")
+    shows(page, "3456789012")
+    page.get_by_label("Prompt", exact=True).fill("what it continues is the text, whatever stands here")
+    page.get_by_label("Tokens").fill("3")
+    for text in ("3456789012345", "3456789012345678"):
+        press(page, "Continue")
+        shows(page, text)
+    assert page.locator("#branches").is_hidden()
+    press(page, "Copy")
+    status(page, "Copied.")
+    assert page.evaluate("() => navigator.clipboard.readText()") == "3456789012345678"
+
+
+def test_another_token_begins_a_branch(page):
+    ask(page, "3")
+    shows(page, "3456789012")
+    point_at(page, 2)  # the 6, where 0 was likely too
+    alternative(page, "0")
+    shows(page, "3450123456789")
+    assert page.locator(".fork").all_inner_texts() == ["0"]
+    point_at(page, 5)  # a branch of the branch, at the 3
+    alternative(page, "1")
+    shows(page, "3450121234567890")
+    assert page.locator(".fork").all_inner_texts() == ["0", "1"]
+    assert branches(page) == ["456789012", "↳ 450123456789", "↳ 450121234567890"]
+    press(page, "Back")
+    shows(page, "3450123456789")
+    press(page, "Back")
+    shows(page, "3456789012")
+    assert page.get_by_role("button", name="Back").is_disabled()
+    point_at(page, 8)  # a sister of the first, which stands before it
+    alternative(page, "∎")
+    shows(page, "345678901∎012345678")
+    assert branches(page) == ["456789012", "↳ 45678901∎012345678", "↳ 450123456789", "↳ 450121234567890"]
+    page.locator("#branches button").nth(3).click()
+    shows(page, "3450121234567890")
+    assert page.locator("[aria-current=true]").all_inner_texts() == ["↳ 450121234567890"]
+    press(page, "Copy")
+    status(page, "Copied.")
+    ask(page, "7")
+    shows(page, "7890123456")
+    assert page.locator("#branches").is_hidden()  # another text's
+    press(page, "Back")
+    shows(page, "3450121234567890")
+    assert len(branches(page)) == 4
+
+
+def test_a_branch_ends_the_text_that_is_being_written(page, server):
+    ask(page, "forever")
+    page.wait_for_selector(".token:nth-child(4)")
+    point_at(page, 0)
+    alternative(page, "b")
+    assert server.line() == "closed"
+    page.wait_for_function("() => document.querySelectorAll('#branches button').length === 2")
+    press(page, "Stop")
+    status(page, "Stopped.")
+    assert page.locator("#out").text_content().startswith("forever word")  # this server ignores what was taken
+
+
+def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
+    slider = page.get_by_label("Trained up to")
+    assert page.locator("#at").text_content() == "step 300 of 300, loss 1.25"
+    ask(page, "who")
+    seed = page.get_by_label("Seed", exact=True).input_value()
+    shows(page, f"whostep_0000300 {seed}")
+    assert server.line() == "closed"
+    slider.press("ArrowLeft")
+    shows(page, f"whostep_0000200 {seed}")
+    assert page.locator("#at").text_content() == "step 200 of 300, loss 2.00"  # in training, for want of a validation's
+    assert server.line() == "closed"
+    slider.fill("30")
+    shows(page, f"whostep_0000100 {seed}")
+    assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == ("100", "step 100 of 300, loss 3.25")
+    assert server.line() == "closed"
+    slider.press("ArrowRight")
+    shows(page, f"whostep_0000200 {seed}")  # as it was written before: the server has nothing to do
+    press(page, "Generate")
+    page.wait_for_selector("#generate:enabled")
+    fresh = page.get_by_label("Seed", exact=True).input_value()
+    shows(page, f"whostep_0000200 {fresh}")
+    assert fresh != seed and server.line() == "closed" and server.lines.empty()
+    curve = page.locator("path.val").get_attribute("d")
+    assert curve.startswith("M0 0L333.3") and curve.count("L") == 2
+
+
+def test_a_checkpoint_that_is_gone(page, run_file):
+    ask(page, "3")
+    shows(page, "3456789012")
+    run_file.write_text(json.dumps(RUN | dict(checkpoints=RUN["checkpoints"][1:])))
+    page.get_by_label("Trained up to").fill("100")
+    status(page, "there is no such checkpoint")
+    page.wait_for_function("() => run.checkpoints.length === 2")  # the page has asked for the list again
+    page.get_by_label("Trained up to").fill("90")
+    status(page, "Done.")
+    assert page.locator("#at").text_content().startswith("step 200 of 300")
+
+
+def test_a_run_without_losses_and_a_model_that_is_no_runs(page, run_file):
+    run_file.write_text(json.dumps(RUN | dict(train=[], val=[])))
+    page.evaluate("() => readRun()")
+    assert page.locator("#at").text_content() == "step 300 of 300"
+    run_file.write_text(json.dumps(dict(checkpoints=[], train=[], val=[])))
+    page.evaluate("() => readRun()")
+    assert page.locator("#learning").is_hidden()
 
 
 def test_keys(page, server):
-    page.get_by_label("Prompt").fill("forever")
-    page.get_by_label("Prompt").press("Control+Enter")
+    page.get_by_label("Prompt", exact=True).fill("forever")
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")
     page.wait_for_selector(".token:nth-child(4)")
     page.keyboard.press("Escape")
     status(page, "Stopped.")
-    page.locator(".token").first.focus()
-    page.keyboard.press("ArrowRight")
-    assert page.evaluate("document.activeElement === document.querySelectorAll('.token')[1]")
-    assert page.get_by_role("tooltip").is_visible()
+    ask(page, "3")
+    shows(page, "3456789012")
+    page.locator("#out").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert page.evaluate("() => document.activeElement === document.querySelectorAll('.token')[1]")
+    assert page.get_by_role("group", name="What else was likely: choose one to go on with it").is_visible()
+    page.keyboard.press("ArrowDown")
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowRight")
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "Enter"):  # the second, 0, in the place of 5
+        page.keyboard.press(key)
+    shows(page, "340123456789")
+    page.keyboard.press("Backspace")
+    shows(page, "3456789012")
 
 
 def test_what_else_was_likely(page):
@@ -268,18 +443,20 @@ def test_what_else_was_likely(page):
     status(page, "Done.")
     tokens = page.locator(".token")
     assert tokens.all_text_contents() == [" \N{LLAMA}", "\n\n", "def", "∎"]
-    page.locator(".token", has_text="def").hover()
-    bars = page.locator("#tip .bar:not(.head)")
+    point_at(page, 2)
+    bars = page.locator("#tip button")
     assert bars.count() == 5 and page.locator("#tip .head").inner_text().split() == ["def", "90%"]
     shown = [row.split() for row in bars.all_inner_texts()]
     assert shown == [["def", "90%"], ["⏎", "25%"], ["·<i>a</i>", "20%"], ["b", "10%"], ["⇥", "5%"]]
-    widths = [page.locator("#tip .bar:not(.head) .fill").nth(i).bounding_box()["width"] for i in range(5)]
+    widths = [page.locator("#tip button .fill").nth(i).bounding_box()["width"] for i in range(5)]
     assert widths == sorted(widths, reverse=True)
-    tokens.first.hover()  # a character of three tokens
+    point_at(page, 0)  # a character of three tokens
     assert page.locator("#tip .head").count() == 3 and bars.count() == 15
-    page.get_by_role("button", name="Continue").click()
-    assert page.get_by_label("Prompt").input_value() == "pieces \N{LLAMA}\n\ndef"  # without the mark of the end
-    assert page.locator("#tip").is_hidden()
+    press(page, "Copy")
+    status(page, "Copied.")
+    assert page.evaluate("() => navigator.clipboard.readText()") == "pieces \N{LLAMA}\n\ndef"  # without the end's mark
+    page.mouse.move(0, 0)
+    page.wait_for_selector("#tip", state="hidden")
     assert [tokens.nth(i).get_attribute("class").split()[1] for i in range(3)] == ["heat2", "heat3", "heat0"]
 
 
@@ -287,14 +464,87 @@ def test_text_is_never_html(page):
     ask(page, "html")
     status(page, "Done.")
     assert page.locator("#out").text_content().startswith("html<script>window.broken = 1</script><img")
-    page.locator(".token").first.hover()
+    point_at(page, 0)
     assert "<script>" in page.locator("#tip").text_content()
-    assert page.locator("#out script, #out img, #tip script, #tip i, #about b").count() == 0
-    assert page.evaluate("window.broken") is None
+    alternative(page, "·<i>a</i>")
+    page.wait_for_selector("#branches")
+    assert page.locator("#out script, #out img, #tip script, #tip i, #about b, #branches i, #branches img").count() == 0
+    assert page.evaluate("() => window.broken") is None
 
 
-def test_errors_are_shown(page):
-    for temperature, says in (("", "temperature must be a number"), ("1", "Done.")):
-        page.get_by_label("Temperature").fill(temperature)
-        ask(page, "x")
-        status(page, says)
+def test_a_value_that_cannot_be_is_marked_and_the_text_stays(page, server):
+    ask(page, "3")
+    shows(page, "3456789012")
+    assert server.line() == "closed"
+    wrong = [
+        ("Temperature", "-1", "Temperature must be 0 or more"),
+        ("Temperature", "", "Temperature must be a number"),
+        ("Tokens", "2.5", "Tokens must be a whole number"),
+        ("Top p", "1.5", "Top p must be 1 or less"),
+    ]
+    for label, value, says in wrong:
+        field = page.get_by_label(label)
+        before = field.input_value()
+        field.fill(value)
+        for button in ("Generate", "Continue"):
+            press(page, button)
+            status(page, says)
+            assert field.get_attribute("aria-invalid") == "true"
+            assert field.evaluate("field => field === document.activeElement")
+        field.fill(before)
+        assert field.get_attribute("aria-invalid") is None
+    shows(page, "3456789012")
+    assert server.lines.empty()  # nothing was asked of it
+    press(page, "Continue")
+    shows(page, "3456789012345678901")
+
+
+def test_what_the_server_refuses_is_said_and_the_text_stays(page):
+    ask(page, "3")
+    shows(page, "3456789012")
+    ask(page, "wrong")
+    status(page, "this is wrong")
+    shows(page, "3456789012")
+    ask(page, "4")
+    shows(page, "4567890123")
+
+
+def test_each_text_has_a_fresh_seed_unless_it_is_kept(page):
+    def seed(action) -> str:
+        action()
+        status(page, "Done.")
+        page.wait_for_selector("#generate:enabled")
+        return page.locator("#out").text_content().split()[1]
+
+    field = page.get_by_label("Seed", exact=True)
+    seeds = {seed(lambda: ask(page, "who")) for _ in range(3)}
+    assert len(seeds) == 3 and field.input_value() in seeds
+    kept = field.input_value()
+    page.get_by_label("Keep the seed").check()
+    assert seed(lambda: ask(page, "who")) == kept
+    page.get_by_label("Keep the seed").uncheck()
+    field.fill("42")  # who types one means it
+    assert seed(lambda: ask(page, "who")) == "42" and page.get_by_label("Keep the seed").is_checked()
+
+
+def test_prompts_to_try(page):
+    assert page.get_by_label("Prompt", exact=True).input_value() == "class "
+    chips = page.locator("#chips button")
+    assert chips.all_inner_texts()[:4] == ["class", "x", "def", "import"]  # the command's, and those that go with them
+    chips.nth(1).click()
+    shows(page, "x end")
+    assert page.get_by_label("Prompt", exact=True).input_value() == "x"
+
+
+def test_it_fits_a_telephone_and_every_part_has_a_name(page):
+    page.set_viewport_size(dict(width=400, height=800))
+    ask(page, "3")
+    shows(page, "3456789012")
+    point_at(page, 3)
+    alternative(page, "0")
+    shows(page, "34560123456789")
+    point_at(page, 3)
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 400
+    named = "element => Boolean(element.textContent.trim() || element.labels?.length)"
+    parts = page.locator("button, input, textarea")
+    assert parts.count() > 20 and all(parts.nth(i).evaluate(named) for i in range(parts.count()))
