@@ -86,7 +86,7 @@ def interleaved(runs: dict[str, Callable[[], dict]], rounds: int, baseline: str)
 
 
 def texts_of(files: list[Path]) -> list[str]:
-    return [text.decode(errors="replace") for piece in prepare.pieces_of(files) for _, _, text in piece]
+    return [t.decode(errors="replace") for piece in prepare.pieces_of(prepare.documents_of(files)) for _, _, t in piece]
 
 
 def plain_tiktoken(files: list[Path]) -> float:

@@ -14,13 +14,14 @@ command again: it continues.
 
 import argparse
 import contextlib
+import glob
 import itertools
 import os
 import re
 import shutil
 import sys
 import time
-from multiprocessing.pool import AsyncResult, ThreadPool
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,8 @@ WAIT = 30  # seconds before a failed download is repeated
 
 
 def list_files(arguments: argparse.Namespace) -> dict:
-    """The dataset's commit, and the path, size in bytes and sha256 (None for a small file) of each file to process."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-    from huggingface_hub.hf_api import RepoFile
+    """The dataset's commit; path, size in bytes and sha256 (None for a small file) of each file; how to read them."""
+    from huggingface_hub.hf_api import HfApi, RepoFile
 
     dataset, api = arguments.dataset, HfApi()
     try:
@@ -47,24 +46,27 @@ def list_files(arguments: argparse.Namespace) -> dict:
         entries = sorted((entry for entry in tree if isinstance(entry, RepoFile)), key=lambda entry: entry.path)
         files = [dict(path=e.path, size=e.size, sha256=e.lfs.sha256 if e.lfs else None) for e in entries]
         chosen = needed_shards if arguments.pretokenized else training_files
-        return dict(commit=commit, files=chosen(arguments, commit, files))
-    except (HTTPError, OSError, ValueError) as error:
+        return dict(commit=commit) | chosen(arguments, commit, files)
+    except Exception as error:  # of the network, the hub, the dataset's card
         raise ValueError(f"{dataset}: {' '.join(str(error).split())}") from None
 
 
-def training_files(arguments: argparse.Namespace, commit: str, files: list[dict]) -> list[dict]:
-    """The files of the subset's training split, which the `datasets` library finds from the dataset's card."""
+def training_files(arguments: argparse.Namespace, commit: str, files: list[dict]) -> dict:
+    """The files of the subset's training split, and the arguments with which datasets.load_dataset reads them."""
     import datasets
 
-    builder = datasets.load_dataset_builder(arguments.dataset, arguments.name, revision=commit)
-    found = {path.partition(f"@{commit}/")[2] for path in (builder.config.data_files or {}).get("train", ())}
-    chosen = [file for file in files if file["path"] in found]
-    if not chosen or not all(file["path"].endswith(prepare.TABLES) for file in chosen):
-        raise ValueError(f"the training split of {arguments.name!r} is not in .parquet, .jsonl or .jsonl.gz files")
-    return chosen
+    builder = datasets.load_dataset_builder(f"hf://datasets/{arguments.dataset}", arguments.name, revision=commit)
+    config, splits = builder.config, builder.config.data_files or {}
+    if "train" not in splits:
+        raise ValueError(f"the subset {config.name!r} has no split named train, only {', '.join(map(str, splits))}")
+    found = {path.partition(f"@{commit}/")[2] for path in splits["train"]}
+    # A subset may have options too, such as the separator of csv.
+    usual, elsewhere = vars(type(config)()), ("data_files", "data_dir", "features")
+    options = {key: value for key, value in vars(config).items() if value != usual[key] and key not in elsewhere}
+    return dict(files=[file for file in files if file["path"] in found], reader=dict(path=builder.name) | options)
 
 
-def needed_shards(arguments: argparse.Namespace, commit: str, files: list[dict]) -> list[dict]:
+def needed_shards(arguments: argparse.Namespace, commit: str, files: list[dict]) -> dict:
     """Ready-made shards with max_tokens tokens together: validation first."""
     shards = [file for file in files if re.search(r"_(train|val)_\d+\.bin$", file["path"])]
     shards.sort(key=lambda file: ("_val_" not in file["path"], file["path"]))
@@ -72,7 +74,7 @@ def needed_shards(arguments: argparse.Namespace, commit: str, files: list[dict])
     needed = [file for file, n in zip(shards, before) if n < arguments.max_tokens]
     if not needed or "_train_" not in needed[-1]["path"]:
         raise ValueError(f"no training shards (..._train_000001.bin) in the first {arguments.max_tokens:,} tokens")
-    return needed
+    return dict(files=needed)
 
 
 def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) -> Path:
@@ -94,6 +96,21 @@ def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) 
     raise ValueError(f"{file['path']}: {problem}. Finished shards are kept: run the same command again")
 
 
+def read_rows(path: Path, column: str, reader: dict) -> prepare.Documents:
+    """Like prepare.documents_of, for a file in any other format of `datasets`; the bytes in the file are not known."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+    try:
+        for row in datasets.load_dataset(**reader, data_files=glob.escape(str(path)), split="train", streaming=True):
+            if not isinstance(text := row.get(column, 0), str | None):
+                raise ValueError(f"no text in the column {column!r} among {', '.join(row)}; choose with --text_column")
+            if text:
+                yield text.encode("utf-8", errors="replace"), 0
+    except Exception as error:  # each format has a library of its own, with errors of its own
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+
+
 def shards_of(out: Path, i: int, n_files: int, shard_tokens: int) -> prepare.Shards:
     """The shards of file i. The first three digits of their number are i; more, if there are as many files."""
     digits = max(3, len(str(n_files - 1)))
@@ -102,13 +119,13 @@ def shards_of(out: Path, i: int, n_files: int, shard_tokens: int) -> prepare.Sha
         name = "val" if i == n == 0 else "train"
         return out / f"{out.name}_{name}_{i:0{digits}d}{n + (i > 0):03d}.bin"
 
-    end_of_text = data.GPT2Tokenizer.end_of_text
-    return prepare.Shards(out / "progress" / f"{i:06d}.npz", path_of, {"train": shard_tokens}, end_of_text)
+    record = out / "progress" / f"{i:06d}.npz"
+    return prepare.Shards(record, path_of, {"train": shard_tokens}, data.GPT2Tokenizer.end_of_text)
 
 
-def tokenise_files(arguments: argparse.Namespace, out: Path, commit: str, files: list[dict]) -> None:
+def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> None:
     """Turn this machine's files into shards, one after the other. The next one is downloaded meanwhile."""
-    part, parts = arguments.part
+    (part, parts), commit, files = arguments.part, source["commit"], source["files"]
     shards = {i: shards_of(out, i, len(files), arguments.shard_tokens) for i in range(part - 1, len(files), parts)}
     missing = [i for i in shards if not shards[i].complete]
     left = (arguments.max_tokens or sys.maxsize) - sum(shards[i].n_tokens for i in shards if i not in missing)
@@ -117,21 +134,20 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, commit: str, files:
         prepare.progress_bar(sum(files[i]["size"] for i in shards), arguments.out) as bar,
         ThreadPool(1) as thread,  # a daemon: Ctrl-C does not wait for its download
     ):
-
-        def begin(i: int) -> AsyncResult:
-            return thread.apply_async(fetch, (files[i], arguments, commit, out / "downloads" / str(i)))
-
         bar.update(sum(files[i]["size"] for i in shards if i not in missing))
+        jobs = ((files[i], arguments, commit, out / "downloads" / str(i)) for i in missing)
+        downloads = (thread.apply_async(fetch, job) for job in jobs)  # next() begins one
         coming = None
-        for i, following in zip(missing, [*missing[1:], None]):
+        for i in missing:
             if left == 0:
                 break
-            path = (coming or begin(i)).get()
-            # With a limit, the following file may not be needed.
-            coming = None if following is None or arguments.max_tokens else begin(following)
+            path = (coming or next(downloads)).get()
+            coming = None if arguments.max_tokens else next(downloads, None)  # with a limit, it may not be needed
             bar.write(f"{files[i]['path']} ({i + 1} of {len(files)} files)", sys.stderr)
-            pieces = prepare.pieces_of([path], arguments.text_column, progress=bar.update)
-            shards[i].fill(pieces, tokenise_all, bar, left)
+            column, own = arguments.text_column, path.name.endswith(prepare.TABLES)
+            documents = prepare.documents_of([path], column) if own else read_rows(path, column, source["reader"])
+            shards[i].fill(prepare.pieces_of(documents, progress=bar.update), tokenise_all, bar, left)
+            bar.update(0 if own else files[i]["size"])
             left -= shards[i].n_tokens
             shutil.rmtree(out / "downloads" / str(i), ignore_errors=True)
 
@@ -157,8 +173,7 @@ def finish(out: Path, source: dict, rows: list[dict]) -> str:
     val = [row for row in rows if "_val_" in row["file"].removeprefix(out.name)]
     if len(val) == len(rows):
         n = sum(row["tokens"] for row in rows)
-        size = max(1, n // 20)
-        raise ValueError(f"{out}: all {n:,} tokens are for validation; delete it, set --shard_tokens={size}")
+        raise ValueError(f"{out}: all {n:,} tokens are for validation; delete it, set --shard_tokens={max(1, n // 20)}")
     shutil.rmtree(out / "downloads", ignore_errors=True)
     shards = {"train": [row for row in rows if row not in val], "val": val}
     documents = sum(row["documents"] for row in rows)
@@ -166,8 +181,7 @@ def finish(out: Path, source: dict, rows: list[dict]) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    about = "Turn a text dataset on the Hugging Face hub into shards of GPT-2's tokens. After an interruption, run the "
-    about += "same command again: it continues. The variables HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured."
+    about = "A text dataset on the hub -> shards of GPT-2's tokens. HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured."
     parser = argparse.ArgumentParser("fineweb.py", description=about)
     add = parser.add_argument
     add("--dataset", metavar="ID", help=f"on the hub (default: {FINEWEB_EDU}; with --pretokenized: {PRETOKENIZED})")
@@ -218,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = take_ready_made(arguments, out, commit, files)
             print(f"{arguments.out}: {finish(out, meta['source'], rows)}")
             return
-        tokenise_files(arguments, out, commit, files)
+        tokenise_files(arguments, out, meta["source"])
         # Parts that end together count one after the other, and the last one finishes the folder.
         with data.lock(out / ".lock") if parts > 1 else contextlib.nullcontext():
             finished = data.read_meta(out)["complete"]  # by another part, which has deleted the records

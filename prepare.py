@@ -67,16 +67,15 @@ class Split:
         return {"val" if drawn else "train": len(text)}
 
 
+Documents = Iterator[tuple[bytes | mmap.mmap, float]]  # UTF-8, its bytes in the file
 Piece = list[tuple[str, bool, bytes]]  # split, whether a document begins here, UTF-8
 Tokens = dict[str, np.ndarray]  # split -> uint16
 
 
-def pieces_of(
-    files: list[Path], column="text", split=Split(), progress=lambda n_bytes: None, breaks=data.BREAK
-) -> Iterator[Piece]:
-    """All documents, as pieces of about data.PIECE_BYTES of text. `progress` is told of the bytes read of the files."""
+def pieces_of(documents: Documents, split=Split(), progress=lambda n_bytes: None, breaks=data.BREAK) -> Iterator[Piece]:
+    """The documents in pieces of about data.PIECE_BYTES of text. `progress` is told of the bytes read of the files."""
     piece, piece_bytes = [], 0
-    for number, (text, in_file) in enumerate(documents_of(files, column)):
+    for number, (text, in_file) in enumerate(documents):
         start = 0
         for name, end in split.ends(text, number).items():
             for n, segment in enumerate(data.segments(text, start, end, breaks)):
@@ -91,8 +90,8 @@ def pieces_of(
         yield piece
 
 
-def documents_of(files: list[Path], column: str) -> Iterator[tuple[bytes | mmap.mmap, float]]:
-    """(UTF-8, its bytes in the file) of each row of a table, else of the whole file. Empty documents are skipped."""
+def documents_of(files: list[Path], column="text") -> Documents:
+    """Each row of a table, else the whole file. Empty documents are skipped."""
     for path in files:
         try:
             if path.name.endswith(TABLES):
@@ -105,7 +104,7 @@ def documents_of(files: list[Path], column: str) -> Iterator[tuple[bytes | mmap.
             raise ValueError(f"{path}: {error}") from None
 
 
-def read_jsonl(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
+def read_jsonl(path: Path, column: str) -> Documents:
     with open(path, "rb") as raw:
         before = 0
         for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
@@ -119,8 +118,7 @@ def read_jsonl(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
             before = raw.tell()
 
 
-def read_parquet(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
-    import pyarrow
+def read_parquet(path: Path, column: str) -> Documents:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -255,7 +253,8 @@ def shard_files(files, out: Path, tokenise_all: Callable, tokenizer, sizes: dict
     name, record = out / out.name, out / "progress" / "all.npz"
     shards = Shards(record, lambda s, n: Path(f"{name}_{s}_{n + 1:06d}.bin"), sizes, tokenizer.end_of_text)
     with progress_bar(sum(path.stat().st_size for path in files), out.name) as bar:
-        shards.fill(pieces_of(files, column, split, bar.update, tokenizer.breaks), tokenise_all, bar)
+        pieces = pieces_of(documents_of(files, column), split, bar.update, tokenizer.breaks)
+        shards.fill(pieces, tokenise_all, bar)
     return shards.rows
 
 
@@ -400,7 +399,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {"train": n, "val": max(min(n, 1 << 20), round(n * fraction))}
         # A worker takes a second to start, in which another one tokenises some 8 MB.
         workers = arguments.workers or min(available_cpus(), 1 + source["bytes"] // (8 << 20))
-        pieces = itertools.chain.from_iterable(pieces_of(files, column, split))
+        pieces = itertools.chain.from_iterable(pieces_of(documents_of(files, column), split))
         texts = (text for name, _, text in pieces if name == "train")
         name = vocabulary.provide(chosen, out / vocabulary.FILE, texts, SEED)
         tokenizer = vocabulary.load(name)

@@ -1,6 +1,8 @@
-"""fineweb.py against a small hub on loopback, with the real clients and real parquet files; and failures of both."""
+"""fineweb.py against a small hub on loopback, with the real clients and real files; and failures of both."""
 
+import csv
 import hashlib
+import io
 import json
 import random
 import struct
@@ -98,20 +100,41 @@ def parquet(texts) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def jsonl(texts) -> bytes:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def csv_with_semicolons(texts) -> bytes:
+    file = io.StringIO(newline="")
+    csv.writer(file, delimiter=";").writerows([("id", "text"), *enumerate(texts)])
+    return file.getvalue().encode()
+
+
+def zstd_in_two_frames(texts) -> bytes:
+    """As parallel programs write it: a reader that stops after the first frame loses most of it."""
+    lines = jsonl(texts)
+    return b"".join(pa.compress(part, "zstd", asbytes=True) for part in (lines[:5000], lines[5000:]))
+
+
+FORMATS = {"parquet": parquet, "csv": csv_with_semicolons, "jsonl.zst": zstd_in_two_frames}
 TEXTS = [documents(seed, 100) for seed in range(3)]
-SUBSETS = {"tiny": "sample/tiny/*", "other": "sample/other/*", "tables": "tables/*"}
+SUBSETS = {"tiny": "sample/tiny/*", "other": "sample/other/*"}
 CARD = "---\nconfigs:\n" + "".join(
-    f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n" for name, path in SUBSETS.items()
+    f"- config_name: {name}\n  sep: ;\n  data_files:\n  - split: train\n    path: {path}\n"
+    for name, path in SUBSETS.items()
 )
+
+
+def tiny(format: str) -> dict[str, bytes]:
+    """The three files of the subset `tiny`."""
+    return {f"sample/tiny/{i:03d}_00000.{format}": FORMATS[format](texts) for i, texts in enumerate(TEXTS)}
 
 
 @pytest.fixture
 def hub():
     """A hub with one dataset; its subset `tiny` has three files."""
-    files = {f"sample/tiny/{i:03d}_00000.parquet": parquet(texts) for i, texts in enumerate(TEXTS)}
-    files["README.md"] = f"{CARD}---\n".encode()
+    files = tiny("parquet") | {"README.md": f"{CARD}---\n".encode()}
     files["sample/other/000.parquet"] = parquet(["of another subset"] * 9)
-    files["tables/000.csv"] = b"text\na\n"
     settings = dict(files=files, trouble={}, delay=0.0, asked=[], log_message=lambda *_: None)
     handler = type("ThisHub", (Hub,), settings)
     handler.serving = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -127,7 +150,7 @@ def start(hub, out: Path, *options: str, name="tiny", before="") -> subprocess.P
     script = f"import sys, fineweb, data, prepare\nfineweb.WAIT = 0\n{before}\nfineweb.main(sys.argv[1:])"
     plain = [] if "--pretokenized" in options else ["--name", name, "--shard_tokens", "9000"]
     command = ["-c", script, "--dataset", DATASET, "--out", str(out), "--workers", "1", *plain, *options]
-    off = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1")
+    off = dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_UPDATE_DOWNLOAD_COUNTS="0")
     endpoint = f"http://127.0.0.1:{hub.serving.server_address[1]}"
     environment = clean_environment(HF_ENDPOINT=endpoint, HF_HOME=str(out.parent / "home"), **off)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -243,18 +266,22 @@ def test_kept_downloads_are_used_again_and_checked(hub, tmp_path, reference):
 # ---- What goes wrong -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.torture)])
-def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference, kills):
+@pytest.mark.parametrize(
+    "format, kills",
+    [("parquet", 3), ("csv", 2), ("jsonl.zst", 2), pytest.param("parquet", 12, marks=pytest.mark.torture)],
+)
+def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference, format, kills):
     """Law 8: kill -9 during the download, between shards; then the same command runs to its end."""
-    out, rng = tmp_path / "out", random.Random(0)
-    hub.delay = 0.02
+    out, rng = tmp_path / "[1]" / "out", random.Random(0)  # a name with the marks of a pattern
+    out.parent.mkdir()
+    hub.delay, hub.files = 0.02, tiny(format) | {"README.md": hub.files["README.md"]}
     slow = "import time\ndata.PIECE_BYTES, plain = 2000, prepare.tokenise\n"
     slow += "prepare.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"
     made = set()
     for attempt in range(kills):
         with start(hub, out, before=slow) as process:
             while process.poll() is None:  # until a download has begun, or one or two shards are new
-                begun = attempt == 0 and any("GET" in request and ".parquet" in request for request in hub.asked)
+                begun = attempt == 0 and any("GET" in request and "_00000." in request for request in hub.asked)
                 if begun or len(list(out.glob("*.bin"))) > len(made) + attempt % 2:
                     break
                 time.sleep(0.002)
@@ -295,11 +322,31 @@ def test_mistakes_in_the_command_are_one_line(hub, tmp_path):
     out = tmp_path / "out"  # one folder: nothing is made there
     line = fails(hub, out, "--text_column", "body")
     assert "'body' among id (int64), text (string); choose with --text_column" in line
-    assert "'tinny' not found. Available: ['tiny', 'other', 'tables']" in fails(hub, out, name="tinny")
-    assert "not in .parquet, .jsonl or .jsonl.gz files" in fails(hub, out, name="tables")
+    assert "'tinny' not found. Available: ['tiny', 'other']" in fails(hub, out, name="tinny")
     assert "404" in fails(hub, out, "--dataset", "some/typo")
     line = fails(hub, out, "--shard_tokens", "100000000", name="other")
     assert "all 36 tokens are for validation" in line and "--shard_tokens=1" in line
+
+
+def test_mistakes_in_a_dataset_are_one_line(hub, tmp_path):
+    """Each in a home of its own, as all have the same commit, and the clients keep what they got."""
+    tables, card = tiny("csv"), hub.files["README.md"]
+    cut = {name: content[:-100] for name, content in tiny("jsonl.zst").items()}
+    cases = {
+        "column": (tables, "no text in the column 'body' among id, text; choose with --text_column"),
+        "damaged": (cut, "sample/tiny/000_00000.jsonl.zst: Compressed file ended before"),
+        "script": ({"texts.py": b"raise SystemExit(3)"}, "Dataset scripts are no longer supported"),
+        "card": (tables | {"README.md": b"---\nconfigs: [{\n---\n"}, "some/texts: while parsing a flow"),
+        "split": (
+            tables | {"README.md": card.replace(b"train", b"test")},
+            "'tiny' has no split named train, only test",
+        ),
+    }
+    for name, (files, message) in cases.items():
+        hub.files = {"README.md": card} | files
+        (tmp_path / name).mkdir()
+        column = ["--text_column", "body"] if name == "column" else []
+        assert message in fails(hub, tmp_path / name / "out", *column)
 
 
 def test_options(capsys):
