@@ -68,8 +68,10 @@ class BPETokenizer(Tokenizer):
     """Byte-pair encoding. tiktoken does the work: self.encoding is a tiktoken.Encoding."""
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
-        # In segments: for a run of millions of characters without white space, tiktoken's time grows beyond proportion.
-        texts = [segment.decode("utf-8", errors="replace") for segment in segments(text, 0, len(text), self.breaks)]
+        # In segments: for a run of millions of characters without white space, tiktoken's time grows beyond proportion,
+        # and a run of a million spaces is more than its regular expressions can take.
+        short = segments(text, 0, len(text), self.breaks, PIECE_BYTES // 2)
+        texts = [segment.decode("utf-8", errors="replace") for segment in short]
         # Nothing is disallowed: an <|endoftext|> that stands in a text is text, and not our token.
         ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         return np.concatenate(ids or [[]]).astype(np.uint16)
@@ -129,14 +131,15 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def segments(text: bytes | mmap.mmap, start: int, end: int, breaks=BREAK) -> Iterator[bytes]:
-    """text[start:end] in segments of about PIECE_BYTES. Their ids equal those of the whole; breaks: a tokenizer's.
+def segments(text: bytes | mmap.mmap, start: int, end: int, breaks=BREAK, size: int | None = None) -> Iterator[bytes]:
+    """text[start:end] in segments of about `size` bytes (default: PIECE_BYTES), cut at a tokenizer's `breaks`.
 
-    A segment without any break is cut between two characters; there, one token may become two.
+    Their ids equal those of the whole. A segment without any break is cut between two characters; there, one token may
+    become two.
     """
     reach = start
     while reach < end:
-        reach = min(reach + PIECE_BYTES, end)
+        reach = min(reach + (size or PIECE_BYTES), end)
         cut = end if reach == end else start + last_break(text[start:reach], breaks)
         yield text[start:cut]
         start = cut

@@ -71,14 +71,16 @@ def test_segments_tokenise_as_the_whole(parts, size):
     for at in breaks:
         assert encode(raw[:at].decode()) + encode(raw[at:].decode()) == encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "PIECE_BYTES", size)
-        pieces, ids = list(data.segments(raw, 0, len(raw))), get_tokenizer("gpt2").encode(text).tolist()
+        patch.setattr(data, "PIECE_BYTES", 2 * size)
+        pieces, ids = list(data.segments(raw, 0, len(raw), size=size)), get_tokenizer("gpt2").encode(text).tolist()
     assert b"".join(pieces) == raw and get_tokenizer("gpt2").decode(ids) == text
     if set(itertools.accumulate(map(len, pieces[:-1]))) <= set(breaks):
         assert ids == encode(text)
 
 
-@pytest.mark.parametrize("run", ["a", " ", "\n", "漢", "😀", "=-", "x" * 999 + " "], ids=ascii)
+@pytest.mark.parametrize(
+    "run", ["a", " ", "\n", "漢", "😀", "=-", "x" * 999 + " ", " " * 1_000_001 + "a"], ids=lambda run: ascii(run[:4])
+)
 def test_long_runs_neither_panic_nor_stall(run):
     """Three million characters: more than a segment in one run. The decoded text is the same."""
     text = run * (3_000_000 // len(run))

@@ -129,8 +129,8 @@ def test_segments_tokenise_as_the_whole(tokenizers, parts, size):
     for at in breaks:
         assert encode(raw[:at].decode()) + encode(raw[at:].decode()) == encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "PIECE_BYTES", size)
-        pieces, ids = list(data.segments(raw, 0, len(raw), code.breaks)), code.encode(text).tolist()
+        patch.setattr(data, "PIECE_BYTES", 2 * size)
+        pieces, ids = list(data.segments(raw, 0, len(raw), code.breaks, size)), code.encode(text).tolist()
     assert b"".join(pieces) == raw and code.decode(ids) == text
     if {sum(map(len, pieces[:n])) for n in range(1, len(pieces))} <= set(breaks):
         assert ids == encode(text)
