@@ -12,13 +12,18 @@ STDLIB = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib
 .PHONY: quickstart test torture clean
 
 quickstart: $(BIN)/installed
-	@echo "== 1/3  shards: the source of Python's standard library, in 2,048 tokens learned from it"
-	@$(BIN)/python prepare.py "$(STDLIB)" --out shards/stdlib --tokenizer 2048 --glob '*.py' \
+	@echo "== 1/3  shards: the source of Python's standard library, in 4,096 tokens learned from it"
+	@$(BIN)/python prepare.py "$(STDLIB)" --out shards/stdlib --tokenizer 4096 --glob '*.py' \
 		--exclude site-packages --exclude dist-packages --exclude test --exclude tests --exclude idle_test
 	@echo "== 2/3  training: config/quickstart.py"
 	@$(BIN)/python train.py config/quickstart.py
 	@echo "== 3/3  what it writes after 'def ', 'class ' and 'import '"
 	@$(BIN)/python sample.py --model out/quickstart -p "def " -p "class " -p "import " -m 200 --temperature 0.8
+	@echo "== next, after: source .venv/bin/activate"
+	@echo "python sample.py --web                    a page: what it writes, how it learned"
+	@echo "python sample.py 'class Stack:' -n 3      it goes on from a text of yours"
+	@echo "python prepare.py TEXTS --out shards/anytext --tokenizer 2048"
+	@echo "python train.py config/anytext.py         the same with other texts, any script"
 
 test: $(BIN)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
@@ -30,7 +35,8 @@ torture: $(BIN)/installed
 $(BIN)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name it: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@echo "== installing requirements.txt into .venv: a minute or two with a fast network"
+	$(BIN)/python -m pip install --requirement requirements.txt
 	touch $@
 
 clean:

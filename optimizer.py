@@ -29,11 +29,12 @@ def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optim
 
 
 def in_words(optimizer: torch.optim.Optimizer) -> str:
-    """The rule, peak learning rate, weight decay and size of each group of a new optimizer, in a line."""
-    words = []
+    """The rules of a new optimizer, with the number of their parameters and the peak learning rate, in a line."""
+    rules = {}
     for group in optimizer.param_groups:
         size = sum(parameter.numel() for parameter in group["params"])
-        words.append(f"{group['rule']} for {size:,} parameters (lr {group['lr']:g}, decay {group['weight_decay']:g})")
+        rules[group["rule"], group["lr"]] = rules.get((group["rule"], group["lr"]), 0) + size
+    words = [f"{rule} for {size:,} parameters, learning rate up to {lr:g}" for (rule, lr), size in rules.items()]
     return "; ".join(words)
 
 

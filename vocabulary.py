@@ -106,7 +106,7 @@ def provide(chosen: data.Tokenizer | int, file: Path, texts: Iterator[bytes], se
     elif not file.exists():
         drawn = sample(texts, seed)
         data.write_whole(file, learn(drawn, chosen).encode())
-        print(f"{file}: {summary(load(file), drawn)}")
+        print(f"vocabulary: {summary(load(file), drawn)}")
     return str(file)
 
 

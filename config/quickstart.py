@@ -16,7 +16,7 @@ n_head = 2
 n_embd = 128
 block_size = 128
 
-batch_size = 16
+batch_size = 32
 total_batch_size = batch_size * block_size
 
 optimizer = "muon"
@@ -24,15 +24,15 @@ learning_rate = 1e-2  # of embeddings, biases and norms
 muon_learning_rate = 2e-2
 muon_momentum = 0.9  # a short run: average over fewer steps than 0.95 does
 min_lr = 0.0
-warmup_steps = 100
-max_steps = 2_000
+warmup_steps = 50
+max_steps = 850
 
-log_every = 25
-eval_every = 400
+log_every = 10
+eval_every = 170
 hellaswag_every = 0
 eval_tokens = 1_000_000  # more than there are: all
-checkpoint_every = 200
+checkpoint_every = 85
 keep_checkpoints = 0  # all of them: the page of sample.py --web shows how the model learned
-sample_every = 400
+sample_every = 170
 sample_prompt = "def "
 sample_tokens = 60

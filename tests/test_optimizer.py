@@ -56,7 +56,10 @@ def test_every_parameter_is_in_one_group():
     )
     assert embeddings == ["transformer.wte.weight", "transformer.wpe.weight"]
     assert all(name.endswith("bias") or "ln_" in name for name in vectors)
-    assert in_words(optimizer).startswith("muon for 24,576 parameters (lr 0.02, decay 0.1); adamw for ")
+    rest = sum(parameter.numel() for parameter in model.parameters()) - 24_576
+    muon, adamw = in_words(optimizer).split("; ")
+    assert muon == "muon for 24,576 parameters, learning rate up to 0.02"
+    assert adamw == f"adamw for {rest:,} parameters, learning rate up to 0.001"
 
     model(ids(2, 16), ids(2, 16)).backward()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
