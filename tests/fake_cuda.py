@@ -267,12 +267,13 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
 
     results = {
         "bf16": do(training("bf16", dtype="auto", dropout=0.1, recompute=True)),
-        "fp16": do(training("fp16", dtype="auto"), bf16=False),
+        "fp16": do(training("fp16", dtype="auto", optimizer="muon"), bf16=False),
         "fp32": do(training("fp32", flash=False, pad_vocab=False)),
+        "muon": do(training("muon", dtype="auto", optimizer="muon")),
     }
     # fp16 resumed: the optimizer's and the scaler's state go to the GPU.
     shutil.rmtree(Path(folder) / "fp16" / "step_0000003", ignore_errors=True)
-    results["resumed"] = do(training("fp16", dtype="auto"), bf16=False)
+    results["resumed"] = do(training("fp16", dtype="auto", optimizer="muon"), bf16=False)
 
     results["sample"] = do(sampling)
     one_prompt = functools.partial(sample.main, [*command, "-m", "40", "-p", "the quick", "--temperature", "0"])

@@ -48,7 +48,7 @@ fake_cuda.main(*{arguments!r})
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("run", ["bf16", "fp16", "fp32", "resumed", "sample", "one prompt", "hellaswag"])
+@pytest.mark.parametrize("run", ["bf16", "fp16", "fp32", "muon", "resumed", "sample", "one prompt", "hellaswag"])
 def test_no_run_mixes_devices(results, run):
     """Training, watching, checkpoints, resuming, and the commands."""
     assert results[run]["error"] is None, results[run]["error"]
@@ -67,7 +67,7 @@ def test_what_is_broken_on_purpose_is_seen(results, run, error):
     assert error in results[run]["error"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "muon"])
 def test_a_step_reads_two_values(results, dtype):
     """The norm of the gradient and the loss. Each read makes the CPU wait until the GPU has nothing left to do."""
     reads = dict(results[dtype]["reads"])[1]  # a step that follows no evaluation
