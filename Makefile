@@ -17,8 +17,8 @@ quickstart: $(BIN)/installed
 		--exclude site-packages --exclude dist-packages --exclude test --exclude tests --exclude idle_test
 	@echo "== 2/3  training: config/quickstart.py"
 	@$(BIN)/python train.py config/quickstart.py
-	@echo "== 3/3  what it writes after 'def ', 'class ' and 'import '"
-	@$(BIN)/python sample.py --model out/quickstart -p "def " -p "class " -p "import " -m 200 --temperature 0.8
+	@echo "== 3/3  what it writes after 'def main(', 'class Queue:' and 'import os, sys'"
+	@$(BIN)/python sample.py --model out/quickstart -p "def main(" -p "class Queue:" -p "import os, sys" -m 200 --temperature 0.8 --top_p 0.9
 	@echo "== next, after: source .venv/bin/activate"
 	@echo "python sample.py --web                    a page: what it writes, how it learned"
 	@echo "python sample.py 'class Stack:' -n 3      it goes on from a text of yours"

@@ -1,8 +1,8 @@
 """Prompt -> text.
 
-python sample.py "def "                                  the newest checkpoint under out/
+python sample.py "def main("                             the newest checkpoint under out/
 python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
-python sample.py --model out/quickstart -p "class " -p "import " -m 200 --temperature 0.8 --stop "\\n\\n"
+python sample.py --model out/quickstart -p "class Queue:" -p "import os" -m 200 --top_p 0.9
 python sample.py --file prompts.jsonl --json             one prompt a line; one JSON object for each sample
 python sample.py -i                                      write with the model, line by line; /help lists commands
 python sample.py --web                                   a page on this machine that shows token probabilities

@@ -5,7 +5,8 @@
 learns a vocabulary from the text and makes the shards (the Makefile has the command), and then runs
 
     python train.py config/quickstart.py
-    python sample.py --model out/quickstart -p "def " -p "class " -p "import " -m 200 --temperature 0.8
+    python sample.py --model out/quickstart -p "def main(" -p "class Queue:" -p "import os, sys" -m 200
+        --temperature 0.8 --top_p 0.9
 """
 
 data_dir = "shards/stdlib"
@@ -25,14 +26,14 @@ muon_learning_rate = 2e-2
 muon_momentum = 0.9  # a short run: average over fewer steps than 0.95 does
 min_lr = 0.0
 warmup_steps = 50
-max_steps = 850
+max_steps = 800
 
 log_every = 10
-eval_every = 170
+eval_every = 160
 hellaswag_every = 0
 eval_tokens = 1_000_000  # more than there are: all
-checkpoint_every = 85
+checkpoint_every = 80
 keep_checkpoints = 0  # all of them: the page of sample.py --web shows how the model learned
-sample_every = 170
-sample_prompt = "def "
+sample_every = 160
+sample_prompt = "def main("
 sample_tokens = 60

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = dict(max_tokens=9, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1337)
 ASKED = SETTINGS | dict(prompt="x", stop="", checkpoint="step_0000300", taken=[])
 LIMITS = dict.fromkeys(SETTINGS, (0, 2**62)) | dict(max_tokens=(1, 2**62), top_p=(0, 1), min_p=(0, 1))
-FORM = dict(about="a <b>toy</b>", settings=SETTINGS, limits=LIMITS, prompts=["class ", "x"], stop=[], pinned=False)
+FORM = dict(about="a <b>toy</b>", settings=SETTINGS, limits=LIMITS, prompts=["import os", "x"], stop=[], pinned=False)
 FORM |= dict(end_of_text=0, title="small", checkpoint="step_0000300")
 RUN = dict(checkpoints=["step_0000100", "step_0000200", "step_0000300"])
 RUN |= dict(train=[(step, 4 - step / 100) for step in range(0, 301, 10)], val=[(0, 4.25), (100, 3.25), (300, 1.25)])
@@ -528,9 +528,14 @@ def test_each_text_has_a_fresh_seed_unless_it_is_kept(page):
 
 
 def test_prompts_to_try(page):
-    assert page.get_by_label("Prompt", exact=True).input_value() == "class "
+    assert page.get_by_label("Prompt", exact=True).input_value() == "import os"
     chips = page.locator("#chips button")
-    assert chips.all_inner_texts()[:4] == ["class", "x", "def", "import"]  # the command's, and those that go with them
+    assert chips.all_inner_texts()[:4] == [
+        "import os",
+        "x",
+        "def main(",
+        "class Queue:",
+    ]  # the command's, and those that go with them
     chips.nth(1).click()
     shows(page, "x end")
     assert page.get_by_label("Prompt", exact=True).input_value() == "x"
