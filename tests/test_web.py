@@ -528,6 +528,7 @@ def test_each_text_has_a_fresh_seed_unless_it_is_kept(page):
 
 
 def test_prompts_to_try(page):
+    """The command's, and those that go with them."""
     assert page.get_by_label("Prompt", exact=True).input_value() == "import os"
     chips = page.locator("#chips button")
     assert chips.all_inner_texts()[:4] == [
