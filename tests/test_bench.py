@@ -141,11 +141,13 @@ def on_paper(gpu: str, n: int, size: str = "gpt2", batch: int = 524_288, at_once
 @pytest.mark.parametrize(
     "gpu, n, options, reported",  # tokens/s of a GPU
     [
-        ("A100", 8, {}, 218e3),  # llm.c
-        ("A100", 8, {}, 185e3),  # build-nanogpt
-        ("A100", 1, dict(batch=16 * 1024, at_once=16), 16 * 1024 / 0.090),  # the last rung of the lecture's ladder
+        ("A100", 8, {}, 524_288 / 0.30 / 8),  # llm.c's run_gpt2_124M.sh
+        ("A100", 8, dict(size="gpt2-medium"), 524_288 / 0.82 / 8),  # run_gpt2_350M.sh
+        ("A100", 8, dict(size="gpt2-large", at_once=32), 524_288 / 1.7 / 8),  # run_gpt2_774M.sh
+        ("H100", 8, dict(size="gpt2-xl", at_once=8, batch=2**20), 2**20 / 2.8 / 8),  # run_gpt2_1558M.sh
         ("H100", 8, {}, 460e3),  # llm.c
-        ("H100", 8, dict(size="gpt2-xl", batch=2**20, at_once=16), 32_000 * 2**20 / 86_400 / 8),  # llm.c, in 24 hours
+        ("A100", 8, {}, 185e3),  # build-nanogpt
+        ("A100", 1, dict(at_once=16, batch=16 * 1024), 16 * 1024 / 0.090),  # the last rung of the lecture's ladder
         ("RTX 4090", 1, dict(at_once=32), 106e3),  # the best of several
     ],
 )
@@ -225,6 +227,20 @@ def test_a_plan_names_what_is_full_next(capsys, counted, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(result))
     bench.main(["show", str(tmp_path / "plan.json")])
     assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "sequences"
+
+
+SCALE = (Path(bench.__file__).parent / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "argv, shown", re.findall(r"^\$ python bench.py (plan.*)\n((?: +t|\d x).*\n(?:\d x.*\n)+)", SCALE, re.M)
+)
+def test_the_page_shows_what_the_plan_prints(capsys, monkeypatch, argv, shown):
+    """Memory is stood in for by straight lines through a sequence, as counted, and what fits an H100."""
+    lines = {12: lambda B: 3.1e9 + 0.4e9 * (B - 1), 48: lambda B: 27.86e9 + 3.5e9 * (B - 1)}
+    monkeypatch.setattr(bench, "peak_memory", lambda shape, T, B: lines[shape["n_layer"]](B))
+    bench.main(argv.split())
+    assert capsys.readouterr().out.split("\n", 1)[1] == shown
 
 
 @pytest.mark.parametrize(
