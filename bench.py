@@ -7,6 +7,7 @@
     python bench.py ladder                                 what each of a step's speed-ups brings, one after the other
     python bench.py choices --size quickstart --batch_size 16 --block_size 128     what auto chooses, against the rest
     python bench.py memory                                 which batch of which GPT-2 fits into which GPU, counted
+    python bench.py plan --gpus 64 --model gpt2-xl         a run on paper: time, cost, what saturates first
     python bench.py show results/cpu/ladder.json           the table of a result printed with --json
 
 A result has bench, device, torch, settings, rows {name: {column: figure}} and ratios {name: times the baseline}, all
@@ -341,9 +342,8 @@ def largest_batch(room: float, peak: Callable[[int], float]) -> int:
 
 def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """Which batch of which GPT-2 fits into which GPU, counted for bf16 and AdamW."""
-    models, rows = {}, {}
-    for name, shape in SIZES.items():
-        models |= {name: shape, f"{name}, recompute": shape | dict(recompute=True)}
+    ways, rows = {"": False, ", recompute": True}, {}
+    models = {name + way: shape | {"recompute": r} for name, shape in SIZES.items() for way, r in ways.items()}
     for name, shape in (models | {"transformers' gpt2": SIZES["gpt2"]}).items():
         theirs = name.startswith("transformers")
         peak = functools.cache(functools.partial(peak_memory, shape, arguments.block_size, theirs=theirs))
@@ -351,6 +351,54 @@ def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
         rows[name] = {"GB for B=16": peak(16) / 1e9} | batches
         print(f"{name}: counted", file=sys.stderr)
     return dict(rows=rows, ratios={})
+
+
+# ---- plan: a run on paper. FLOPs, bytes and messages are counted; docs/scale.md has the sources and what is assumed --
+
+CHANNEL, LOGIT, WEIGHT, UPDATE = 246, 10, 20, 44  # bytes moved in a GPU's memory; docs/scale.md counts them
+BUCKET, MESSAGE, DISK = 100 * 2**20, 5e-6, 1e9  # bytes, as in train.py; seconds; bytes/s of the disk of all machines
+
+
+def all_reduce(size: float, n: int, rate: float) -> float:
+    """Seconds in which a ring of n GPUs sums `size` bytes: 2 (n - 1) messages, one after the other, for each bucket."""
+    return 2 * (n - 1) * (size / n / rate + (size // BUCKET + 1) * MESSAGE)
+
+
+def plan(model: GPT, gpu: str, n: int, per_node: int, batch: int, at_once: int, network: float = 0) -> tuple:
+    """Seconds of a step of `batch` tokens, `at_once` sequences a micro-step, and {resource: used}; 1 is all of it."""
+    config, size, T = model.config, model.num_params(), model.config.block_size
+    _, memory, nvlink, own, _ = (runtime.EFFICIENCY * figure for figure in runtime.GPUS[gpu])
+    moved = CHANNEL * config.n_layer * config.n_embd + LOGIT * config.padded_vocab_size
+    token = model.flops_per_token(T) / (runtime.EFFICIENCY * runtime.PEAK_FLOPS[gpu]) + moved / memory
+    full = 132 * 128 * 256 / config.n_embd / T  # sequences that give each of 132 multiprocessors a tile of 128 x 256
+    piece = max(at_once, full) * T * token + WEIGHT * size / memory  # a micro-step
+    compute, backward = batch / n / T / at_once * piece, piece * 2 / 3
+    rate = min(nvlink, network or own) if n > per_node else nvlink
+    exchange, tail = (all_reduce(4 * w, n, rate) for w in (size, config.padded_vocab_size * config.n_embd))
+    seconds = compute + max(exchange - backward, tail) + UPDATE * size / memory  # tail: tied, so whole at the end
+    uses = {"compute": compute / seconds, "all-reduce": exchange / backward, "sequences": full / at_once}
+    return seconds, uses | {"disk": (12 * size / train.TrainConfig.checkpoint_every + 2 * batch) / DISK / seconds}
+
+
+def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """A training run on paper, on one GPU up to all: time, cost, what is used, and what is full next."""
+    N, g, T, batch = arguments.gpus, arguments.gpus_per_node, arguments.block_size, arguments.batch_tokens
+    (room, *_, dollars), shape, rows = runtime.GPUS[arguments.gpu], SIZES[arguments.model], {}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(block_size=T, **shape))
+    if min(N, g, batch, arguments.tokens, 1 + arguments.network) < 1 or batch % (N * T) or N % min(N, g):
+        raise ValueError(f"plan: {N} GPUs must be machines of {g} and divide {batch // T} sequences; no negatives")
+    peak = functools.cache(functools.partial(peak_memory, shape, T))
+    if not (fits := largest_batch(USABLE * room, peak)):
+        raise ValueError(f"{arguments.model}: a sequence takes {peak(1) / 1e9:.0f} GB, too much for an {arguments.gpu}")
+    for n in sorted({n for n in (1, g, 2 * g, N) if n <= N and batch % (n * T) == 0}):
+        at_once = auto.batch_size(fits, batch // T // n, model, T, machine)
+        seconds, uses = plan(model, arguments.gpu, n, g, batch, at_once, 1e9 * arguments.network)
+        uses["memory"], hours = peak(1) / (USABLE * room), arguments.tokens / batch * seconds / 3600
+        row = {"tokens/s": batch / seconds, "hours": hours, "dollars": hours * n * dollars}
+        row |= {f"% {name}": 100 * use for name, use in uses.items()} | {"next": max(list(uses)[1:], key=uses.get)}
+        rows[f"{max(1, n // g)} x {min(n, g)}"] = row
+    return dict(device=f"paper, {arguments.gpu}", rows=rows, ratios={})
 
 
 def bench_show(arguments: argparse.Namespace, machine: Runtime) -> dict:
@@ -372,7 +420,7 @@ def table(result: dict) -> str:
     columns, first = [*columns, "ratio"] if result["ratios"] else [*columns], max(map(len, rows))
     lines.append(" ".join([" " * first, *(f"{column:>12}" for column in columns)]))
     for name, row in rows.items():
-        cells = {c: f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}" for c, value in (row or {}).items()}
+        cells = {c: x if type(x) is str else f"{x:,.{2 * (x < 100 and x % 1 > 0)}f}" for c, x in (row or {}).items()}
         shown = (f"{cells.get(column, '' if row else '-'):>12}" for column in columns)  # all -: it failed
         lines.append(" ".join([name.ljust(first), *shown]).rstrip())
     return "\n".join(lines)
@@ -392,12 +440,19 @@ OPTIONS = {  # the benches that have it, what it is, what argparse must know of 
     "--fp32": (["train"], "also transformers' in float32", dict(action="store_true")),
     "--size": (STEPS, "which GPT-2", dict(default="gpt2", choices=SHAPES)),
     "--batch_size": (STEPS, "sequences", dict(default=4, type=int)),
-    "--block_size": ([*STEPS, "memory"], "tokens in a sequence", dict(default=1024, type=int)),
+    "--block_size": ([*STEPS, "memory", "plan"], "tokens in a sequence", dict(default=1024, type=int)),
     "--steps": (STEPS, "steps that are timed, in a round", dict(default=3, type=int)),
+    "--gpus": (["plan"], "how many", dict(default=8, type=int)),
+    "--gpu": (["plan"], "which", dict(default="H100", choices=runtime.GPUS)),
+    "--gpus_per_node": (["plan"], "in a machine", dict(default=8, type=int)),
+    "--network": (["plan"], "GB/s of a machine; 0: 0.8 of its maker's", dict(default=0, type=float)),
+    "--model": (["plan"], "which GPT-2", dict(default="gpt2", choices=SIZES)),
+    "--tokens": (["plan"], "in the run", dict(default=10_000_000_000, type=int)),
+    "--batch_tokens": (["plan"], "in a step, on all GPUs", dict(default=524_288, type=int)),
     "--device": (MODELS, "auto, cpu, cuda, cuda:1 or mps", dict(default="auto")),
     "--dtype": (MODELS, "of matrix products", dict(default="auto", choices=["auto", *runtime.DTYPES])),
     "--rounds": ([*MODELS, "tokenize"], "how often all is measured", dict(default=3, type=int)),
-    "--json": ([*MODELS, "tokenize", "memory"], "one JSON object instead of the table", dict(action="store_true")),
+    "--json": ([*MODELS, "tokenize", "memory", "plan"], "JSON instead of the table", dict(action="store_true")),
 }
 
 
@@ -405,7 +460,7 @@ OPTIONS = {  # the benches that have it, what it is, what argparse must know of 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description="Measure speed on this machine; medians of rounds.")
     benches = parser.add_subparsers(dest="bench", required=True)
-    for function in (*BENCHES, bench_show):
+    for function in (*BENCHES, bench_plan, bench_show):
         bench, form = function.__name__.removeprefix("bench_"), argparse.ArgumentDefaultsHelpFormatter
         options = benches.add_parser(bench, help=function.__doc__, description=function.__doc__, formatter_class=form)
         options.set_defaults(measure=function)

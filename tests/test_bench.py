@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 import bench
+import model as gpt
+import runtime
 import train
 
 TINY = "--batch_size 1 --block_size 8 --steps 1 --dtype fp32".split()
@@ -124,6 +128,141 @@ def test_the_table_of_memory(capsys, monkeypatch):
     head, *rows = (line.split("  ") for line in capsys.readouterr().out.splitlines()[1:])
     assert [row[0] for row in rows] == ["gpt2", "gpt2, recompute", "transformers' gpt2"]
     assert rows[0][1:] != rows[2][1:] and "8" in " ".join(rows[0]).split() and "16 GB" in " ".join(head)
+
+
+# ---- plan: a run on paper --------------------------------------------------------------------------------------------
+
+
+def on_paper(gpu: str, n: int, size: str = "gpt2", batch: int = 524_288, at_once: int = 64, **options):
+    with torch.device("meta"):
+        return bench.plan(gpt.GPT(gpt.GPTConfig(**gpt.SIZES[size])), gpu, n, 8, batch, at_once, **options)
+
+
+@pytest.mark.parametrize(
+    "gpu, n, options, reported",  # tokens/s of a GPU
+    [
+        ("A100", 8, {}, 524_288 / 0.30 / 8),  # llm.c's run_gpt2_124M.sh
+        ("A100", 8, dict(size="gpt2-medium"), 524_288 / 0.82 / 8),  # run_gpt2_350M.sh
+        ("A100", 8, dict(size="gpt2-large", at_once=32), 524_288 / 1.7 / 8),  # run_gpt2_774M.sh
+        ("H100", 8, dict(size="gpt2-xl", at_once=8, batch=2**20), 2**20 / 2.8 / 8),  # run_gpt2_1558M.sh
+        ("H100", 8, {}, 460e3),  # llm.c
+        ("A100", 8, {}, 185e3),  # build-nanogpt
+        ("A100", 1, dict(at_once=16, batch=16 * 1024), 16 * 1024 / 0.090),  # the last rung of the lecture's ladder
+        ("RTX 4090", 1, dict(at_once=32), 106e3),  # the best of several
+    ],
+)
+def test_the_plan_is_what_others_report(gpu, n, options, reported):
+    seconds, _ = on_paper(gpu, n, **options)
+    assert options.get("batch", 524_288) / seconds / n == pytest.approx(reported, rel=0.15)
+
+
+def planned(capsys, *argv: str) -> dict:
+    bench.main(["plan", "--json", *argv])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Bytes of a step about as they are counted for gpt2, at once."""
+    monkeypatch.setattr(bench, "peak_memory", lambda shape, T, B: 2.7e9 + 0.37e9 * B)
+
+
+@pytest.mark.parametrize("gpu", ["H100", "A100"])
+def test_hours_are_those_of_the_recipe(capsys, counted, gpu):
+    text = (Path(bench.__file__).parent / "config" / "gpt2_124M.py").read_text()
+    hours = {n: float(h) for n, h in re.findall(rf"(\d) x {gpu}  [^\n]*? ([\d.]+) hours?\b(?=   |\n)", text)}
+    hours |= {n: float(h) for n, h in re.findall(rf"(1) x {gpu} +(\d+) hours", text)}
+    rows = planned(capsys, "--gpu", gpu)["rows"]
+    assert set(hours) == {"1", "8"}
+    assert {n: rows[f"1 x {n}"]["hours"] for n in hours} == pytest.approx(hours, rel=0.15)
+    assert rows["1 x 8"]["dollars"] == pytest.approx(8 * runtime.GPUS[gpu][-1] * rows["1 x 8"]["hours"])
+
+
+def test_an_all_reduce_by_hand():
+    """400 MB on 8 GPUs, 100 GB/s each: 14 messages of 50 MB take 0.5 ms each, and each of 4 buckets 14 x 5 us more."""
+    assert bench.all_reduce(400e6, 8, 100e9) == pytest.approx(7e-3 + 4 * 14 * 5e-6)
+    assert bench.all_reduce(400e6, 1, 100e9) == 0
+    assert f"bucket_cap_mb={bench.BUCKET / 2**20:.0f})" in inspect.getsource(train.train)
+
+
+def test_what_of_the_exchange_a_step_waits_for():
+    """Behind the last backward pass all is hidden but the embedding; on a slow network, as much as the pass is long."""
+    embedding, all_of_it = 4 * 50304 * 768, 4 * 124_439_808
+    fast, uses = on_paper("H100", 8)
+    alone, none = on_paper("H100", 1, batch=524_288 // 8)
+    assert fast - alone == pytest.approx(bench.all_reduce(embedding, 8, 0.8 * 450e9))
+    assert none["all-reduce"] == 0 and uses["all-reduce"] < 1
+
+    fast, _ = on_paper("H100", 64, at_once=8)
+    slow, uses = on_paper("H100", 64, at_once=8, network=1e9)
+    exchange = bench.all_reduce(all_of_it, 64, 1e9)
+    backward = exchange / uses["all-reduce"]
+    waits = exchange - backward - bench.all_reduce(embedding, 64, 0.8 * 400e9)
+    assert uses["all-reduce"] > 1 and slow - fast == pytest.approx(waits)
+
+
+def test_what_the_disk_does_in_a_step():
+    """A thousandth of a checkpoint, three float32 for each parameter; two bytes a token."""
+    seconds, uses = on_paper("H100", 8)
+    assert uses["disk"] * seconds * 1e9 == pytest.approx(12 * 124_439_808 / 1000 + 2 * 524_288)
+
+
+def test_few_sequences_take_as_long_as_those_that_fill_the_gpu():
+    times = {n: on_paper("H100", 1, batch=1024 * n, at_once=n)[0] for n in (1, 2, 16, 32)}
+    assert times[1] == times[2] and times[32] > 1.7 * times[16]
+    assert on_paper("H100", 1, batch=1024, at_once=1)[1]["sequences"] == pytest.approx(5632 / 1024)
+
+
+def test_a_plan_names_what_is_full_next(capsys, counted, tmp_path):
+    """One machine, two, and all, if all have equal parts of a step; the result is shown like any other."""
+    result = planned(capsys, "--gpus", "64")
+    assert list(result["rows"]) == ["1 x 1", "1 x 8", "2 x 8", "8 x 8"]
+    assert result["rows"]["8 x 8"]["next"] == "sequences" and result["device"] == "paper, H100"
+    assert planned(capsys, "--gpus", "16", "--network", "1")["rows"]["2 x 8"]["next"] == "all-reduce"
+    assert list(planned(capsys, "--gpus", "24", "--batch_tokens", str(24 * 1024))["rows"]) == [
+        "1 x 1",
+        "1 x 8",
+        "3 x 8",
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps(result))
+    bench.main(["show", str(tmp_path / "plan.json")])
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "sequences"
+
+
+SCALE = (Path(bench.__file__).parent / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "argv, shown", re.findall(r"^\$ python bench.py (plan.*)\n((?: +t|\d x).*\n(?:\d x.*\n)+)", SCALE, re.M)
+)
+def test_the_page_shows_what_the_plan_prints(capsys, monkeypatch, argv, shown):
+    """Memory is stood in for by straight lines through a sequence, as counted, and what fits an H100."""
+    lines = {12: lambda B: 3.1e9 + 0.4e9 * (B - 1), 48: lambda B: 27.86e9 + 3.5e9 * (B - 1)}
+    monkeypatch.setattr(bench, "peak_memory", lambda shape, T, B: lines[shape["n_layer"]](B))
+    bench.main(argv.split())
+    assert capsys.readouterr().out.split("\n", 1)[1] == shown
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        ("--gpus 12 --batch_tokens 12288", "12 GPUs must be machines of 8 and divide 12 sequences"),
+        ("--gpus 48", "48 GPUs must be machines of 8 and divide 512 sequences"),
+        ("--gpus 0", "0 GPUs"),
+        ("--gpus_per_node -1", "no negatives"),
+        ("--tokens -1", "no negatives"),
+        ("--batch_tokens 0", "divide 0 sequences"),
+        ("--network -1", "no negatives"),
+        ("--block_size 0", "block_size is 0"),
+        ("--model gpt2-xl --gpu=RTX_4090", "gpt2-xl: a sequence takes 28 GB, too much for an RTX 4090"),
+    ],
+)
+def test_an_impossible_plan_is_one_line(capsys, monkeypatch, argv, reason):
+    monkeypatch.setattr(bench, "peak_memory", lambda shape, T, B: 28e9 * B)
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(["plan", *(word.replace("_4090", " 4090") for word in argv.split())])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith("bench.py: ") and error.count("\n") == 1 and reason in error
 
 
 RESULTS = sorted((Path(bench.__file__).parent / "results").glob("*/*.json"))
