@@ -17,20 +17,22 @@ n_embd = 192
 block_size = 128  # tokens: some 400 bytes
 dropout = 0.1
 
-batch_size = 8
+batch_size = 16
 total_batch_size = batch_size * block_size
 
-learning_rate = 2e-3
+optimizer = "muon"
+learning_rate = 4e-3  # of embeddings, biases and norms
+muon_learning_rate = 1e-2
+muon_momentum = 0.9  # a short run: average over fewer steps than 0.95 does
 min_lr = 0.0
-warmup_steps = 200
-max_steps = 2_000  # 2M tokens, about 6 MB of text
-beta2 = 0.99  # small batches are noisy: average over more steps
+warmup_steps = 50
+max_steps = 800  # 1.6M tokens, about 5 MB of text
 
-log_every = 50
-eval_every = 200
+log_every = 20
+eval_every = 100
 hellaswag_every = 0
 eval_tokens = 1_000_000
-checkpoint_every = 200
-sample_every = 500
+checkpoint_every = 100
+sample_every = 200
 sample_prompt = ""  # begins a document
 sample_tokens = 100
