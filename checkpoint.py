@@ -23,8 +23,7 @@ import vocabulary
 from model import GPT, GPTConfig
 from pretrained import checkpoints
 
-FILES = ("config.json", "model.safetensors", "settings.json", "train_state.pt")
-SUMMED = ("config.json", "model.safetensors", "train_state.pt", vocabulary.FILE)  # the last one if it was learned
+FILES = ("config.json", "model.safetensors", "train_state.pt")  # and settings.json, which has their SHA-256
 # These may not change between a checkpoint and the run that continues it: the tensors would not fit.
 FIXED = ("n_layer", "n_head", "n_embd", "bias", "pad_vocab", "optimizer")
 # These may change only with resume_anyway: they change the losses. (Others change rounding, paths or intervals only.)
@@ -78,7 +77,7 @@ def newest_whole(out_dir: Path) -> Path | None:
 def verify(checkpoint: Path) -> None:
     """ValueError or OSError unless the files of a checkpoint are as they were written."""
     expected = read_state(checkpoint)["sha256"]
-    for name in {*FILES, *expected}:
+    for name in {*FILES, *expected}:  # a learned vocabulary is in `expected` only
         found = data.sha256(checkpoint / name)
         if expected.get(name, found) != found:
             raise ValueError(f"{checkpoint / name} is not as it was written: its SHA-256 differs")
@@ -165,7 +164,8 @@ class Saver(contextlib.AbstractContextManager):
             with contextlib.suppress(Exception):  # no card is worth a checkpoint
                 card = run.card(self.out_dir, state["step"])
                 (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")
-            sums = {name: data.sha256(aside / name) for name in SUMMED if (aside / name).exists()}
+            files = [aside / name for name in (*FILES, vocabulary.FILE)]
+            sums = {file.name: data.sha256(file) for file in files if file.exists()}
             (aside / "settings.json").write_text(json.dumps(state | dict(sha256=sums), indent=2) + "\n")
             for path in (*aside.iterdir(), aside):
                 fsync(path)
