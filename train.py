@@ -398,10 +398,11 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
         torch.manual_seed(config.seed)
         return GPT(model_config(config, tokenizer.vocab_size))
     source = found or config.init_from
+    folder = locate(source)
     settings = {name: getattr(config, name) for name in ("dropout", "pad_vocab", "recompute")}
-    model = GPT.from_pretrained(source, **settings)
+    model = GPT.from_pretrained(folder, **settings)
     V, T = model.config.vocab_size, model.config.block_size
-    if V != tokenizer.vocab_size or vocabulary.of_folder(locate(source), V).name != tokenizer.name:
+    if V != tokenizer.vocab_size or vocabulary.of_folder(folder, V).name != tokenizer.name:
         shards = f"the shards in {config.data_dir} are {tokenizer.name}'s with {tokenizer.vocab_size}"
         other = "other " * (V == tokenizer.vocab_size)
         raise ValueError(f"{source} has {V} {other}tokens, but {shards}; make them with the model's tokenizer")
