@@ -1,5 +1,7 @@
 """From gradients to new weights: AdamW, SGD, or Muon for the matrices of the blocks."""
 
+from collections import Counter
+
 import torch
 
 from model import GPT
@@ -21,20 +23,19 @@ def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optim
         return torch.optim.SGD(groups, lr=lr, momentum=config.beta1, fused=config.fused)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=config.fused)
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    muon = decay | dict(params=matrices, rule="muon", lr=config.muon_learning_rate)
-    muon["lr_ratio"] = config.muon_learning_rate / lr
-    decay["params"] = [p for p in decay["params"] if p not in set(matrices)]
+    muon = decay | dict(rule="muon", lr=config.muon_learning_rate, lr_ratio=config.muon_learning_rate / lr)
+    muon["params"] = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    matrices = set(muon["params"])
+    decay["params"] = [p for p in decay["params"] if p not in matrices]
     return Muon([muon, *groups], config.muon_momentum, dtype, lr=lr, betas=betas, eps=1e-8, fused=config.fused)
 
 
 def in_words(optimizer: torch.optim.Optimizer) -> str:
     """The rules of a new optimizer, with the number of their parameters and the peak learning rate, in a line."""
-    rules = {}
+    sizes = Counter()
     for group in optimizer.param_groups:
-        size = sum(parameter.numel() for parameter in group["params"])
-        rules[group["rule"], group["lr"]] = rules.get((group["rule"], group["lr"]), 0) + size
-    words = [f"{rule} for {size:,} parameters, learning rate up to {lr:g}" for (rule, lr), size in rules.items()]
+        sizes[group["rule"], group["lr"]] += sum(parameter.numel() for parameter in group["params"])
+    words = [f"{rule} for {size:,} parameters, learning rate up to {lr:g}" for (rule, lr), size in sizes.items()]
     return "; ".join(words)
 
 
@@ -83,7 +84,7 @@ def orthogonalise(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     """U S V^T -> about U V^T, for matrices of shape (..., A, B): the singular values become 0.7 to 1.2.
 
     Five Newton-Schulz iterations, products only. Each applies a s + b s^3 + c s^5 to every singular value s, with a
-    steep slope at zero. Values below a thousandth of the largest stay smaller.
+    steep slope at zero. Values below a thousandth of the matrix's norm stay smaller.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype)
