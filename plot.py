@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 import configurator
+from hellaswag import PUBLISHED
 from model import GPT
 from pretrained import resolve
-from run import GPT2_HELLASWAG, of_kind, read_metrics, report, tokens_seen, updates
+from run import of_kind, read_metrics, report, tokens_seen, updates
 
 GPT2_LOSS = 3.292  # OpenAI's 124M on the FineWeb-Edu validation set, from build-nanogpt
 GPT3_HELLASWAG = 0.337  # acc_norm of GPT-3 124M, from the GPT-3 paper
@@ -112,7 +113,7 @@ def loss_figure(runs: list[Run]):
         axes.set_ylabel("HellaSwag, acc_norm")
         styles = {score.get("style", "completion") for run in runs for score in of_kind(run.records, "hellaswag")}
         for style in sorted(styles):
-            draw_reference(axes, GPT2_HELLASWAG[style], "GPT-2 124M")
+            draw_reference(axes, PUBLISHED[style]["gpt2"][1], "GPT-2 124M")
         draw_reference(axes, GPT3_HELLASWAG, "GPT-3 124M")
     finish(figure, runs)
     return figure

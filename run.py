@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 import data
+from hellaswag import PUBLISHED
 from pretrained import checkpoints
 from runtime import Runtime
 
 # What a run writes into its folder; no other file there is ever moved.
 OURS = "step_* metrics.jsonl* wandb_id tensorboard report.md loss.[sp]?g training.[sp]?g profile.txt trace.json"
-
-GPT2_HELLASWAG = {"completion": 0.2955, "harness": 0.3114}  # acc_norm of OpenAI's GPT-2 124M, by style
 
 
 def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
@@ -224,7 +223,7 @@ def results(records: list[dict], n_steps: int) -> dict[str, str]:
     if val := of_kind(records, "val", "val_bpb"):
         rows["validation, bits a byte"] = f"{val[-1]['val_bpb']:.4f} ({started['tokenizer']})"
     if scores := of_kind(records, "hellaswag"):
-        published = GPT2_HELLASWAG[scores[-1].get("style", "completion")]
+        _, published = PUBLISHED[scores[-1].get("style", "completion")]["gpt2"]
         rows["HellaSwag (acc_norm)"] = f"{scores[-1]['acc_norm']:.4f} (GPT-2 124M: {published})"
     if mfu := [record["mfu"] for record in of_kind(records, "train", "mfu")]:
         rows["MFU (median)"] = f"{np.median(mfu):.1%}"

@@ -24,11 +24,11 @@ HOUSE = {
     "prepare": {"configurator", "data", "vocabulary"},
     "fineweb": {"configurator", "data", "prepare"},
     "hellaswag": {"configurator", "runtime", "pretrained", "model", "data", "vocabulary", "generate"},
-    "run": {"runtime", "pretrained", "data"},
+    "run": {"runtime", "pretrained", "data", "hellaswag"},
     "web": set(),
     "sample": {"configurator", "runtime", "pretrained", "model", "data", "vocabulary", "generate", "run", "web"},
     "checkpoint": {"pretrained", "model", "data", "vocabulary", "run"},
-    "plot": {"configurator", "pretrained", "model", "run"},
+    "plot": {"configurator", "pretrained", "model", "hellaswag", "run"},
     "train": {"auto", "configurator", "runtime", "pretrained", "model", "data", "vocabulary", "optimizer", "generate"}
     | {"hellaswag", "run", "checkpoint", "plot"},
     "bench": {"auto", "configurator", "runtime", "model", "data", "generate", "prepare", "hellaswag", "run", "train"},
