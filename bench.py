@@ -342,8 +342,9 @@ def largest_batch(room: float, peak: Callable[[int], float]) -> int:
 
 def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """Which batch of which GPT-2 fits into which GPU, counted for bf16 and AdamW."""
-    ways, rows = {"": False, ", recompute": True}, {}
-    models = {name + way: shape | {"recompute": r} for name, shape in SIZES.items() for way, r in ways.items()}
+    models, rows = {}, {}
+    for name, shape in SIZES.items():
+        models |= {name: shape, f"{name}, recompute": shape | dict(recompute=True)}
     for name, shape in (models | {"transformers' gpt2": SIZES["gpt2"]}).items():
         theirs = name.startswith("transformers")
         peak = functools.cache(functools.partial(peak_memory, shape, arguments.block_size, theirs=theirs))
@@ -355,6 +356,7 @@ def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
 
 # ---- plan: a run on paper. FLOPs, bytes and messages are counted; docs/scale.md has the sources and what is assumed --
 
+EFFICIENCY = 0.8  # of the rates in runtime.GPUS and PEAK_FLOPS: assumed
 CHANNEL, LOGIT, WEIGHT, UPDATE = 246, 10, 20, 44  # bytes moved in a GPU's memory; docs/scale.md counts them
 BUCKET, MESSAGE, DISK = 100 * 2**20, 5e-6, 1e9  # bytes, as in train.py; seconds; bytes/s of the disk of all machines
 
@@ -367,37 +369,50 @@ def all_reduce(size: float, n: int, rate: float) -> float:
 def plan(model: GPT, gpu: str, n: int, per_node: int, batch: int, at_once: int, network: float = 0) -> tuple:
     """Seconds of a step of `batch` tokens, `at_once` sequences a micro-step, and {resource: used}; 1 is all of it."""
     config, size, T = model.config, model.num_params(), model.config.block_size
-    _, memory, nvlink, own, _ = (runtime.EFFICIENCY * figure for figure in runtime.GPUS[gpu])
+    memory_rate, link, own_network = (EFFICIENCY * rate for rate in runtime.GPUS[gpu][1:4])
+
+    # A micro-step: what it computes and moves for each token, and what it moves for each parameter.
     moved = CHANNEL * config.n_layer * config.n_embd + LOGIT * config.padded_vocab_size
-    token = model.flops_per_token(T) / (runtime.EFFICIENCY * runtime.PEAK_FLOPS[gpu]) + moved / memory
+    token = model.flops_per_token(T) / (EFFICIENCY * runtime.PEAK_FLOPS[gpu]) + moved / memory_rate
     full = 132 * 128 * 256 / config.n_embd / T  # sequences that give each of 132 multiprocessors a tile of 128 x 256
-    piece = max(at_once, full) * T * token + WEIGHT * size / memory  # a micro-step
+    piece = max(at_once, full) * T * token + WEIGHT * size / memory_rate
     compute, backward = batch / n / T / at_once * piece, piece * 2 / 3
-    rate = min(nvlink, network or own) if n > per_node else nvlink
-    exchange, tail = (all_reduce(4 * w, n, rate) for w in (size, config.padded_vocab_size * config.n_embd))
-    seconds = compute + max(exchange - backward, tail) + UPDATE * size / memory  # tail: tied, so whole at the end
+
+    # The last backward pass hides the all-reduce, but not the tied embedding's: its gradient is whole only at the end.
+    rate = min(link, network or own_network) if n > per_node else link
+    exchange = all_reduce(4 * size, n, rate)
+    embedding = all_reduce(4 * config.padded_vocab_size * config.n_embd, n, rate)
+    seconds = compute + max(exchange - backward, embedding) + UPDATE * size / memory_rate
+    disk = (12 * size / train.TrainConfig.checkpoint_every + 2 * batch) / DISK
     uses = {"compute": compute / seconds, "all-reduce": exchange / backward, "sequences": full / at_once}
-    return seconds, uses | {"disk": (12 * size / train.TrainConfig.checkpoint_every + 2 * batch) / DISK / seconds}
+    return seconds, uses | {"disk": disk / seconds}
 
 
 def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """A training run on paper, on one GPU up to all: time, cost, what is used, and what is full next."""
-    N, g, T, batch = arguments.gpus, arguments.gpus_per_node, arguments.block_size, arguments.batch_tokens
-    (room, *_, dollars), shape, rows = runtime.GPUS[arguments.gpu], SIZES[arguments.model], {}
+    N, per_node, T, batch = arguments.gpus, arguments.gpus_per_node, arguments.block_size, arguments.batch_tokens
+    gpu, shape, rows = runtime.GPUS[arguments.gpu], SIZES[arguments.model], {}
     with torch.device("meta"):
         model = GPT(GPTConfig(block_size=T, **shape))
-    if min(N, g, batch, arguments.tokens, 1 + arguments.network) < 1 or batch % (N * T) or N % min(N, g):
-        raise ValueError(f"plan: {N} GPUs must be machines of {g} and divide {batch // T} sequences; no negatives")
-    peak = functools.cache(functools.partial(peak_memory, shape, T))
-    if not (fits := largest_batch(USABLE * room, peak)):
+    negative = min(N, per_node, batch, arguments.tokens) < 1 or arguments.network < 0
+    if negative or batch % (N * T) or N % min(N, per_node):
+        raise ValueError(
+            f"plan: {N} GPUs must be machines of {per_node} and divide {batch // T} sequences; no negatives"
+        )
+    room, peak = USABLE * gpu.memory, functools.cache(functools.partial(peak_memory, shape, T))
+    if not (fits := largest_batch(room, peak)):
         raise ValueError(f"{arguments.model}: a sequence takes {peak(1) / 1e9:.0f} GB, too much for an {arguments.gpu}")
-    for n in sorted({n for n in (1, g, 2 * g, N) if n <= N and batch % (n * T) == 0}):
+    for n in sorted({1, per_node, 2 * per_node, N}):
+        if n > N or batch % (n * T):
+            continue
         at_once = auto.batch_size(fits, batch // T // n, model, T, machine)
-        seconds, uses = plan(model, arguments.gpu, n, g, batch, at_once, 1e9 * arguments.network)
-        uses["memory"], hours = peak(1) / (USABLE * room), arguments.tokens / batch * seconds / 3600
-        row = {"tokens/s": batch / seconds, "hours": hours, "dollars": hours * n * dollars}
-        row |= {f"% {name}": 100 * use for name, use in uses.items()} | {"next": max(list(uses)[1:], key=uses.get)}
-        rows[f"{max(1, n // g)} x {min(n, g)}"] = row
+        seconds, uses = plan(model, arguments.gpu, n, per_node, batch, at_once, 1e9 * arguments.network)
+        uses["memory"] = peak(1) / room
+        hours = arguments.tokens / batch * seconds / 3600
+        row = {"tokens/s": batch / seconds, "hours": hours, "dollars": hours * n * gpu.dollars}
+        row |= {f"% {name}": 100 * use for name, use in uses.items()}
+        row["next"] = max((name for name in uses if name != "compute"), key=uses.get)
+        rows[f"{max(1, n // per_node)} x {min(n, per_node)}"] = row
     return dict(device=f"paper, {arguments.gpu}", rows=rows, ratios={})
 
 
@@ -411,6 +426,11 @@ def bench_show(arguments: argparse.Namespace, machine: Runtime) -> dict:
         raise ValueError(f"{arguments.file}: not a result of this bench.py's --json; measure again") from None
 
 
+def cell(value: float | str) -> str:
+    """A figure with two decimals, if it is below 100 and not whole."""
+    return value if isinstance(value, str) else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}"
+
+
 def table(result: dict) -> str:
     """A result in lines: what was measured, then the rows under their columns, with the ratios at the end."""
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
@@ -420,7 +440,7 @@ def table(result: dict) -> str:
     columns, first = [*columns, "ratio"] if result["ratios"] else [*columns], max(map(len, rows))
     lines.append(" ".join([" " * first, *(f"{column:>12}" for column in columns)]))
     for name, row in rows.items():
-        cells = {c: x if type(x) is str else f"{x:,.{2 * (x < 100 and x % 1 > 0)}f}" for c, x in (row or {}).items()}
+        cells = {column: cell(value) for column, value in (row or {}).items()}
         shown = (f"{cells.get(column, '' if row else '-'):>12}" for column in columns)  # all -: it failed
         lines.append(" ".join([name.ljust(first), *shown]).rstrip())
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import sys
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,13 +33,23 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-# Bytes of memory; bytes/s of it, of NVLink one way (RTX 4090: PCIe), of a machine's network; dollars an hour.
+
+
+class Gpu(NamedTuple):
+    """A GPU in a data sheet, for plans on paper; PEAK_FLOPS has its FLOP/s."""
+
+    memory: float  # bytes
+    memory_rate: float  # bytes/s
+    link: float  # bytes/s one way to the machine's other GPUs: NVLink; for the RTX 4090, PCIe
+    network: float  # bytes/s between machines, for all GPUs of one
+    dollars: float  # an hour
+
+
 GPUS = {
-    "A100": (80e9, 2.04e12, 300e9, 200e9, 1.75),
-    "H100": (80e9, 3.35e12, 450e9, 400e9, 3.00),
-    "RTX 4090": (24e9, 1.01e12, 32e9, 12.5e9, 0.34),
+    "A100": Gpu(80e9, 2.04e12, 300e9, 200e9, 1.75),
+    "H100": Gpu(80e9, 3.35e12, 450e9, 400e9, 3.00),
+    "RTX 4090": Gpu(24e9, 1.01e12, 32e9, 12.5e9, 0.34),
 }
-EFFICIENCY = 0.8  # of these rates and of PEAK_FLOPS, in bench.py's plan: assumed, see docs/scale.md
 
 
 @dataclasses.dataclass(frozen=True)

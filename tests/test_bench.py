@@ -175,7 +175,7 @@ def test_hours_are_those_of_the_recipe(capsys, counted, gpu):
     rows = planned(capsys, "--gpu", gpu)["rows"]
     assert set(hours) == {"1", "8"}
     assert {n: rows[f"1 x {n}"]["hours"] for n in hours} == pytest.approx(hours, rel=0.15)
-    assert rows["1 x 8"]["dollars"] == pytest.approx(8 * runtime.GPUS[gpu][-1] * rows["1 x 8"]["hours"])
+    assert rows["1 x 8"]["dollars"] == pytest.approx(8 * runtime.GPUS[gpu].dollars * rows["1 x 8"]["hours"])
 
 
 def test_an_all_reduce_by_hand():
