@@ -152,4 +152,4 @@ def summary(tokenizer: LearnedTokenizer, texts: list[bytes]) -> str:
     words = sorted((token for token in tokens if len(set(token)) > 2), key=lambda token: (len(token), token))
     longest = b" ".join(words[:-11:-1]).decode(errors="replace")
     each = len(some) / len(tokenizer.encode(some))
-    return f"{tokenizer.vocab_size:,} tokens, {each:.2f} bytes each; the longest: {data.printable(longest)}"
+    return f"{tokenizer.vocab_size:,} tokens, {each:.2f} bytes a token; the longest: {data.printable(longest)}"

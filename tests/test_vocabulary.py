@@ -214,7 +214,7 @@ def test_it_is_learned_from_training_documents_only(tmp_path, monkeypatch, capsy
     documents = tokenizer.decode(shard.tokens.tolist()).split(data.END_OF_TEXT)[1:]
     assert [text.decode() for text in seen] == documents and len(documents) == 27
     said = capsys.readouterr().out
-    assert re.search(r"vocabulary: 320 tokens, \d\.\d\d bytes each; the longest: \S+ \S+", said)
+    assert re.search(r"vocabulary: 320 tokens, \d\.\d\d bytes a token; the longest: \S+ \S+", said)
 
 
 def test_a_folder_gives_the_vocabulary_it_has(tmp_path, capsys):
