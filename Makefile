@@ -20,7 +20,7 @@ quickstart: $(BIN)/installed
 	@echo "== 3/3  what it writes after 'def main(', 'class Queue:' and 'import os, sys'"
 	@$(BIN)/python sample.py --model out/quickstart -p "def main(" -p "class Queue:" -p "import os, sys" -m 200 --temperature 0.8 --top_p 0.9
 	@echo "== next, after: source .venv/bin/activate"
-	@echo "python sample.py --web                    a page: what it writes, how it learned"
+	@echo "python sample.py --web                    http://127.0.0.1:8124: watch how it learned"
 	@echo "python sample.py 'class Stack:' -n 3      it goes on from a text of yours"
 	@echo "python prepare.py TEXTS --out shards/anytext --tokenizer 2048"
 	@echo "python train.py config/anytext.py         the same with other texts, any script"
