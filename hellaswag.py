@@ -48,6 +48,7 @@ from runtime import Runtime
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+HUB = "Rowan/hellaswag"  # the same tasks on the Hugging Face hub, for a machine that GitHub does not answer
 FILE = Path("shards/hellaswag/hellaswag_val.jsonl")  # where it is kept
 PUBLISHED = {  # acc, acc_norm of OpenAI's weights on all 10,042 tasks, from Karpathy's build-nanogpt
     "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
@@ -120,10 +121,24 @@ def fetch() -> Path:
             if hashlib.sha256(content).hexdigest() != SHA256:
                 raise OSError("the SHA-256 of what arrived is not that of the official file")
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"HellaSwag could not be fetched from {URL} ({error}); copy the file to {FILE}") from None
+            content = from_hub(f"HellaSwag could not be fetched from {URL} ({error})")
         FILE.parent.mkdir(parents=True, exist_ok=True)
         data.write_whole(FILE, content)
     return FILE
+
+
+def from_hub(problem: str) -> bytes:
+    """The tasks of the dataset HUB as JSON lines. ValueError, with the problem before, if it does not answer either."""
+    import datasets
+    from huggingface_hub.hf_api import HfApi
+
+    try:
+        commit = HfApi().dataset_info(HUB, revision="main").sha  # it fails at once; datasets would ask six times
+        rows = datasets.load_dataset(HUB, split="validation", revision=commit, streaming=True)
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    except Exception as error:  # of the network, the hub, the dataset's card
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{problem} nor from the hub's {HUB} ({reason}); copy the file to {FILE}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

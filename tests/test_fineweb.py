@@ -410,3 +410,18 @@ def test_wrong_published_shards_are_one_line(hub, ready, tmp_path):
     assert not (out / "edu_train_000002.bin").exists()
     hub.files = {"README.md": b""}
     assert missing in fails(hub, tmp_path / "none", "--pretokenized")
+
+
+def test_hellaswag_comes_from_the_hub_where_github_does_not_answer(hub, tmp_path):
+    task = dict(ctx="She bends down", endings=["and", "lifts", "a weight", "over her head"], label="3")
+    hub.files.clear()
+    hub.files["data/validation-00000-of-00001.jsonl"] = (2 * f"{json.dumps(task)}\n").encode()
+    kept = tmp_path / "kept" / "hellaswag_val.jsonl"
+    script = f"""
+import hellaswag
+hellaswag.URL, hellaswag.HUB, hellaswag.FILE = "http://127.0.0.1:1", {DATASET!r}, hellaswag.Path({str(kept)!r})
+print(len(hellaswag.examples()))
+sys.exit()"""
+    printed, errors = start(hub, tmp_path / "out", before=script).communicate(timeout=120)
+    assert printed == "2\n", errors
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == [task, task]

@@ -261,6 +261,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{http.server_address[1]}/hellaswag_val.jsonl")
     monkeypatch.setattr(hellaswag, "SHA256", data.sha256(tmp_path / "source.jsonl"))
     monkeypatch.setattr(hellaswag, "FILE", tmp_path / "kept" / "hellaswag_val.jsonl")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     yield handler
     http.shutdown()
     http.server_close()
@@ -274,7 +275,7 @@ def test_the_file_is_fetched_once(server):
 @pytest.mark.parametrize("wrong, message", [(404, "404"), ("corrupt", "SHA-256"), ("drop", "IncompleteRead")])
 def test_what_cannot_be_fetched_is_one_line(server, wrong, message):
     server.wrong = wrong
-    with pytest.raises(ValueError, match=f"HellaSwag could not be fetched from http.*{message}.*copy the file to"):
+    with pytest.raises(ValueError, match=f"HellaSwag could not be fetched from http.*{message}.*{hellaswag.HUB}.*copy"):
         hellaswag.examples()
     assert not hellaswag.FILE.exists()
 
