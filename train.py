@@ -193,6 +193,8 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 6. Compile, then wrap. Only raw_model is evaluated, sampled and saved: it shares the parameters, its names
     # ----    have no prefix, and the shapes of evaluation do not recompile the training step. -------------------------
+    # Threads of compiled code add up the gradients of embeddings in the order in which they come, unless told not to.
+    torch.use_deterministic_algorithms(chosen["compile"] and machine.device.type == "cpu")
     model = torch.compile(raw_model) if chosen["compile"] else raw_model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None

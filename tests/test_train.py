@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from conftest import TOY_MODEL, clean_environment, flags, losses, metrics, weights
@@ -41,79 +42,16 @@ def assert_same_weights(one, two) -> None:
 # ---- Against references ----------------------------------------------------------------------------------------------
 
 
-class PaperMuon:
-    """Muon by its paper's formulas (Jordan 2024), one matrix at a time, by name; AdamW for all that is no matrix."""
-
-    def __init__(self, matrices: dict[str, torch.nn.Parameter], adamw: torch.optim.AdamW):
-        self.matrices, self.adamw, self.param_groups = matrices, adamw, adamw.param_groups
-        self.momentum = {name: torch.zeros_like(p) for name, p in matrices.items()}
-
-    def zero_grad(self):
-        for parameter in self.matrices.values():
-            parameter.grad = None
-        self.adamw.zero_grad()
-
-    @torch.no_grad()
-    def step(self):
-        self.adamw.step()
-        lr = 0.5 * self.param_groups[0]["lr"]
-        for name, parameter in self.matrices.items():
-            M = self.momentum[name]
-            M.mul_(0.9).add_(parameter.grad, alpha=0.1)
-            ahead = 0.1 * parameter.grad + 0.9 * M
-            # transformers' Conv1D holds transposed matrices: queries, keys and values stand side by side.
-            parts = ahead.chunk(3, dim=1) if "c_attn" in name else [ahead]
-            update = torch.cat([0.2 * max(part.shape) ** 0.5 * self.newton_schulz(part) for part in parts], dim=1)
-            parameter -= lr * 0.3 * parameter + lr * update
-
-    @staticmethod
-    def newton_schulz(G):
-        X = G / torch.linalg.matrix_norm(G)
-        for _ in range(5):
-            X = 3.4445 * X - 4.7750 * (X @ X.T) @ X + 2.0315 * (X @ X.T) @ (X @ X.T) @ X
-        return X
-
-
 OPTIMIZERS = [("adamw", "cosine"), ("sgd", "constant"), ("muon", "cosine")]
 
 
 @pytest.mark.parametrize(("optimizer", "lr_schedule"), OPTIMIZERS)
-def test_trajectory_equals_transformers_and_torch(config, tmp_path, optimizer, lr_schedule):
+def test_trajectory_equals_transformers_and_torch(config, optimizer, lr_schedule):
     """20 steps with accumulation, clipping, decay groups and a warm-up, against transformers' model and plain torch."""
     settings = dict(max_steps=20, total_batch_size=256, grad_clip=0.5, weight_decay=0.3, checkpoint_every=20)
     muon = dict(muon_learning_rate=5e-3, muon_momentum=0.9)
     ours = config(**settings, **muon, optimizer=optimizer, lr_schedule=lr_schedule)
-    torch.manual_seed(ours.seed)
-    GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path / "start")
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "start", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    decay = [p for n, p in theirs.named_parameters() if n.endswith("weight") and "ln_" not in n]
-    rest = [p for n, p in theirs.named_parameters() if n.endswith("bias") or "ln_" in n]
-    groups = [dict(params=decay, weight_decay=0.3), dict(params=rest, weight_decay=0.0)]
-    matrices = {n: p for n, p in theirs.named_parameters() if ".h." in n and p.dim() == 2}
-    if optimizer == "muon":
-        groups[0]["params"] = [p for p in decay if p not in set(matrices.values())]
-    if optimizer == "sgd":
-        reference = torch.optim.SGD(groups, lr=1, momentum=0.9, foreach=False)
-    else:
-        reference = torch.optim.AdamW(groups, lr=1, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
-    if optimizer == "muon":
-        reference = PaperMuon(matrices, reference)
-    source = data.Windows(data.open_shards(ours.data_dir, "train"), 32, 257)
-    batches = data.Batches(source, 8, 8, 1, ours.seed)
-    expected = []
-    for step in range(20):
-        cosine = 1e-3 + 0.5 * (1e-2 - 1e-3) * (1 + math.cos(math.pi * (step - 2) / 18))
-        after = cosine if lr_schedule == "cosine" else 1e-2
-        for group in reference.param_groups:
-            group["lr"] = 1e-2 * (step + 1) / 2 if step < 2 else after
-        batch = torch.from_numpy(batches.batch(step))
-        loss = F.cross_entropy(theirs(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
-        reference.step()
-        reference.zero_grad()
-        expected.append(loss.item())
-
+    theirs, expected = reference.repeat(ours, 20)
     assert losses(ours) == pytest.approx(expected, abs=1e-4)
     for name, value in weights(ours.out_dir).items():
         # The first gradients of queries and keys are hardly more than rounding, which Muon makes as large as the rest.
@@ -237,10 +175,10 @@ def test_waiting_is_all_but_the_computing(config, monkeypatch):
     assert [record["waited_ms"] for record in metrics(c.out_dir)] == [2000, 3000, 4000, 3000]
 
 
-COMPILED = pytest.param("adamw", True, marks=[pytest.mark.torture, needs_compiler])
+compiled = functools.partial(pytest.param, marks=[pytest.mark.torture, needs_compiler])
 
 
-@pytest.mark.parametrize(("optimizer", "compile"), [("adamw", False), ("muon", False), COMPILED])
+@pytest.mark.parametrize(("optimizer", "compile"), [("adamw", False), ("muon", False), compiled("adamw", True)])
 def test_resumed_equals_straight(config, tmp_path, optimizer, compile):
     """Law 3, bit for bit, and no step stands twice in the metrics."""
     straight, resumed = straight_and_resumed(config, tmp_path, optimizer=optimizer, compile=compile, **EVERYTHING)
@@ -260,12 +198,13 @@ def test_the_time_of_a_step_ends_after_the_optimizer(config, monkeypatch):
 
 
 @pytest.mark.torture
-def test_the_same_bits_on_a_busy_machine(config, tmp_path):
+@pytest.mark.parametrize("compile", [False, compiled(True)])
+def test_the_same_bits_on_a_busy_machine(config, tmp_path, compile):
     """Two threads, bf16, of a size at which every product is shared; another program takes one of the cores."""
     size = dict(n_layer=2, n_embd=128, block_size=128, batch_size=16, total_batch_size=2048, max_steps=40)
 
     def run(name: str) -> list[tuple]:
-        settings = config(out_dir=str(tmp_path / name), dtype="bf16", flash=False, **size)
+        settings = config(out_dir=str(tmp_path / name), dtype="bf16", flash=False, compile=compile, **size)
         command = [sys.executable, "train.py", *flags(settings)]
         subprocess.run(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="2"), check=True, capture_output=True)
         return [(record["loss"], record["grad_norm"]) for record in metrics(tmp_path / name)]
