@@ -132,7 +132,7 @@ def help_of(script: str, *arguments: str) -> str:
 
 def unknown_options(script: str, arguments: list[str]) -> list[str]:
     """The options that the script's help lacks; or the first word, if it should be a subcommand and is not."""
-    text = help_of(script) if arguments else ""
+    text = help_of(script) if arguments and "/" not in script else ""  # those in folders have no options
     choices = re.search(r"^usage: \S+\s+\[-h\]\s+\{([\w,]+)\}", text)
     if choices and not arguments[0].startswith("-"):
         if arguments[0] not in choices[1].split(","):
