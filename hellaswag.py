@@ -113,7 +113,7 @@ def examples(path: str | Path | None = None, limit: int = 0, style: str = "compl
 
 
 def fetch() -> Path:
-    """The official file, downloaded if it is not here yet. ValueError if that fails."""
+    """The official file or the hub's copy, downloaded if it is not here yet. ValueError if that fails."""
     if not FILE.is_file():
         try:
             with urllib.request.urlopen(URL, timeout=30) as answer:
@@ -128,15 +128,15 @@ def fetch() -> Path:
 
 
 def from_hub(problem: str) -> bytes:
-    """The tasks of the dataset HUB as JSON lines. ValueError, with the problem before, if it does not answer either."""
-    import datasets
-    from huggingface_hub.hf_api import HfApi
-
+    """The tasks of the dataset HUB as JSON lines. ValueError with both problems if that fails too."""
     try:
+        import datasets
+        from huggingface_hub.hf_api import HfApi
+
         commit = HfApi().dataset_info(HUB, revision="main").sha  # it fails at once; datasets would ask six times
         rows = datasets.load_dataset(HUB, split="validation", revision=commit, streaming=True)
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
-    except Exception as error:  # of the network, the hub, the dataset's card
+    except Exception as error:  # of the network, the hub, the dataset's card, or no such package
         reason = " ".join(str(error).split())
         raise ValueError(f"{problem} nor from the hub's {HUB} ({reason}); copy the file to {FILE}") from None
 

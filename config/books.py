@@ -1,4 +1,4 @@
-"""A GPT-2 of 18M parameters from English books, on a laptop's CPU in an hour and a half to two.
+"""A GPT-2 of 18M parameters from English books, in about two hours on 2 CPU cores.
 
     python prepare.py books/ --out shards/books        a folder of text, parquet or JSON lines; GPT-2's tokens
     python train.py config/books.py

@@ -3,8 +3,8 @@
     python train.py CONFIG --dtype=fp32 --log_every=1 --max_steps=300 --out_dir=out/ours     one process, from scratch
     python tests/reference.py out/ours out/reference
 
-The run gives its settings, initial weights and batches. Model, loss, clipping, schedule and Muon are written anew.
-Prints the largest difference of a step's losses, with exit code 1 if it is above 2e-3.
+The run gives its settings, initial weights and batches. The model is transformers', AdamW and clipping are torch's,
+schedule and Muon are written anew. Prints the largest difference of a step's losses, with exit code 1 above 2e-3.
 """
 
 import json
@@ -37,6 +37,8 @@ def muon(weight: torch.Tensor, average: torch.Tensor, rate: float, config: Train
 
 def repeat(config: TrainConfig, n_steps: int) -> tuple[GPT2LMHeadModel, list[float]]:
     """The model after n_steps of a run of one process from scratch in float32, and the loss of each step."""
+    if config.dropout or not config.grad_clip:
+        raise ValueError("only runs without dropout and with clipping can be repeated")
     tokenizer = vocabulary.of_folder(config.data_dir, data.read_meta(config.data_dir)["tokenizer"])
     windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
     sequences = config.total_batch_size // config.block_size
@@ -79,6 +81,8 @@ def repeat(config: TrainConfig, n_steps: int) -> tuple[GPT2LMHeadModel, list[flo
 def main(run: Path, out: Path) -> None:
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     facts, *ours = (record for record in records if record["kind"] in ("run", "train"))
+    if [record["step"] for record in ours] != list(range(len(ours))):
+        raise ValueError(f"{run}: set log_every=1, and do not resume")
     _, losses = repeat(TrainConfig(**facts["settings"]), len(ours))
     theirs = [dict(step=step, kind="train", loss=loss) for step, loss in enumerate(losses)]
     out.mkdir(parents=True, exist_ok=True)

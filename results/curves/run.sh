@@ -23,3 +23,4 @@ import json, sys
 ours, theirs = ([json.loads(line).get("loss") for line in open(f"{run}/metrics.jsonl") if '"kind": "train"' in line] for run in sys.argv[1:])
 print(f"with the exact GELU in both: {max(abs(a - b) for a, b in zip(ours, theirs)):.2e}")
 END
+$python plot.py $out/adamw/* --out $out

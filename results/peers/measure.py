@@ -6,11 +6,12 @@
     python results/peers/measure.py nanoGPT build-nanogpt documents.parquet hellaswag_val.jsonl > results/peers/cpu.json
     python bench.py show results/peers/cpu.json
 
-Every figure comes from a process of its own. A round has each program once, so a busy minute meets all of them. The
-table has the medians of the rounds; `spread` in the file has the lowest and the highest.
+Each program runs in processes of its own. A round has all of them in turn. The table has the medians of the rounds;
+`spread` in the file has the lowest and the highest.
 
-The others run in copies of their folders, changed where EDITS says: sizes that are constants there, evaluations before
-the first step, files instead of downloads, and in one row the precision. transformers is its Trainer with defaults.
+The others run in copies of their folders, changed where EDITS says: sizes that are constants there, evaluations (and
+with them build-nanogpt's save), files instead of downloads, and in one row the precision. transformers is its Trainer
+with defaults. docs/speed.md lists what differs.
 
 Columns: a step of 1,024 tokens; seconds from the start of the process to the end of its first step, new and from a
 checkpoint; the most memory in training; greedy generation of 64 tokens after 16; HellaSwag; from text to token files.
@@ -56,7 +57,7 @@ EDITS = {
 BF16 = {"train.py": EDITS["nanoGPT"]["train.py"] | {"nullcontext() if device_type == 'cpu' else ": ""}}
 EDITS["nanoGPT, bf16"] = EDITS["nanoGPT"] | BF16
 
-# What is timed besides training and tokenising: the code before the first blank line is not counted.
+# What is timed besides training and tokenising: set-up, then blank lines, then the code that counts.
 OURS = "import json, data, generate, hellaswag, runtime; from model import GPT, GPTConfig; import os, torch\n"
 OURS += "model, machine, _ = generate.ready(GPT(GPTConfig()).eval(), runtime.start('cpu'), 'auto', rows={rows})\n"
 GENERATE = {
