@@ -1,4 +1,4 @@
-"""Fine-tune the GPT-2 of config/books.py on Shakespeare, in six minutes on 2 CPU cores.
+r"""Fine-tune the GPT-2 of config/books.py on Shakespeare, in six minutes on 2 CPU cores.
 
     python prepare.py tinyshakespeare.txt --out shards/shakespeare_gpt2 --val_fraction 0.1
     python train.py config/finetune_books.py
@@ -6,7 +6,7 @@
 
 The same from scratch, with the rates of config/books.py, shows what the books have taught:
 
-    python train.py config/finetune_books.py --init_from=scratch --out_dir=out/only_shakespeare \\
+    python train.py config/finetune_books.py --init_from=scratch --out_dir=out/only_shakespeare \
         --learning_rate=4e-3 --muon_learning_rate=1e-2
 """
 

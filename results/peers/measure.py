@@ -57,26 +57,25 @@ EDITS = {
 BF16 = {"train.py": EDITS["nanoGPT"]["train.py"] | {"nullcontext() if device_type == 'cpu' else ": ""}}
 EDITS["nanoGPT, bf16"] = EDITS["nanoGPT"] | BF16
 
-# What is timed besides training and tokenising: set-up, then blank lines, then the code that counts.
+# What is timed besides training and tokenising: set-up, then the code that counts.
 OURS = "import json, data, generate, hellaswag, runtime; from model import GPT, GPTConfig; import os, torch\n"
 OURS += "model, machine, _ = generate.ready(GPT(GPTConfig()).eval(), runtime.start('cpu'), 'auto', rows={rows})\n"
 GENERATE = {
-    "ours": OURS.format(rows=1) + f"\n\ngenerate.generate(model, [list(range(16))], {NEW}, temperature=0)",
+    "ours": OURS.format(rows=1) + f"# timed\ngenerate.generate(model, [list(range(16))], {NEW}, temperature=0)",
     "nanoGPT": "import torch; from model import GPT, GPTConfig; model = GPT(GPTConfig(bias=True)).eval()"
-    f"\n\nmodel.generate(torch.arange(16)[None], {NEW}, top_k=1)",
+    f"\n# timed\nmodel.generate(torch.arange(16)[None], {NEW}, top_k=1)",
     "transformers": "import torch; from transformers import GPT2Config, GPT2LMHeadModel\n"
     "model = GPT2LMHeadModel(GPT2Config()).to(torch.bfloat16).eval()\n"
     f"options = dict(max_new_tokens={NEW}, min_new_tokens={NEW}, do_sample=False, pad_token_id=0, eos_token_id=None)"
-    "\n\nmodel.generate(torch.arange(16)[None], **options)",
+    "\n# timed\nmodel.generate(torch.arange(16)[None], **options)",
 }
 SCORE = {
     "ours": OURS.format(rows=1024) + f"tasks = hellaswag.examples(os.environ['TASKS'], {TASKS})"
-    "\n\nhellaswag.evaluate(model, data.get_tokenizer('gpt2'), machine, tasks)",
+    "\n# timed\nhellaswag.evaluate(model, data.get_tokenizer('gpt2'), machine, tasks)",
     "build-nanogpt": f"""
 import json, os; from gpt import *
 model, lines = GPT(GPTConfig(vocab_size=50304)).eval(), open(os.environ['TASKS']).readlines()[:{TASKS}]
-
-
+# timed
 for line in lines:
     _, tokens, mask, label = render_example(json.loads(line))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -116,8 +115,8 @@ def watch(command: list, folder: Path, line: str = "took ([0-9.]+) ms") -> dict:
 
 
 def timed(code: str, folder: Path) -> float:
-    """Seconds of the part after the two blank lines."""
-    setup, work = code.split("\n\n\n" if "\n\n\n" in code else "\n\n")
+    """Seconds of the part after the mark."""
+    setup, work = code.split("# timed\n")
     lines = [setup, "import time", "begin = time.perf_counter()", work]
     lines.append("print('took', 1000 * (time.perf_counter() - begin), 'ms')")
     return watch(["-c", "\n".join(lines)], folder)["ms"][0] / 1000

@@ -20,9 +20,8 @@ def main(folder: str, sequences: int, steps: int, resume: bool) -> None:
     rows = [dict(input_ids=row, labels=row) for row in tokens]
     model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     options = dict(per_device_train_batch_size=sequences, max_steps=steps, save_steps=steps, report_to="none")
-    Trainer(
-        model, TrainingArguments(folder, **options, disable_tqdm=True), train_dataset=rows, callbacks=[Clock()]
-    ).train(resume_from_checkpoint=resume)
+    arguments = TrainingArguments(folder, **options, disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train(resume_from_checkpoint=resume)
 
 
 if __name__ == "__main__":
