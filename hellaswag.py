@@ -49,6 +49,7 @@ from runtime import Runtime
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 HUB = "Rowan/hellaswag"  # the same tasks on the Hugging Face hub, for a machine that GitHub does not answer
+N_TASKS = 10_042
 FILE = Path("shards/hellaswag/hellaswag_val.jsonl")  # where it is kept
 PUBLISHED = {  # acc, acc_norm of OpenAI's weights on all 10,042 tasks, from Karpathy's build-nanogpt
     "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
@@ -135,7 +136,10 @@ def from_hub(problem: str) -> bytes:
 
         commit = HfApi().dataset_info(HUB, revision="main").sha  # it fails at once; datasets would ask six times
         rows = datasets.load_dataset(HUB, split="validation", revision=commit, streaming=True)
-        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+        lines = [json.dumps(row) + "\n" for row in rows]
+        if len(lines) != N_TASKS:
+            raise ValueError(f"{len(lines):,} tasks instead of {N_TASKS:,}")
+        return "".join(lines).encode()
     except Exception as error:  # of the network, the hub, the dataset's card, or no such package
         reason = " ".join(str(error).split())
         raise ValueError(f"{problem} nor from the hub's {HUB} ({reason}); copy the file to {FILE}") from None
