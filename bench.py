@@ -35,18 +35,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import auto
-import configurator
-import data
-import generate
 import hellaswag
-import model as gpt
-import prepare
-import runtime
 import train
 from model import GPT, SIZES, GPTConfig
-from run import of_kind, read_metrics
-from runtime import Runtime
+from parts import auto, data, inference, runtime
+from parts import loss as head
+from parts.auto import prepare_for_inference
+from parts.console import command
+from parts.documents import documents_of
+from parts.metrics import of_kind, read_metrics
+from parts.runtime import Runtime
+from parts.sharding import START_METHOD, available_cpus, pieces_of, shard_files, tokenising
+from parts.tokenizer import get_tokenizer
 
 
 def rate(n: float, machine: Runtime, work: Callable, *arguments, **options) -> float:
@@ -87,12 +87,12 @@ def interleaved(runs: dict[str, Callable[[], dict]], rounds: int, baseline: str)
 
 
 def texts_of(files: list[Path]) -> list[str]:
-    return [t.decode(errors="replace") for piece in prepare.pieces_of(prepare.documents_of(files)) for _, _, t in piece]
+    return [t.decode(errors="replace") for piece in pieces_of(documents_of(files)) for _, _, t in piece]
 
 
 def plain_tiktoken(files: list[Path]) -> float:
     """Seconds of a loop over texts in memory, with nothing but tiktoken in it."""
-    texts, encoding = texts_of(files), data.get_tokenizer("gpt2").encoding
+    texts, encoding = texts_of(files), get_tokenizer("gpt2").encoding
     begin = time.perf_counter()
     for text in texts:
         encoding.encode_to_numpy(text, disallowed_special=())
@@ -102,17 +102,17 @@ def plain_tiktoken(files: list[Path]) -> float:
 def bench_tokenize(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """Text to shards, against tiktoken alone in as many processes."""
     files = [Path(path) for path in arguments.files] or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    workers = arguments.workers = arguments.workers or prepare.available_cpus()
+    workers = arguments.workers = arguments.workers or available_cpus()
     megabytes = sum(len(text.encode()) for text in texts_of(files)) / 1e6
 
     def side_by_side() -> dict:
-        with multiprocessing.get_context(prepare.START_METHOD).Pool(workers) as pool:
+        with multiprocessing.get_context(START_METHOD).Pool(workers) as pool:
             return {"MB/s": workers * megabytes / statistics.mean(pool.map(plain_tiktoken, [files] * workers, 1))}
 
     def shards() -> dict:  # fsynced; the start of the workers is not counted
-        with tempfile.TemporaryDirectory() as folder, prepare.tokenising("gpt2", workers) as tokenise_all:
-            out, tokenizer, begin = Path(folder) / "bench", data.get_tokenizer("gpt2"), time.perf_counter()
-            rows = prepare.shard_files(files, out, tokenise_all, tokenizer, {"train": 100_000_000})
+        with tempfile.TemporaryDirectory() as folder, tokenising("gpt2", workers) as tokenise_all:
+            out, tokenizer, begin = Path(folder) / "bench", get_tokenizer("gpt2"), time.perf_counter()
+            rows = shard_files(files, out, tokenise_all, tokenizer, {"train": 100_000_000})
             seconds = time.perf_counter() - begin
         return {"MB/s": megabytes / seconds, "tokens/s": sum(row["tokens"] for row in rows["train"]) / seconds}
 
@@ -136,8 +136,8 @@ def one_at_a_time(model: GPT, tasks: list[hellaswag.Rendered], machine: Runtime)
 
 def bench_hellaswag(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """The score's batches against one task at a time, by an untrained GPT-2 124M, which is as fast."""
-    tokenizer, model = data.get_tokenizer("gpt2"), GPT(GPTConfig()).to(machine.device).eval()
-    packed, machine, why = generate.ready(copy.deepcopy(model), machine, arguments.dtype, rows=1024)
+    tokenizer, model = get_tokenizer("gpt2"), GPT(GPTConfig()).to(machine.device).eval()
+    packed, machine, why = prepare_for_inference(copy.deepcopy(model), machine, arguments.dtype, rows=1024)
     print(why, file=sys.stderr)
     tasks = hellaswag.examples(arguments.data, arguments.limit)
     some = [hellaswag.render(task, tokenizer, 1024) for task in tasks[:: max(1, len(tasks) // 40)]]
@@ -150,13 +150,13 @@ def bench_hellaswag(arguments: argparse.Namespace, machine: Runtime) -> dict:
 
 def bench_sample(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """Greedy generation by an untrained GPT-2 124M after 16 tokens, against transformers'."""
-    ours, machine, why = generate.ready(GPT(GPTConfig()).eval(), machine, arguments.dtype, rows=arguments.batch)
+    ours, machine, why = prepare_for_inference(GPT(GPTConfig()).eval(), machine, arguments.dtype, rows=arguments.batch)
     print(why, file=sys.stderr)
     theirs = gpt2_of_transformers(1024, **SIZES["gpt2"]).to(machine.device, machine.dtype).eval()
     B, n = arguments.batch, arguments.max_tokens
     idx = torch.randint(50257, (B, 16), device=machine.device)
     greedy = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
-    write_ours = functools.partial(generate.generate, ours, idx.tolist(), n, temperature=0)
+    write_ours = functools.partial(inference.generate, ours, idx.tolist(), n, temperature=0)
     runs = {"ours": lambda: {"tokens/s": rate(B * n, machine, write_ours)}}
     runs["transformers"] = lambda: {"tokens/s": rate(B * n, machine, theirs.generate, idx, **greedy)}
     return interleaved(runs, arguments.rounds, "transformers")
@@ -312,7 +312,7 @@ def peak_memory(shape: dict, T: int, B: int, theirs: bool = False) -> float:
 
     # The tensors are the CPU's, as a CPU build of torch has no backward pass for a GPU's. Where a GPU differs it is
     # followed: the loss takes GPU_ROWS at once, and autocast has powers (in transformers' GELU) in float32.
-    whole = mock.patch.object(gpt, "CACHE_BYTES", 4 * 50304 * gpt.GPU_ROWS)
+    whole = mock.patch.object(head, "CACHE_BYTES", 4 * 50304 * head.GPU_ROWS)
     in_float32 = mock.patch.object(torch, "pow", lambda x, exponent: x.float() ** exponent)
     peaks = []
     for n_layer in (1, 2):
@@ -476,7 +476,7 @@ OPTIONS = {  # the benches that have it, what it is, what argparse must know of 
 }
 
 
-@configurator.command("bench.py")
+@command("bench.py")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description="Measure speed on this machine; medians of rounds.")
     benches = parser.add_subparsers(dest="bench", required=True)

@@ -7,43 +7,13 @@ Files are run from left to right, flags come last wherever they stand. Every mis
 """
 
 import ast
-import contextlib
 import difflib
 import inspect
-import json
-import os
 import re
-import sys
-import time
 import traceback
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-
-@contextlib.contextmanager
-def command(program: str) -> Iterator[None]:
-    """Decorates main of a script: what a person, a file or the machine got wrong is one line, and exit code 2."""
-    with contextlib.suppress(AttributeError):  # stdout is no terminal, file or pipe
-        sys.stdout.reconfigure(errors="replace")  # a character that cannot be encoded must not end the program
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has closed the pipe, like head; Python must not write to it at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError) as error:
-        if rank := int(os.environ.get("RANK", 0)):
-            time.sleep(10)  # a mistake of all ranks is said by the main one; then torchrun ends the others
-            error = f"(rank {rank}) {error}"
-        message = "\n".join(f"{program}: {line}" for line in str(error).strip().splitlines())
-        print(message, file=sys.stderr)
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own report with it
-            Path(file).write_text(json.dumps(dict(message=message, timestamp=time.time())))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def configure(cls: type, argv: list[str]) -> Any:

@@ -26,9 +26,21 @@ from pathlib import Path
 
 import numpy as np
 
-import configurator
-import data
-import prepare
+from parts import data
+from parts.console import command
+from parts.documents import TABLES, Documents, documents_of
+from parts.files import lock, sha256
+from parts.sharding import (
+    Shards,
+    available_cpus,
+    finish_folder,
+    parse_shared,
+    pieces_of,
+    progress_bar,
+    shard_folder,
+    tokenising,
+)
+from parts.tokenizer import GPT2Tokenizer, get_tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "karpathy/fineweb-edu-100B-gpt2-token-shards"
@@ -86,7 +98,7 @@ def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) 
     for wait in (WAIT, 0):
         try:
             path = Path(hf_hub_download(**where, local_dir=None if arguments.keep_downloads else folder))
-            if path.stat().st_size == file["size"] and file["sha256"] in (None, data.sha256(path)):
+            if path.stat().st_size == file["size"] and file["sha256"] in (None, sha256(path)):
                 return path
             path.resolve().unlink()
             problem = "the download differs from the hub's file in size or SHA-256"
@@ -96,8 +108,8 @@ def fetch(file: dict, arguments: argparse.Namespace, commit: str, folder: Path) 
     raise ValueError(f"{file['path']}: {problem}. Finished shards are kept: run the same command again")
 
 
-def read_rows(path: Path, column: str, reader: dict) -> prepare.Documents:
-    """Like prepare.documents_of, for a file in any other format of `datasets`; the bytes in the file are not known."""
+def read_rows(path: Path, column: str, reader: dict) -> Documents:
+    """Like documents_of, for a file in any other format of `datasets`; the bytes in the file are not known."""
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
@@ -111,7 +123,7 @@ def read_rows(path: Path, column: str, reader: dict) -> prepare.Documents:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def shards_of(out: Path, i: int, n_files: int, shard_tokens: int) -> prepare.Shards:
+def shards_of(out: Path, i: int, n_files: int, shard_tokens: int) -> Shards:
     """The shards of file i. The first three digits of their number are i; more, if there are as many files."""
     digits = max(3, len(str(n_files - 1)))
 
@@ -120,7 +132,7 @@ def shards_of(out: Path, i: int, n_files: int, shard_tokens: int) -> prepare.Sha
         return out / f"{out.name}_{name}_{i:0{digits}d}{n + (i > 0):03d}.bin"
 
     record = out / "progress" / f"{i:06d}.npz"
-    return prepare.Shards(record, path_of, {"train": shard_tokens}, data.GPT2Tokenizer.end_of_text)
+    return Shards(record, path_of, {"train": shard_tokens}, GPT2Tokenizer.end_of_text)
 
 
 def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> None:
@@ -130,8 +142,8 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> No
     missing = [i for i in shards if not shards[i].complete]
     left = (arguments.max_tokens or sys.maxsize) - sum(shards[i].n_tokens for i in shards if i not in missing)
     with (
-        prepare.tokenising("gpt2", arguments.workers or prepare.available_cpus()) as tokenise_all,
-        prepare.progress_bar(sum(files[i]["size"] for i in shards), arguments.out) as bar,
+        tokenising("gpt2", arguments.workers or available_cpus()) as tokenise_all,
+        progress_bar(sum(files[i]["size"] for i in shards), arguments.out) as bar,
         ThreadPool(1) as thread,  # a daemon: Ctrl-C does not wait for its download
     ):
         bar.update(sum(files[i]["size"] for i in shards if i not in missing))
@@ -144,9 +156,9 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> No
             path = (coming or next(downloads)).get()
             coming = None if arguments.max_tokens else next(downloads, None)  # with a limit, it may not be needed
             bar.write(f"{files[i]['path']} ({i + 1} of {len(files)} files)", sys.stderr)
-            column, own = arguments.text_column, path.name.endswith(prepare.TABLES)
-            documents = prepare.documents_of([path], column) if own else read_rows(path, column, source["reader"])
-            shards[i].fill(prepare.pieces_of(documents, progress=bar.update), tokenise_all, bar, left)
+            column, own = arguments.text_column, path.name.endswith(TABLES)
+            documents = documents_of([path], column) if own else read_rows(path, column, source["reader"])
+            shards[i].fill(pieces_of(documents, progress=bar.update), tokenise_all, bar, left)
             bar.update(0 if own else files[i]["size"])
             left -= shards[i].n_tokens
             shutil.rmtree(out / "downloads" / str(i), ignore_errors=True)
@@ -155,13 +167,13 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> No
 def take_ready_made(arguments: argparse.Namespace, out: Path, commit: str, files: list[dict]) -> list[dict]:
     """Download published shards to the folder, and check those that are there. Returns their rows of meta.json."""
     rows = []
-    with prepare.progress_bar(sum(file["size"] for file in files), arguments.out) as bar:
+    with progress_bar(sum(file["size"] for file in files), arguments.out) as bar:
         for file in files:
             path = out / file["path"].replace("/", "_")
             found = path if path.exists() else fetch(file, arguments, commit, out / "downloads")
             tokens = data.open_shard(found).tokens  # checks header and size
-            row = dict(file=path.name, tokens=len(tokens), sha256=file["sha256"] or data.sha256(found))
-            rows.append(row | dict(documents=int(np.count_nonzero(tokens == data.GPT2Tokenizer.end_of_text))))
+            row = dict(file=path.name, tokens=len(tokens), sha256=file["sha256"] or sha256(found))
+            rows.append(row | dict(documents=int(np.count_nonzero(tokens == GPT2Tokenizer.end_of_text))))
             del tokens  # Windows moves no file that is mapped
             os.replace(found, path)
             bar.update(file["size"])
@@ -177,7 +189,7 @@ def finish(out: Path, source: dict, rows: list[dict]) -> str:
     shutil.rmtree(out / "downloads", ignore_errors=True)
     shards = {"train": [row for row in rows if row not in val], "val": val}
     documents = sum(row["documents"] for row in rows)
-    return prepare.finish_folder(out, data.get_tokenizer("gpt2"), source, shards, documents)
+    return finish_folder(out, get_tokenizer("gpt2"), source, shards, documents)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -191,7 +203,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--part", default="1/1", metavar="I/N", help="part I of N, for N machines and one --out (default: %(default)s)")
     add("--keep_downloads", action="store_true", help="keep and use files in the hub's cache (default: delete them)")
     add("--pretokenized", action="store_true", help="download ready-made shards of GPT-2's tokens (default: make them)")
-    arguments = prepare.parse_shared(parser, argv)
+    arguments = parse_shared(parser, argv)
 
     # Check the options together, and fill in the defaults that depend on others.
     max_tokens, part = arguments.max_tokens, re.fullmatch(r"(\d+)/(\d+)", arguments.part)
@@ -216,14 +228,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-@configurator.command("fineweb.py")
+@command("fineweb.py")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     out = Path(arguments.out).resolve()
     names = ["dataset", "max_tokens", "pretokenized"]
     names += [] if arguments.pretokenized else ["name", "text_column", "shard_tokens"]
     source, (part, parts) = {name: getattr(arguments, name) for name in names}, arguments.part
-    with prepare.shard_folder(out, source, lambda: list_files(arguments), part, parts) as meta:
+    with shard_folder(out, source, lambda: list_files(arguments), part, parts) as meta:
         if meta["complete"]:
             print(f"{arguments.out}: already made from {arguments.dataset}")
             return
@@ -234,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         tokenise_files(arguments, out, meta["source"])
         # Parts that end together count one after the other, and the last one finishes the folder.
-        with data.lock(out / ".lock") if parts > 1 else contextlib.nullcontext():
+        with lock(out / ".lock") if parts > 1 else contextlib.nullcontext():
             finished = data.read_meta(out)["complete"]  # by another part, which has deleted the records
             shards = (shards_of(out, i, len(files), arguments.shard_tokens) for i in range(len(files)))
             done = [file_shards for file_shards in shards if file_shards.complete]

@@ -37,24 +37,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import configurator
-import data
-import generate
-import runtime
-import vocabulary
 from model import GPT
-from pretrained import locate, resolve
-from runtime import Runtime
+from parts import runtime
+from parts.auto import prepare_for_inference
+from parts.console import command
+from parts.files import write_whole
+from parts.metrics import PUBLISHED
+from parts.pretrained import locate, resolve
+from parts.runtime import Runtime
+from parts.tokenizer import Tokenizer, of_folder
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 HUB = "Rowan/hellaswag"  # the same tasks on the Hugging Face hub, for a machine that GitHub does not answer
 N_TASKS = 10_042
 FILE = Path("shards/hellaswag/hellaswag_val.jsonl")  # where it is kept
-PUBLISHED = {  # acc, acc_norm of OpenAI's weights on all 10,042 tasks, from Karpathy's build-nanogpt
-    "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
-    "harness": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
-}
 BATCH_TOKENS = 8192  # tokens in one forward pass
 LOGIT_ROWS = 256  # how many predictions are over the whole vocabulary at once: 50 MB in float32
 
@@ -124,7 +121,7 @@ def fetch() -> Path:
         except (OSError, http.client.HTTPException) as error:
             content = from_hub(f"HellaSwag could not be fetched from {URL} ({error})")
         FILE.parent.mkdir(parents=True, exist_ok=True)
-        data.write_whole(FILE, content)
+        write_whole(FILE, content)
     return FILE
 
 
@@ -154,7 +151,7 @@ def from_hub(problem: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=100_000)  # the tasks are the same at each evaluation of a run
-def render(example: Example, tokenizer: data.Tokenizer, block_size: int) -> Rendered:
+def render(example: Example, tokenizer: Tokenizer, block_size: int) -> Rendered:
     """An example in tokens, cut to what a model with block_size positions can read.
 
     The context loses its beginning, as much as the longest ending needs. An ending longer than the window is judged by
@@ -278,7 +275,7 @@ def in_words(result: dict, published: tuple[float, float] | None) -> str:
     return "\n".join([*lines, f"  {result['n'] / result['seconds']:.1f} tasks/s"])
 
 
-@configurator.command("hellaswag.py")
+@command("hellaswag.py")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     machine = runtime.start(arguments.device)
@@ -286,9 +283,9 @@ def main(argv: list[str] | None = None) -> None:
     source = resolve(arguments.model)
     folder = locate(source)
     model = GPT.from_pretrained(folder)
-    tokenizer = vocabulary.of_folder(folder, model.config.vocab_size)
+    tokenizer = of_folder(folder, model.config.vocab_size)
     n_parameters = model.num_params()
-    model, machine, note = generate.ready(model, machine, arguments.dtype, rows=1024)
+    model, machine, note = prepare_for_inference(model, machine, arguments.dtype, rows=1024)
     if machine.is_main:
         print(f"model: {source}, {n_parameters:,} parameters\n{machine.note}\n{note}", file=sys.stderr)
     start = time.perf_counter()

@@ -14,17 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-import configurator
-from hellaswag import PUBLISHED
 from model import GPT
-from pretrained import resolve
-from run import of_kind, read_metrics, report, tokens_seen, updates
+from parts.console import command
+from parts.metrics import (
+    GPT2_LOSS,
+    GPT3_HELLASWAG,
+    LLMC_LOSSES,
+    PUBLISHED,
+    of_kind,
+    read_metrics,
+    tokens_seen,
+    updates,
+)
+from parts.pretrained import resolve
+from parts.report import report
 
-GPT2_LOSS = 3.292  # OpenAI's 124M on the FineWeb-Edu validation set, from build-nanogpt
-GPT3_HELLASWAG = 0.337  # acc_norm of GPT-3 124M, from the GPT-3 paper
-# Validation loss of llm.c's GPT-2 124M on FineWeb: tokens seen (524,288 a step) and losses
-LLMC_STEPS = np.array([250, 500, 1000, 2000, 4000, 8000, 12000, 16000, 19560])
-LLMC_LOSSES = LLMC_STEPS * 524_288, (6.171, 5.374, 4.317, 3.859, 3.618, 3.443, 3.351, 3.288, 3.272)
 HOW_TO_READ = "Trained: smooth curves, a band along the diagonal, groups of tokens. Untrained: noise, a bare diagonal."
 
 # Four colours of the Okabe-Ito palette, which is safe for colour-blind readers. Their contrast with white and with
@@ -224,7 +228,7 @@ def save(figure, path: Path) -> Path:
     return path
 
 
-@configurator.command("plot.py")
+@command("plot.py")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw runs, or the embeddings of a model.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="out/RUN", help="folders of runs: draw loss and training")

@@ -1,4 +1,4 @@
-"""Documents -> tokens -> shards, on all cores; and the command that shards local text.
+"""Local text -> token shards.
 
     python prepare.py book.txt --out shards/book
     python prepare.py notes/ 'logs/*.md' --out shards/mine --glob '*.txt' --exclude drafts --tokenizer 4096
@@ -8,319 +8,39 @@ After an interruption, the same command continues and ends with the same bytes, 
 """
 
 import argparse
-import functools
-import glob
-import gzip
 import hashlib
-import io
 import itertools
-import json
-import mmap
-import multiprocessing
 import os
-import random
-import re
-import shutil
-import signal
-import sys
-import threading
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-import configurator
-import data
-import vocabulary
-
-START_METHOD = "spawn"  # of worker processes: the same on all systems, and safe with threads
-TABLES = (".parquet", ".jsonl", ".jsonl.gz")
-SEED = 1337  # draws the validation documents
-
-
-# ---- Files -> documents -> pieces for the workers, in an order that depends on the files only ------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which text is for validation: one drawn document of every `stride`, or the last share `tail` of each document."""
-
-    stride: int = 0  # 0: none
-    tail: float = 0.0
-
-    def ends(self, text: bytes | mmap.mmap, document: int) -> dict[str, int]:
-        """Where the training part and the validation part of a document end."""
-        if self.tail:
-            cut = max(1, round((1 - self.tail) * len(text)))
-            window = text[cut : cut + 4096]
-            start = re.search(rb"\s", window) or re.search(rb"[^\x80-\xbf]", window)  # else at a UTF-8 character
-            return {"train": cut + start.start() if start else len(text), "val": len(text)}
-        block, place = divmod(document, self.stride or 1)
-        drawn = self.stride and random.Random(f"{SEED}, {block}").randrange(self.stride) == place
-        return {"val" if drawn else "train": len(text)}
-
-
-Documents = Iterator[tuple[bytes | mmap.mmap, float]]  # UTF-8, its bytes in the file
-Piece = list[tuple[str, bool, bytes]]  # split, whether a document begins here, UTF-8
-Tokens = dict[str, np.ndarray]  # split -> uint16
-
-
-def pieces_of(documents: Documents, split=Split(), progress=lambda n_bytes: None, breaks=data.BREAK) -> Iterator[Piece]:
-    """The documents in pieces of about data.PIECE_BYTES of text. `progress` is told of the bytes read of the files."""
-    piece, piece_bytes = [], 0
-    for number, (text, in_file) in enumerate(documents):
-        start = 0
-        for name, end in split.ends(text, number).items():
-            for n, segment in enumerate(data.segments(text, start, end, breaks)):
-                piece.append((name, n == 0, segment))
-                piece_bytes += len(segment)
-                progress(in_file * len(segment) / len(text))
-                if piece_bytes >= data.PIECE_BYTES:
-                    yield piece
-                    piece, piece_bytes = [], 0
-            start = end
-    if piece:
-        yield piece
-
-
-def documents_of(files: list[Path], column="text") -> Documents:
-    """Each row of a table, else the whole file. Empty documents are skipped."""
-    for path in files:
-        try:
-            if path.name.endswith(TABLES):
-                rows = read_parquet(path, column) if path.suffix == ".parquet" else read_jsonl(path, column)
-                yield from ((text, in_file) for text, in_file in rows if text)
-            elif size := path.stat().st_size:
-                with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                    yield text, size
-        except (ValueError, OSError, EOFError, zlib.error) as error:  # what a damaged file raises
-            raise ValueError(f"{path}: {error}") from None
-
-
-def read_jsonl(path: Path, column: str) -> Documents:
-    with open(path, "rb") as raw:
-        before = 0
-        for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
-            try:
-                text = json.loads(line.decode("utf-8-sig", errors="replace"))[column] if line.strip() else None
-                text = b"" if text is None else text.encode("utf-8", errors="replace")
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                wanted = f"not a JSON object with text in the column {column!r} (choose with --text_column)"
-                raise ValueError(f"line {number}: {wanted}: {line[:80]!r}") from None
-            yield text, raw.tell() - before
-            before = raw.tell()
-
-
-def read_parquet(path: Path, column: str) -> Documents:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        columns = {field.name: str(field.type) for field in file.schema_arrow}
-        if columns.get(column) not in ("string", "large_string", "string_view"):
-            names = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-            raise ValueError(f"no text in the column {column!r} among {names}; choose with --text_column")
-        in_file = path.stat().st_size / max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(1000, columns=[column]):
-            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():  # bytes: UTF-8 may be invalid
-                yield text or b"", in_file
-
-
-# ---- Pieces -> tokens, on worker processes ---------------------------------------------------------------------------
-
-
-def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
-    """The tokens of a piece. Each document begins with the end-of-text token."""
-    tokenizer, tokens = vocabulary.load(tokenizer_name), {}
-    start = np.array([tokenizer.end_of_text], dtype=np.uint16)
-    for split, begins, text in piece:
-        tokens.setdefault(split, []).extend([start, tokenizer.encode(text)] if begins else [tokenizer.encode(text)])
-    return {split: np.concatenate(arrays) for split, arrays in tokens.items()}
-
-
-@contextmanager
-def tokenising(tokenizer_name: str, workers: int) -> Iterator[Callable[[Iterator[Piece]], Iterator[Tokens]]]:
-    """A function that tokenises pieces, in order, on worker processes, which have started when the block begins."""
-    job = functools.partial(tokenise, tokenizer_name=tokenizer_name)
-    if workers == 1:
-        vocabulary.load(tokenizer_name)  # load it now
-        yield functools.partial(map, job)
-        return
-    context, can_block = multiprocessing.get_context(START_METHOD), hasattr(signal, "pthread_sigmask")  # not on Windows
-    pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer_name, context.Barrier(workers)))
-
-    def in_order(pieces):
-        running = deque()
-        for piece in pieces:
-            running.append(pool.submit(job, piece))
-            if len(running) == 3 * workers:  # so many are in memory
-                yield running.popleft().result()
-        yield from (future.result() for future in running)
-
-    try:
-        if can_block:  # workers inherit it, and ignore Ctrl-C later; this process gets it when it unblocks
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            starting = [pool.submit(int) for _ in range(workers)]
-        finally:
-            if can_block:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        for future in starting:
-            future.result()
-        yield in_order
-    except BrokenProcessPool:
-        advice = f"run the same command again, with fewer --workers than {workers}; finished shards are kept"
-        raise ValueError(f"a worker process was killed (out of memory?): {advice}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def start_worker(tokenizer_name: str, all_started) -> None:
-    """Load the tokenizer, and wait for the other workers. Ctrl-C is for the parent; without a parent, exit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def exit_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-    vocabulary.load(tokenizer_name)
-    all_started.wait()
-
-
-class Shards:
-    """Cuts streams of tokens, one for each split, into shards of equal size, and can continue after an interruption.
-
-    After each new shard it saves a record: the rows of meta.json so far, the number of pieces done, and the tokens that
-    are in no shard yet.
-    """
-
-    def __init__(self, record: Path, path_of: Callable[[str, int], Path], sizes: dict[str, int], end_of_text: int):
-        """path_of: split and number of a shard (from 0) -> its file. sizes: split -> tokens in a shard."""
-        self.record, self.path_of, self.sizes, self.end_of_text = record, path_of, sizes, end_of_text
-        self.pieces, self.n_tokens, self.complete = 0, 0, False
-        self.rows: dict[str, list[dict]] = {split: [] for split in sizes}
-        self.rest = {split: [np.empty(0, dtype=np.uint16)] for split in sizes}  # tokens that are in no shard yet
-        if record.exists():
-            with np.load(record) as saved:
-                vars(self).update(json.loads(str(saved["state"])), rest={split: [saved[split]] for split in sizes})
-
-    def add(self, tokens: Tokens, last: bool = False) -> None:
-        """Write the shards that the tokens of the next piece fill; after the last piece, also what is left."""
-        self.pieces, self.complete, new = self.pieces + 1, last, last
-        for split, part in tokens.items():
-            self.rest[split].append(part)
-            self.n_tokens += len(part)
-        for split, size in self.sizes.items():
-            while (n := sum(map(len, self.rest[split]))) >= size or (last and n):
-                stream = np.concatenate(self.rest[split])
-                shard, self.rest[split], new = stream[:size], [stream[size:].copy()], True
-                row = data.write_shard(self.path_of(split, len(self.rows[split])), shard)
-                self.rows[split].append(row | {"documents": int(np.count_nonzero(shard == self.end_of_text))})
-        if new:
-            state = dict(pieces=self.pieces, n_tokens=self.n_tokens, complete=self.complete, rows=self.rows)
-            rest, file = {split: np.concatenate(parts) for split, parts in self.rest.items()}, io.BytesIO()
-            np.savez(file, state=json.dumps(state), **rest)
-            data.write_whole(self.record, file.getvalue())
-
-    def fill(self, pieces: Iterator[Piece], tokenise_all: Callable, bar, limit: int = sys.maxsize) -> None:
-        """Tokenise the pieces, `limit` tokens at most (of a single split), from where the record ends."""
-        for tokens in tokenise_all(itertools.islice(pieces, self.pieces, None)):
-            left = limit - self.n_tokens
-            self.add({split: new[:left] for split, new in tokens.items()})
-            bar.set_postfix(tokens=f"{self.n_tokens:,}", refresh=False)
-            if self.n_tokens == limit:
-                break
-        self.add({}, last=True)
-
-
-def progress_bar(total: int, what: str):
-    """Bytes of input, speed and time left; on a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
-
-
-def shard_files(files, out: Path, tokenise_all: Callable, tokenizer, sizes: dict, column="text", split=Split()) -> dict:
-    """Turn files into shards of sizes[split] tokens in the folder `out`. Returns split -> rows of meta.json."""
-    (out / "progress").mkdir(parents=True, exist_ok=True)
-    name, record = out / out.name, out / "progress" / "all.npz"
-    shards = Shards(record, lambda s, n: Path(f"{name}_{s}_{n + 1:06d}.bin"), sizes, tokenizer.end_of_text)
-    with progress_bar(sum(path.stat().st_size for path in files), out.name) as bar:
-        pieces = pieces_of(documents_of(files, column), split, bar.update, tokenizer.breaks)
-        shards.fill(pieces, tokenise_all, bar)
-    return shards.rows
-
-
-@contextmanager
-def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part=1, parts=1) -> Iterator[dict]:
-    """Lock a folder for the shards of `source`; gives its meta.json. begin() is what to add to a new folder's source.
-
-    ValueError if it holds other files or shards of another source, or if another process works on the same part.
-    """
-    meta, progress = data.read_meta(out), out / "progress"
-    left_over = ("progress", "downloads")
-    if not meta and out.is_dir() and any(p.name not in left_over and p.suffix != ".tmp" for p in out.iterdir()):
-        raise ValueError(f"{out}: holds files that this command did not write; choose a new folder for --out")
-    with ExitStack() as locks:
-        if not meta.get("complete"):
-            progress.mkdir(parents=True, exist_ok=True)
-            taken = f"{out}: another process makes these shards; wait, or stop it"
-            locks.enter_context(data.lock(progress / f"{part}_of_{parts}.lock", taken))
-            for other in set(progress.glob("*.lock")) - set(progress.glob(f"*_of_{parts}.lock")):
-                with data.lock(other, taken):  # only a look
-                    pass
-            meta = data.read_meta(out)
-        if not meta or (parts == 1 and not any(out.glob("*.bin"))):  # nothing is made yet: other options are welcome
-            for old in (*progress.glob("*.npz"), *out.glob(vocabulary.FILE)):
-                old.unlink()
-            meta = {"source": source | begin(), "complete": False}
-            data.write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
-        before = meta.get("source", {})
-        changed = [f"{name} {before.get(name)} -> {new}" for name, new in source.items() if before.get(name) != new]
-        if changed:
-            advice = "choose another --out or delete that folder"
-            raise ValueError(f"{out}: made from another source ({', '.join(changed)}); {advice}")
-        yield meta
-
-
-def finish_folder(out: Path, tokenizer: data.Tokenizer, source: dict, shards: dict, documents: int) -> str:
-    """Write the meta.json of a complete folder. shards: split -> rows. Returns a summary for the terminal."""
-    n_tokens = {split: sum(row["tokens"] for row in rows) for split, rows in shards.items()}
-    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, documents=documents, tokens=n_tokens)
-    meta |= dict(shards=shards, source=source, complete=True)
-    data.write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
-    shutil.rmtree(out / "progress", ignore_errors=True)
-    for path in out.glob("*.tmp"):  # of killed runs
-        path.unlink(missing_ok=True)
-    tokens = f"{n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens"
-    return f"{documents:,} document{'s' * (documents != 1)}, {tokens} ({tokenizer.name})"
-
-
-def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) -> list[Path]:
-    """Files, folders and globs -> files, each once, in the order of their names. Files in `out` are skipped.
-
-    Inside a folder, names must match `pattern`; hidden files and folders, and what matches `exclude`, are skipped.
-    """
-    files = {}  # real path -> the first path that leads to it
-    for path in paths:
-        for top in map(Path, [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True)) or [path]):
-            if not top.exists():
-                raise ValueError(f"{top}: no such file or folder")
-            found = sorted(p for p in top.rglob("*") if fnmatch(p.name, pattern)) if top.is_dir() else [top]
-            for file in found:
-                skipped = (fnmatch(p, e) for p in file.relative_to(top).parts for e in [*exclude, ".*"])
-                if file.is_file() and out not in file.resolve().parents and not any(skipped):
-                    files.setdefault(file.resolve(), file)
-    if not files:
-        raise ValueError(f"{' '.join(paths)}: no files match {pattern!r} (see --glob and --exclude)")
-    return list(files.values())
+from parts.console import command, printable
+from parts.documents import TABLES, documents_of, find_files
+from parts.files import sha256, write_whole
+from parts.sharding import (
+    SEED,
+    Split,
+    available_cpus,
+    finish_folder,
+    parse_shared,
+    pieces_of,
+    shard_files,
+    shard_folder,
+    tokenising,
+)
+from parts.tokenizer import (
+    KNOWN,
+    LARGEST,
+    SMALLEST,
+    TOKENIZER_FILE,
+    TOKENIZERS,
+    GPT2Tokenizer,
+    LearnedTokenizer,
+    Tokenizer,
+    learn_tokenizer,
+    load_tokenizer,
+    sample_texts,
+)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -344,47 +64,59 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def parse_shared(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Add the options that prepare.py and fineweb.py share, and parse."""
-    add = parser.add_argument
-    add("--text_column", default="text", metavar="NAME", help="column with the text, of rows (default: %(default)s)")
-    shard = "tokens in a training shard, 2 bytes each (default: %(default)s)"
-    add("--shard_tokens", type=int, default=100_000_000, metavar="N", help=shard)
-    add("--workers", type=int, metavar="N", help="processes that tokenise (default: one per CPU)")
-    arguments = parser.parse_args(argv)
-    for name, value in (("shard_tokens", arguments.shard_tokens), ("workers", arguments.workers)):
-        if value is not None and not 1 <= value < 2**31:
-            parser.error(f"--{name}={value}: must be at least 1 and below 2**31")
-    return arguments
+def parse_tokenizer_option(wanted: str) -> Tokenizer | int:
+    """prepare.py's --tokenizer: a tokenizer, or the number of tokens to learn. ValueError if it is neither."""
+    if wanted.isdecimal() and SMALLEST <= int(wanted) <= LARGEST and int(wanted) not in KNOWN:
+        return int(wanted)
+    if wanted in TOKENIZERS or (Path(wanted) / TOKENIZER_FILE).exists():
+        return load_tokenizer(wanted if wanted in TOKENIZERS else Path(wanted) / TOKENIZER_FILE)
+    number = f"a number from {SMALLEST} to {LARGEST} (not {GPT2Tokenizer.vocab_size}, which is GPT-2's)"
+    raise ValueError(f"--tokenizer {wanted}: must be gpt2, bytes, {number}, or a folder with a {TOKENIZER_FILE}")
 
 
-def describe(arguments: argparse.Namespace, files: list[Path], chosen: data.Tokenizer | int) -> dict:
+def provide_tokenizer(chosen: Tokenizer | int, file: Path, texts: Iterator[bytes], seed: int) -> str:
+    """Learn or copy what was chosen to the file, if it is not there yet. Returns the name or file for `load`."""
+    if not isinstance(chosen, (int, LearnedTokenizer)):
+        return chosen.name
+    if isinstance(chosen, LearnedTokenizer):
+        write_whole(file, chosen.content.encode())
+    elif not file.exists():
+        drawn = sample_texts(texts, seed)
+        write_whole(file, learn_tokenizer(drawn, chosen).encode())
+        print(f"vocabulary: {describe_tokenizer(load_tokenizer(file), drawn)}")
+    return str(file)
+
+
+def describe_tokenizer(tokenizer: LearnedTokenizer, texts: list[bytes]) -> str:
+    """One line: tokens, bytes a token in the texts' first megabyte, the ten longest (not runs of a sign or space)."""
+    some = b"".join(texts)[:1_000_000]
+    tokens = {tokenizer.decode_bytes([i]).strip() for i in range(tokenizer.end_of_text)}
+    words = sorted((token for token in tokens if len(set(token)) > 2), key=lambda token: (len(token), token))
+    longest = b" ".join(words[:-11:-1]).decode(errors="replace")
+    each = len(some) / len(tokenizer.encode(some))
+    return f"{tokenizer.vocab_size:,} tokens, {each:.2f} bytes a token; the longest: {printable(longest)}"
+
+
+def describe(arguments: argparse.Namespace, files: list[Path], chosen: Tokenizer | int) -> dict:
     """What decides the shards' bytes, for meta.json: the options, and a hash of the files' names and contents."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
             if not path.name.endswith(TABLES) and b"\0" in file.read(1 << 20):
                 raise ValueError(f"{path}: binary (NUL bytes), not text; leave it out with --exclude")
-        digest.update(os.fsencode(path.name) + bytes.fromhex(data.sha256(path)))
+        digest.update(os.fsencode(path.name) + bytes.fromhex(sha256(path)))
     size, tables = sum(path.stat().st_size for path in files), [path for path in files if path.name.endswith(TABLES)]
     names = ["shard_tokens", "val_fraction"] + (["text_column"] if tables else [])
     options = dict(tokenizer=getattr(chosen, "name", chosen)) | {name: getattr(arguments, name) for name in names}
     return options | dict(seed=SEED, files=len(files), bytes=size, sha256=digest.hexdigest())
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use; a scheduler may grant fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return min(61, os.cpu_count() or 1)  # a pool on Windows has at most 61 processes
-
-
-@configurator.command("prepare.py")
+@command("prepare.py")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     out = Path(arguments.out).resolve()
     files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
-    chosen = vocabulary.choose(arguments.tokenizer)
+    chosen = parse_tokenizer_option(arguments.tokenizer)
     source = describe(arguments, files, chosen)
     with shard_folder(out, source) as meta:
         if meta["complete"]:
@@ -401,8 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         workers = arguments.workers or min(available_cpus(), 1 + source["bytes"] // (8 << 20))
         pieces = itertools.chain.from_iterable(pieces_of(documents_of(files, column), split))
         texts = (text for name, _, text in pieces if name == "train")
-        name = vocabulary.provide(chosen, out / vocabulary.FILE, texts, SEED)
-        tokenizer = vocabulary.load(name)
+        name = provide_tokenizer(chosen, out / TOKENIZER_FILE, texts, SEED)
+        tokenizer = load_tokenizer(name)
         with tokenising(name, workers) as tokenise_all:
             rows = shard_files(files, out, tokenise_all, tokenizer, sizes, column, split)
         if not rows["train"] or (fraction and not rows["val"]):

@@ -28,20 +28,19 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-import auto
-import checkpoint
 import configurator
-import data
-import generate
 import hellaswag
 import plot
-import run
-import runtime
-import vocabulary
 from model import GPT, GPTConfig
-from optimizer import build_optimizer, in_words
-from pretrained import locate
-from runtime import Runtime
+from parts import auto, checkpoint, data, inference, runtime
+from parts.checkpoint import make_room
+from parts.console import Console, StopSignal, command, print_lines, printable, profiler
+from parts.files import lock
+from parts.metrics import Log, facts
+from parts.optimizer import build_optimizer, describe
+from parts.pretrained import locate
+from parts.runtime import Runtime
+from parts.tokenizer import Tokenizer, of_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,7 @@ def train(config: TrainConfig) -> dict:
     """
     # ---- 1. The machine ----------------------------------------------------------------------------------------------
     machine = runtime.start(config.device, config.tf32)
-    say = run.say if machine.is_main else lambda *_: None
+    say = print_lines if machine.is_main else lambda *_: None
     out_dir = Path(config.out_dir)
 
     # ---- 2. Where are we: at the start, on the way, or done? ---------------------------------------------------------
@@ -155,7 +154,7 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 3. The data -------------------------------------------------------------------------------------------------
     sequences = sequences_per_process(config, machine.world_size)
-    tokenizer = vocabulary.of_folder(config.data_dir, data.read_meta(config.data_dir).get("tokenizer", "gpt2"))
+    tokenizer = of_folder(config.data_dir, data.read_meta(config.data_dir).get("tokenizer", "gpt2"))
     windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
     val_windows, val_places, val_bits = None, [], 0.0  # bits a byte for a loss of one nat a token
     if config.eval_every:
@@ -185,7 +184,7 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 5. The optimizer, with its state if we resume ---------------------------------------------------------------
     optimizer = build_optimizer(raw_model, config, machine.dtype)
-    say(f"optimizer: {in_words(optimizer)}")
+    say(f"optimizer: {describe(optimizer)}")
     # For fp16 only: its smallest number is 6e-8, so gradients are scaled up before they are rounded to it.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if found:
@@ -216,11 +215,11 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 8. The loop. It goes one past the last update, to evaluate and save the result too --------------------------
     if machine.is_main:
-        run.make_room(out_dir, found, start_step)
+        make_room(out_dir, found, start_step)
         if config.checkpoint_every:
             checkpoint.check_space(out_dir, raw_model)
-    log = run.Log(config, start_step, machine)
-    log("run", start_step, **run.facts(config, machine, raw_model, chosen["compile"], tokenizer, windows.n_tokens))
+    log = Log(config, start_step, machine)
+    log("run", start_step, **facts(config, machine, raw_model, chosen["compile"], tokenizer, windows.n_tokens))
     micro_steps = ((s, k, machine.rank) for s in range(start_step, config.max_steps) for k in range(n_accumulate))
     coming = data.prefetch(batches.batch, micro_steps, machine.device)
     flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
@@ -233,10 +232,10 @@ def train(config: TrainConfig) -> dict:
     with (
         contextlib.closing(log),
         contextlib.closing(coming),
-        run.Console(config.max_steps, start_step, config.log_every, machine.is_main) as console,
-        run.StopSignal(machine.is_main) as stop,  # until all is written: torchrun sends a signal twice
+        Console(config.max_steps, start_step, config.log_every, machine.is_main) as console,
+        StopSignal(machine.is_main) as stop,  # until all is written: torchrun sends a signal twice
         checkpoint.Saver(out_dir, config.keep_checkpoints, console.line) as saver,
-        run.profiler(out_dir, config.profile, machine) as profile,
+        profiler(out_dir, config.profile, machine) as profile,
     ):
         for step in range(start_step, config.max_steps + 1):
             # A checkpoint's own step was evaluated before it was saved.
@@ -258,7 +257,7 @@ def train(config: TrainConfig) -> dict:
             if fresh and due(config.sample_every, step) and machine.is_main and not untrained:
                 text = sample_text(raw_model, tokenizer, config, machine)
                 log("sample", step, text=text)
-                console.line(f"step {step:,} | sample:\n{data.printable(text)}\n")
+                console.line(f"step {step:,} | sample:\n{printable(text)}\n")
 
             stopping = machine.max(stop.received)
             if step > start_step and (due(config.checkpoint_every, step) or stopping):
@@ -394,7 +393,7 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
 
 
-def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokenizer) -> GPT:
+def build_model(config: TrainConfig, found: Path | None, tokenizer: Tokenizer) -> GPT:
     """The model the run starts with: the checkpoint's, init_from's, or a new one; float32, on the CPU."""
     if found is None and config.init_from == "scratch":
         torch.manual_seed(config.seed)
@@ -404,7 +403,7 @@ def build_model(config: TrainConfig, found: Path | None, tokenizer: data.Tokeniz
     settings = {name: getattr(config, name) for name in ("dropout", "pad_vocab", "recompute")}
     model = GPT.from_pretrained(folder, **settings)
     V, T = model.config.vocab_size, model.config.block_size
-    if V != tokenizer.vocab_size or vocabulary.of_folder(folder, V).name != tokenizer.name:
+    if V != tokenizer.vocab_size or of_folder(folder, V).name != tokenizer.name:
         shards = f"the shards in {config.data_dir} are {tokenizer.name}'s with {tokenizer.vocab_size}"
         other = "other " * (V == tokenizer.vocab_size)
         raise ValueError(f"{source} has {V} {other}tokens, but {shards}; make them with the model's tokenizer")
@@ -441,16 +440,16 @@ def load_tasks(config: TrainConfig, say) -> list[hellaswag.Example]:
         return []
 
 
-def sample_text(model: GPT, tokenizer: data.Tokenizer, config: TrainConfig, machine: Runtime) -> str:
+def sample_text(model: GPT, tokenizer: Tokenizer, config: TrainConfig, machine: Runtime) -> str:
     """sample_prompt and its continuation, drawn from a generator of its own: training's is not touched."""
     prompt = tokenizer.encode(config.sample_prompt).tolist() or [tokenizer.end_of_text]
     prompt = prompt[-model.config.block_size :]
     options = dict(top_k=50, seeds=[config.seed], stop_token=tokenizer.end_of_text)
     with machine.autocast():
-        return tokenizer.decode(prompt + generate.generate(model, [prompt], config.sample_tokens, **options)[0])
+        return tokenizer.decode(prompt + inference.generate(model, [prompt], config.sample_tokens, **options)[0])
 
 
-@configurator.command("train.py")
+@command("train.py")
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
@@ -460,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         is_main = os.environ.get("RANK", "0") == "0"
         busy = f"out_dir {config.out_dir}: another run is writing to it; wait for it, or stop it"
-        with data.lock(Path(config.out_dir) / ".lock", busy) if is_main else contextlib.nullcontext():
+        with lock(Path(config.out_dir) / ".lock", busy) if is_main else contextlib.nullcontext():
             result = train(config)
     except torch.OutOfMemoryError:
         hint = "set --batch_size=auto, a smaller one, or --recompute=True; the result is the same"

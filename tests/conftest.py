@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import prepare
 import train
 from model import GPT, GPTConfig
-from pretrained import checkpoints
+from parts.pretrained import checkpoints
 
 # The same examples each time: a test that fails here fails elsewhere too.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -25,6 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from parts import auto, data, inference
+from parts.metrics import Log
+
 PROJECT = Path(__file__).parent.parent
 
 # A CPU build of torch has no place to run the backward pass of a GPU's tensors: autograd asks for the device's guard
@@ -130,7 +133,9 @@ class FakeGPU(TorchDispatchMode):
     def note_read(self, func) -> None:
         if self.capturing:
             raise RuntimeError(f"{func} reads a value while a CUDA graph is captured")
-        ours = [f"{Path(file).name}:{line}" for file, line in frames() if Path(file).parent == PROJECT]
+        ours = [
+            f"{Path(file).name}:{line}" for file, line in frames() if Path(file).parent in (PROJECT, PROJECT / "parts")
+        ]
         self.reads.append(ours[0] if ours else str(func))
 
     @contextlib.contextmanager
@@ -214,9 +219,8 @@ def do(run, bf16: bool = True, kind: str = "cuda") -> dict:
     replays       how often a CUDA graph was replayed
     out           what was printed
     """
-    import run as run_module
 
-    gpu, reads, log, error, out = FakeGPU(kind), [], run_module.Log.__call__, None, io.StringIO()
+    gpu, reads, log, error, out = FakeGPU(kind), [], Log.__call__, None, io.StringIO()
 
     def noting(self, kind, step, **values):
         if kind == "train":
@@ -224,7 +228,7 @@ def do(run, bf16: bool = True, kind: str = "cuda") -> dict:
             gpu.reads = []
         return log(self, kind, step, **values)
 
-    watched = mock.patch.object(run_module.Log, "__call__", noting)
+    watched = mock.patch.object(Log, "__call__", noting)
     with pretend(gpu, bf16), watched, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             run()
@@ -238,9 +242,6 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
     """Do all of its runs into the folder; the last line of the output is a JSON object of their results."""
     from conftest import toy_config
 
-    import auto
-    import data
-    import generate
     import hellaswag
     import model
     import sample
@@ -257,8 +258,8 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
     sampling = functools.partial(sample.main, [*command, "-m", "40", "--json", *prompts])
     scoring = functools.partial(hellaswag.main, [*command, "--data", tasks, "--json"])
     if kind == "mps":
-        auto = dict(device="auto", dtype="auto", batch_size="auto", compile="auto")
-        runs = dict(bf16=training("bf16", dtype="bf16", dropout=0.1, recompute=True), fp32=training("fp32", **auto))
+        chosen = dict(device="auto", dtype="auto", batch_size="auto", compile="auto")
+        runs = dict(bf16=training("bf16", dtype="bf16", dropout=0.1, recompute=True), fp32=training("fp32", **chosen))
         results = {name: do(run, kind=kind) for name, run in dict(**runs, sample=sampling, hellaswag=scoring).items()}
         in_float64 = functools.partial(torch.ones, 2, dtype=torch.float64, device=kind)
         print(json.dumps(results | dict(float64=do(in_float64, kind=kind))))
@@ -286,7 +287,7 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
         results["full"] = do(training("full", checkpoint_every=0))
 
     # Broken on purpose.
-    hidden, prefetch, step = model.GPT.hidden, data.prefetch, generate.forward_cached
+    hidden, prefetch, step = model.GPT.hidden, data.prefetch, inference.forward_cached
 
     def with_targets_on_cpu(*args):
         return ((x, torch.zeros(y.shape, dtype=y.dtype)) for x, y in prefetch(*args))
@@ -296,7 +297,7 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
         results["targets on the CPU"] = do(short)
     with mock.patch.object(model.GPT, "hidden", lambda self, idx, *_: hidden(self, idx, torch.arange(idx.size(1)))):
         results["positions on the CPU"] = do(short)
-    with mock.patch.object(generate, "forward_cached", lambda *args: step(*args) * args[1].max().item()):
+    with mock.patch.object(inference, "forward_cached", lambda *args: step(*args) * args[1].max().item()):
         results["read in a graph"] = do(one_prompt)
     print(json.dumps(results))
     sys.stdout.flush()

@@ -79,11 +79,12 @@ def install() -> None:
 
 
 def main(commands: list[list[str]]) -> None:
-    for path in PROJECT.glob("*.py"):
-        importlib.import_module(path.stem)
+    names = [path.stem for path in PROJECT.glob("*.py")] + [f"parts.{path.stem}" for path in PROJECT.glob("parts/*.py")]
+    for name in names:
+        importlib.import_module(name)
     windows_os = SimpleNamespace(**vars(os) | dict(name="nt"))
-    for path in PROJECT.glob("*.py"):
-        if hasattr(module := sys.modules[path.stem], "os"):
+    for name in names:
+        if hasattr(module := sys.modules[name], "os"):
             module.os = windows_os
     for script, *arguments in commands:
         print(f"== {script}", flush=True)

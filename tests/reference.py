@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import GPT2LMHeadModel
 
-import data
-import vocabulary
+from parts import data
+from parts.tokenizer import of_folder
 from train import TrainConfig, build_model
 
 
@@ -39,7 +39,7 @@ def repeat(config: TrainConfig, n_steps: int) -> tuple[GPT2LMHeadModel, list[flo
     """The model after n_steps of a run of one process from scratch in float32, and the loss of each step."""
     if config.dropout or not config.grad_clip:
         raise ValueError("only runs without dropout and with clipping can be repeated")
-    tokenizer = vocabulary.of_folder(config.data_dir, data.read_meta(config.data_dir)["tokenizer"])
+    tokenizer = of_folder(config.data_dir, data.read_meta(config.data_dir)["tokenizer"])
     windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
     sequences = config.total_batch_size // config.block_size
     batches = data.Batches(windows, sequences, sequences, 1, config.seed)

@@ -6,12 +6,10 @@ import pytest
 import torch
 from conftest import make_toy, metrics
 
-import auto
-import generate
-import runtime
 import train
-from auto import batch_size, compilation, fastest, precisions
-from runtime import Runtime
+from parts import auto, runtime
+from parts.auto import batch_size, compilation, fastest, precisions, prepare_for_inference
+from parts.runtime import Runtime
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -101,9 +99,9 @@ def test_inference_has_a_race_of_its_own(monkeypatch, race_is_won_by, winner):
     race_is_won_by(winner)
     monkeypatch.setattr(auto, "precisions", lambda *_: ["fp32", "bf16"])
     machine = Runtime(CPU, torch.float32)
-    model, ready, why = generate.ready(make_toy(), machine, "auto", rows=10_000)
+    model, ready, why = prepare_for_inference(make_toy(), machine, "auto", rows=10_000)
     assert ready.dtype == model.lm_head.weight.dtype == runtime.DTYPES[winner] and "ms a block" in why
-    assert generate.ready(make_toy(), machine, "auto", rows=1)[2] == "dtype: fp32 (a small model: one thread)"
+    assert prepare_for_inference(make_toy(), machine, "auto", rows=1)[2] == "dtype: fp32 (a small model: one thread)"
 
 
 def test_compiling_must_pay(monkeypatch):

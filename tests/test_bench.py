@@ -15,8 +15,8 @@ import torch
 
 import bench
 import model as gpt
-import runtime
 import train
+from parts import runtime
 
 TINY = "--batch_size 1 --block_size 8 --steps 1 --dtype fp32".split()
 

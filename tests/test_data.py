@@ -14,8 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import Batches, Shard, Windows, get_tokenizer
+from parts import data, tokenizer
+from parts.data import Batches, Shard, Windows
+from parts.files import write_whole
+from parts.tokenizer import BREAK, TOKENIZERS, get_tokenizer, save_tokenizer, segments
 
 
 def windows(*lengths: int, block_size: int = 8, vocab_size: int = 60_000) -> Windows:
@@ -30,7 +32,7 @@ def windows(*lengths: int, block_size: int = 8, vocab_size: int = 60_000) -> Win
 @given(st.text())
 def test_tokenizers_give_back_the_text(text):
     text = text.encode("utf-8", errors="replace").decode()  # lone surrogates are no text
-    for name in data.TOKENIZERS:
+    for name in TOKENIZERS:
         tokenizer = get_tokenizer(name)
         ids = tokenizer.encode(text)
         assert ids.dtype == np.uint16 and (ids < tokenizer.end_of_text).all()
@@ -42,12 +44,12 @@ def test_gpt2_ids_are_the_known_ones():
     assert ids.tolist() == [15496, 11, 314, 1101, 257, 3303, 2746, 11] and get_tokenizer(50257).end_of_text == 50256
 
 
-@pytest.mark.parametrize("name", data.TOKENIZERS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_transformers_reads_our_tokenizer_files(tmp_path, name):
     from transformers import AutoTokenizer
 
     ours = get_tokenizer(name)
-    data.save_tokenizer(ours, tmp_path, block_size=64)
+    save_tokenizer(ours, tmp_path, block_size=64)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = "def f(x):\n\treturn x  # naïve ☃ 𝄞 \x00 don't   stop\n"
@@ -65,14 +67,14 @@ def test_segments_tokenise_as_the_whole(parts, size):
     """Cut at a break, a text has the same ids; and where there is none, the same text."""
     text = "".join(parts)
     encode, raw = get_tokenizer("gpt2").encoding.encode_ordinary, text.encode()
-    breaks = [match.start() for match in data.BREAK.finditer(raw)]
+    breaks = [match.start() for match in BREAK.finditer(raw)]
     places = [i for i in range(1, len(text)) if text[i] in " \n" and not text[i - 1].isspace()]
     assert breaks == [len(text[:i].encode()) for i in places]
     for at in breaks:
         assert encode(raw[:at].decode()) + encode(raw[at:].decode()) == encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "PIECE_BYTES", 2 * size)
-        pieces, ids = list(data.segments(raw, 0, len(raw), size=size)), get_tokenizer("gpt2").encode(text).tolist()
+        patch.setattr(tokenizer, "PIECE_BYTES", 2 * size)
+        pieces, ids = list(segments(raw, 0, len(raw), size=size)), get_tokenizer("gpt2").encode(text).tolist()
     assert b"".join(pieces) == raw and get_tokenizer("gpt2").decode(ids) == text
     if set(itertools.accumulate(map(len, pieces[:-1]))) <= set(breaks):
         assert ids == encode(text)
@@ -108,10 +110,10 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    data.write_whole(tmp_path / "x", b"old")
+    write_whole(tmp_path / "x", b"old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*x'"):
-        data.write_whole(tmp_path / "x", b"new")
+        write_whole(tmp_path / "x", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import clean_environment, flags, losses, metrics, weights
 
-import data
+from parts import data
 
 ROOT = Path(__file__).parent.parent
 

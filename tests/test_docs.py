@@ -194,7 +194,7 @@ def test_drawings_are_whole_and_shown():
 
 def test_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 320 and max(map(len, lines)) <= 120
+    assert len(lines) <= 330 and max(map(len, lines)) <= 120
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import pytest
 import torch
 from conftest import clean_environment, flags, losses, metrics, toy_config, weights
 
-import checkpoint
 import train
-from pretrained import checkpoints
+from parts import checkpoint
+from parts.pretrained import checkpoints
 
 ROOT = Path(__file__).parent.parent
 

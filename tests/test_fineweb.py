@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import clean_environment
 
-import data
 import fineweb
+from parts import data
+from parts.tokenizer import get_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATASET = "some/texts"
@@ -147,7 +148,9 @@ def hub():
 
 def start(hub, out: Path, *options: str, name="tiny", before="") -> subprocess.Popen:
     """fineweb.py in a process of its own, with small shards. It waits for no download to be tried again."""
-    script = f"import sys, fineweb, data, prepare\nfineweb.WAIT = 0\n{before}\nfineweb.main(sys.argv[1:])"
+    script = (
+        f"import sys, fineweb\nfrom parts import data, sharding\nfineweb.WAIT = 0\n{before}\nfineweb.main(sys.argv[1:])"
+    )
     plain = [] if "--pretokenized" in options else ["--name", name, "--shard_tokens", "9000"]
     command = ["-c", script, "--dataset", DATASET, "--out", str(out), "--workers", "1", *plain, *options]
     off = dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_UPDATE_DOWNLOAD_COUNTS="0")
@@ -175,7 +178,7 @@ def fails(hub, out: Path, *options: str, **more) -> str:
 @pytest.fixture(scope="module")
 def reference() -> dict[str, np.ndarray]:
     """The shards of TEXTS, made by a plain loop: names and tokens."""
-    encode, shards = data.get_tokenizer("gpt2").encoding.encode_ordinary, {}
+    encode, shards = get_tokenizer("gpt2").encoding.encode_ordinary, {}
     for i, texts in enumerate(TEXTS):
         stream = np.array([token for text in texts if text for token in (50256, *encode(text))], dtype=np.uint16)
         for n in range(-(-len(stream) // 9000)):
@@ -275,8 +278,8 @@ def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference,
     out, rng = tmp_path / "[1]" / "out", random.Random(0)  # a name with the marks of a pattern
     out.parent.mkdir()
     hub.delay, hub.files = 0.02, tiny(format) | {"README.md": hub.files["README.md"]}
-    slow = "import time\ndata.PIECE_BYTES, plain = 2000, prepare.tokenise\n"
-    slow += "prepare.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"
+    slow = "import time\nsharding.PIECE_BYTES, plain = 2000, sharding.tokenise\n"
+    slow += "sharding.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"
     made = set()
     for attempt in range(kills):
         with start(hub, out, before=slow) as process:
@@ -291,7 +294,7 @@ def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference,
         assert now >= made and all(np.array_equal(data.open_shard(out / name).tokens, reference[name]) for name in now)
         made = now
     assert made
-    fetch(hub, out, before="data.PIECE_BYTES = 2000")
+    fetch(hub, out, before="sharding.PIECE_BYTES = 2000")
     assert_made(out, reference)
 
 

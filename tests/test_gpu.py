@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import clean_environment, ids, make_toy, metrics
 from torch._inductor.graph import GraphLowering
 
-import model
+from parts import loss as head_loss
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ import ctypes, sys
 ctypes.CDLL({str(shim)!r}, ctypes.RTLD_GLOBAL)  # before torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import fake_cuda
+from parts import loss as head_loss
 fake_cuda.main(*{arguments!r})
 """
     command = [sys.executable, "-c", script]
@@ -105,7 +106,7 @@ def test_a_mac(shards, tmp_path):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_training_forward_is_one_graph(monkeypatch, recompute):
     """With the loss in several pieces. A break in the graph hands the rest of it to Python."""
-    monkeypatch.setattr(model, "ROWS", 50)
+    monkeypatch.setattr(head_loss, "ROWS", 50)
     gpt = make_toy(recompute=recompute).train()
     x = ids(4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -140,7 +141,7 @@ def test_the_compiled_head_moves_no_more_bytes_than_cross_entropy(monkeypatch):
         return SimpleNamespace(call=lambda inputs: zeros, __file__="", key="")
 
     def ours(x, weight, targets):
-        return model.HeadLoss.apply(x, weight, targets, 1000, True)
+        return head_loss.HeadLoss.apply(x, weight, targets, 1000, True)
 
     def plain(x, weight, targets):
         return F.cross_entropy(F.linear(x, weight)[:, :1000].float(), targets)

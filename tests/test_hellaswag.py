@@ -16,12 +16,14 @@ from conftest import TOY_MODEL, clean_environment, flags, losses, metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
 import hellaswag
 import train
 from hellaswag import Example, Rendered
 from model import GPT, GPTConfig
-from runtime import Runtime
+from parts.files import sha256
+from parts.metrics import PUBLISHED
+from parts.runtime import Runtime
+from parts.tokenizer import Tokenizer, get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -42,7 +44,7 @@ TASKS = [
 
 def toy(tokenizer: str, block_size: int = 128) -> GPT:
     torch.manual_seed(0)
-    vocab_size = data.get_tokenizer(tokenizer).vocab_size
+    vocab_size = get_tokenizer(tokenizer).vocab_size
     model = GPT(GPTConfig(**TOY_MODEL | dict(block_size=block_size), vocab_size=vocab_size))
     for parameter in model.parameters():
         parameter.data *= 4  # so that predictions differ
@@ -50,7 +52,7 @@ def toy(tokenizer: str, block_size: int = 128) -> GPT:
 
 
 @torch.no_grad()
-def plain_losses(model: GPT, task: Example, tokenizer: data.Tokenizer) -> list[float]:
+def plain_losses(model: GPT, task: Example, tokenizer: Tokenizer) -> list[float]:
     """One ending at a time, the context with it each time, logits for everything."""
     window = model.config.block_size
     endings = [tokenizer.encode(" " + ending).tolist()[:window] for ending in task.endings]
@@ -69,7 +71,7 @@ def plain_losses(model: GPT, task: Example, tokenizer: data.Tokenizer) -> list[f
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
 def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens, monkeypatch):
     monkeypatch.setattr(hellaswag, "BATCH_TOKENS", batch_tokens)
-    model, tokens = toy(tokenizer).eval(), data.get_tokenizer(tokenizer)
+    model, tokens = toy(tokenizer).eval(), get_tokenizer(tokenizer)
     rendered = [hellaswag.render(task, tokens, model.config.block_size) for task in TASKS]
     expected = np.array([plain_losses(model, task, tokens) for task in TASKS])
     for batch in hellaswag.batches_of(rendered, batch_tokens):
@@ -98,7 +100,7 @@ def test_batches_take_each_task_once_and_keep_the_budget(sizes, draw):
 
 def test_bf16_and_both_attentions_agree():
     model = toy("gpt2").eval()
-    rendered = [hellaswag.render(task, data.get_tokenizer("gpt2"), 128) for task in TASKS]
+    rendered = [hellaswag.render(task, get_tokenizer("gpt2"), 128) for task in TASKS]
     exact = hellaswag.ending_losses(model, rendered, CPU)
     rounded = hellaswag.ending_losses(model, rendered, Runtime(torch.device("cpu"), torch.bfloat16))
     np.testing.assert_allclose(rounded, exact, rtol=0.03)
@@ -151,7 +153,7 @@ def test_the_harness_cleans_the_texts(tmp_path):
 
 
 @torch.no_grad()
-def harness_sum(model: GPT, context: str, ending: str, tokenizer: data.Tokenizer) -> float:
+def harness_sum(model: GPT, context: str, ending: str, tokenizer: Tokenizer) -> float:
     """The definition: context, space and ending are encoded together. What follows the context's tokens is judged.
 
     White space at the end of the context counts as the ending's.
@@ -166,7 +168,7 @@ def harness_sum(model: GPT, context: str, ending: str, tokenizer: data.Tokenizer
 def test_the_harness_style_equals_its_definition(tokenizer, tmp_path):
     """acc_norm divides by the characters of the ending alone; an empty one is never chosen."""
     tasks = hellaswag.examples(write_lines(tmp_path / "tasks.jsonl", LINES), style="harness")
-    model, tokens = toy(tokenizer).eval(), data.get_tokenizer(tokenizer)
+    model, tokens = toy(tokenizer).eval(), get_tokenizer(tokenizer)
     expected = np.array([[harness_sum(model, context, ending, tokens) for ending in ends] for context, *ends in CLEAN])
     means = [
         [each / len(ending) if ending else np.inf for each, ending in zip(row, ends)]
@@ -259,7 +261,7 @@ def server(monkeypatch, tmp_path):
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{http.server_address[1]}/hellaswag_val.jsonl")
-    monkeypatch.setattr(hellaswag, "SHA256", data.sha256(tmp_path / "source.jsonl"))
+    monkeypatch.setattr(hellaswag, "SHA256", sha256(tmp_path / "source.jsonl"))
     monkeypatch.setattr(hellaswag, "FILE", tmp_path / "kept" / "hellaswag_val.jsonl")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     yield handler
@@ -294,11 +296,11 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     arguments = ["--model", folder, "--device", "cpu", "--dtype", "fp32"]
     hellaswag.main([*arguments, "--data", str(path), "--json"])
     result = json.loads(capsys.readouterr().out)
-    expected = hellaswag.evaluate(toy("bytes"), data.get_tokenizer("bytes"), CPU, TASKS)
+    expected = hellaswag.evaluate(toy("bytes"), get_tokenizer("bytes"), CPU, TASKS)
     assert result["style"] == "completion" and expected.items() <= result.items()
     # Published figures stand beside those of the official tasks, if all of them were scored.
-    monkeypatch.setitem(hellaswag.PUBLISHED["completion"], folder, (0.2859, 0.2955))
-    monkeypatch.setitem(hellaswag.PUBLISHED["harness"], folder, (0.2892, 0.3114))
+    monkeypatch.setitem(PUBLISHED["completion"], folder, (0.2859, 0.2955))
+    monkeypatch.setitem(PUBLISHED["harness"], folder, (0.2892, 0.3114))
     monkeypatch.setattr(hellaswag, "fetch", lambda: path)
     hellaswag.main(arguments)
     out = capsys.readouterr().out
@@ -317,7 +319,7 @@ def test_a_model_without_numbers_has_no_score():
     model = toy("bytes")
     model.transformer.ln_f.weight.data[3] = float("nan")
     with pytest.raises(ValueError, match="not numbers"):
-        hellaswag.evaluate(model, data.get_tokenizer("bytes"), CPU, TASKS[:4])
+        hellaswag.evaluate(model, get_tokenizer("bytes"), CPU, TASKS[:4])
 
 
 def test_ranks_share_the_tasks_and_agree(folder, tmp_path):
@@ -328,7 +330,7 @@ def test_ranks_share_the_tasks_and_agree(folder, tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("{")]
-    expected = hellaswag.evaluate(toy("bytes"), data.get_tokenizer("bytes"), CPU, TASKS)
+    expected = hellaswag.evaluate(toy("bytes"), get_tokenizer("bytes"), CPU, TASKS)
     assert expected.items() <= json.loads(line).items()
 
 
@@ -342,7 +344,7 @@ def test_a_run_scores_itself_and_is_not_disturbed(config, tmp_path):
     records = metrics(tmp_path / "scored", "hellaswag")
     assert [record["step"] for record in records] == [3, 6] and records[0]["n"] == 30
     model = GPT.from_pretrained(tmp_path / "scored" / "step_0000006")
-    expected = hellaswag.evaluate(model, data.get_tokenizer("bytes"), CPU, TASKS[:30])
+    expected = hellaswag.evaluate(model, get_tokenizer("bytes"), CPU, TASKS[:30])
     assert expected.items() <= records[-1].items()
 
 
@@ -352,7 +354,7 @@ def test_a_run_scores_in_the_style_of_its_setting(config, tmp_path):
     (score,) = metrics(tmp_path / "run", "hellaswag")
     model = GPT.from_pretrained(tmp_path / "run" / "step_0000004")
     tasks = hellaswag.examples(scoring["hellaswag_data"], style="harness")
-    assert hellaswag.evaluate(model, data.get_tokenizer("bytes"), CPU, tasks).items() <= score.items()
+    assert hellaswag.evaluate(model, get_tokenizer("bytes"), CPU, tasks).items() <= score.items()
     assert "(GPT-2 124M: 0.3114)" in (tmp_path / "run" / "report.md").read_text()
 
 

@@ -11,9 +11,10 @@ from conftest import TOY, clean_environment, ids, make_toy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-import model as gpt
-from model import GPT, SIZES, GPTConfig, HeadLoss
-from pretrained import is_conv1d
+from model import GPT, SIZES, GPTConfig
+from parts import loss as head
+from parts.loss import HeadLoss
+from parts.pretrained import is_conv1d
 
 DEVICES = [
     "cpu",
@@ -57,9 +58,9 @@ def test_loss_at_initialisation_is_that_of_knowing_nothing():
 @pytest.mark.parametrize("pad_vocab", [True, False])
 def test_the_loss_in_pieces_is_the_loss(monkeypatch, device, dtype, pad_vocab):
     """Loss and all gradients, against cross_entropy over the whole logits; pieces that do not divide the rows."""
-    monkeypatch.setattr(gpt, "ROWS", 10)
+    monkeypatch.setattr(head, "ROWS", 10)
     model = make_toy(pad_vocab=pad_vocab).to(device)
-    monkeypatch.setattr(gpt, "CACHE_BYTES", 3 * 4 * model.config.padded_vocab_size)
+    monkeypatch.setattr(head, "CACHE_BYTES", 3 * 4 * model.config.padded_vocab_size)
     x, y = ids(2, 16).to(device), ids(2, 16, seed=1).to(device)
     found = []
     for in_pieces in (True, False):

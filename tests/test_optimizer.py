@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ids, make_toy
 
-from optimizer import Muon, build_optimizer, in_words, orthogonalise
+from parts.optimizer import Muon, build_optimizer, describe, orthogonalise
 
 CONFIG = SimpleNamespace(optimizer="muon", learning_rate=1e-3, muon_learning_rate=2e-2, muon_momentum=0.9)
 vars(CONFIG).update(weight_decay=0.1, beta1=0.9, beta2=0.95, fused=True)
@@ -57,7 +57,7 @@ def test_every_parameter_is_in_one_group():
     assert embeddings == ["transformer.wte.weight", "transformer.wpe.weight"]
     assert all(name.endswith("bias") or "ln_" in name for name in vectors)
     rest = sum(parameter.numel() for parameter in model.parameters()) - 24_576
-    muon, adamw = in_words(optimizer).split("; ")
+    muon, adamw = describe(optimizer).split("; ")
     assert muon == "muon for 24,576 parameters, learning rate up to 0.02"
     assert adamw == f"adamw for {rest:,} parameters, learning rate up to 0.001"
 

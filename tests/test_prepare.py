@@ -19,9 +19,19 @@ from conftest import clean_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
 import prepare
-import vocabulary
+from parts import data, sharding
+from parts import tokenizer as tokenizer_room
+from parts.documents import find_files
+from parts.files import write_whole
+from parts.sharding import Split, shard_folder
+from parts.tokenizer import get_tokenizer, of_folder
+
+
+def small_pieces(monkeypatch, n_bytes: int) -> None:
+    """Workers get so many bytes of text at a time."""
+    monkeypatch.setattr(sharding, "PIECE_BYTES", n_bytes)
+    monkeypatch.setattr(tokenizer_room, "PIECE_BYTES", n_bytes)
 
 
 def make(tmp_path: Path, files: dict[str, str | bytes], *options: str) -> Path:
@@ -49,7 +59,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def documents_of(out: Path, split: str) -> list[str]:
     tokens = np.concatenate([shard.tokens for shard in data.open_shards(out, split)])
-    tokenizer = vocabulary.of_folder(out, data.read_meta(out)["tokenizer"])
+    tokenizer = of_folder(out, data.read_meta(out)["tokenizer"])
     starts = np.flatnonzero(tokens == tokenizer.end_of_text)
     return [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
 
@@ -59,7 +69,7 @@ def documents_of(out: Path, split: str) -> list[str]:
 
 @given(st.integers(1, 500), st.sampled_from([0.01, 0.05, 0.1, 0.3, 0.5]))
 def test_one_document_of_each_block_is_for_validation(n, fraction):
-    split = prepare.Split(round(1 / fraction))
+    split = Split(round(1 / fraction))
     drawn = [i for i in range(n) if split.ends(b"x", i) == {"val": 1}]
     blocks = [i // split.stride for i in drawn]
     assert blocks in (list(range(n // split.stride)), list(range(-(-n // split.stride))))  # the last one is not whole
@@ -79,7 +89,7 @@ def test_shards_decode_back_to_the_documents(tmp_path, tokenizer):
         found += documents
     assert sorted(found) == sorted(files.values())
     assert meta["documents"] == 24 and meta["complete"] is True
-    assert meta["vocab_size"] == data.get_tokenizer(tokenizer).vocab_size
+    assert meta["vocab_size"] == get_tokenizer(tokenizer).vocab_size
     for rows in meta["shards"].values():
         assert len(rows) > 2 and [row["tokens"] for row in rows[:-1]] == [200] * (len(rows) - 1)
         for row in rows:
@@ -97,7 +107,7 @@ def test_few_documents_give_their_tails(tmp_path):
     # A tenth; it begins at white space if there is some, else at a character.
     assert val == ["abcdefghij", " cd ef gh " + "ab cd ef gh " * 4, "漢字" * 9]
     assert data.read_meta(out)["documents"] == 4
-    assert prepare.Split(tail=0.5).ends(b"a", 0) == {"train": 1, "val": 1}  # training has something of each
+    assert Split(tail=0.5).ends(b"a", 0) == {"train": 1, "val": 1}  # training has something of each
 
 
 ROWS = [f"Row {i}: naïve ☃\n" * (i % 7) for i in range(200)]  # every seventh is empty
@@ -126,7 +136,7 @@ def test_rows_are_documents(tmp_path):
 @pytest.mark.parametrize("val_fraction, tokenizer", [("0.1", "bytes"), ("0.001", "bytes"), ("0.1", "300")])
 def test_any_number_of_workers_makes_the_same_bytes(tmp_path, val_fraction, tokenizer, monkeypatch):
     paths = tables(tmp_path / "tables")
-    monkeypatch.setattr(data, "PIECE_BYTES", 4000)
+    small_pieces(monkeypatch, 4000)
     options = f"--shard_tokens 3000 --val_fraction {val_fraction} --tokenizer {tokenizer} --text_column body".split()
     made = []
     for workers in ("1", "3"):
@@ -158,9 +168,9 @@ OPTIONS = ("--shard_tokens", "1500", "--val_fraction", "0.25", "--tokenizer")
 @pytest.mark.parametrize("tokenizer", ["bytes", "300"])
 def test_interrupted_at_every_write_and_run_again_ends_with_the_same_bytes(tmp_path, monkeypatch, tokenizer):
     """Law 8: stopped at the first file that is written, then at the second, and so on, all in one folder."""
-    monkeypatch.setattr(data, "PIECE_BYTES", 700)
+    small_pieces(monkeypatch, 700)
     out = make(tmp_path, FILES, *OPTIONS, tokenizer)
-    whole, write, left = contents(out), data.write_whole, 0
+    whole, write, left = contents(out), write_whole, 0
     shutil.rmtree(out)
 
     def stopped(path, *content):
@@ -171,7 +181,8 @@ def test_interrupted_at_every_write_and_run_again_ends_with_the_same_bytes(tmp_p
         left -= 1
         write(path, *content)
 
-    monkeypatch.setattr(data, "write_whole", stopped)
+    for room in (data, sharding, prepare):
+        monkeypatch.setattr(room, "write_whole", stopped)
     for attempt in range(99):
         left = attempt
         try:
@@ -187,10 +198,10 @@ def test_interrupted_at_every_write_and_run_again_ends_with_the_same_bytes(tmp_p
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     """A run that continues tokenises at most one shard and one piece again, and writes no shard again."""
-    monkeypatch.setattr(data, "PIECE_BYTES", 500)
+    small_pieces(monkeypatch, 500)
     files = {"a.txt": "some text\n" * 1999 + "some text"}
     options = ("--tokenizer", "bytes", "--shard_tokens", "2000", "--val_fraction", "0")
-    tokenise, seen = prepare.tokenise, []
+    tokenise, seen = sharding.tokenise, []
 
     def counted(piece, tokenizer_name):
         seen.append(sum(len(text) for _, _, text in piece))
@@ -198,7 +209,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return tokenise(piece, tokenizer_name)
 
-    monkeypatch.setattr(prepare, "tokenise", counted)
+    monkeypatch.setattr(sharding, "tokenise", counted)
     with pytest.raises(SystemExit, match="130"):
         make(tmp_path, files, *options)
     seen.clear()
@@ -211,7 +222,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 
 def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("some text\n" * 900)
-    monkeypatch.setattr(prepare, "start_worker", os._exit)
+    monkeypatch.setattr(sharding, "start_worker", os._exit)
     options = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "2"]
     assert "a worker process was killed (out of memory?)" in fails(capsys, str(tmp_path / "a.txt"), *options)
 
@@ -255,10 +266,10 @@ def test_which_files_are_taken(tmp_path):
     out = tmp_path / "text" / "out"
     (out / "deep").mkdir(parents=True)
     (out / "deep" / "shard.py").write_text("written by an earlier run")
-    found = prepare.find_files([str(tmp_path / "text")], "*.py", ["tests", "test_*"], out)
+    found = find_files([str(tmp_path / "text")], "*.py", ["tests", "test_*"], out)
     assert [str(path.relative_to(tmp_path / "text")) for path in found] == ["a.py", "deep/er/c.py"]
     b, a = str(tmp_path / "text" / "**" / "*.txt"), str(tmp_path / "text" / "a.py")
-    assert [path.name for path in prepare.find_files([b, a, b, a], "*", [], out)] == ["b.txt", "a.py"]
+    assert [path.name for path in find_files([b, a, b, a], "*", [], out)] == ["b.txt", "a.py"]
 
 
 def test_wrong_rows_are_named(tmp_path, capsys):
@@ -296,7 +307,7 @@ def test_only_the_same_command_continues_and_at_the_end_does_nothing(tmp_path, c
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for where, name in ((prepare, "tokenise"), (np, "savez")):  # before the first shard, and after it
+    for where, name in ((sharding, "tokenise"), (np, "savez")):  # before the first shard, and after it
         with monkeypatch.context() as patch:
             patch.setattr(where, name, interrupted)
             fails(capsys, *options, "1000", code=130)
@@ -317,16 +328,16 @@ def test_two_commands_at_one_folder_do_not_mix(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some text\n" * 900)
     out, source = tmp_path / "out", {"name": "a part"}
     command = [str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", "bytes"]
-    with prepare.shard_folder(out, {"name": "another"}):
+    with shard_folder(out, {"name": "another"}):
         assert "another process makes these shards" in fails(capsys, *command)
     shutil.rmtree(out)
-    with prepare.shard_folder(out, source, part=1, parts=2), prepare.shard_folder(out, source, part=2, parts=2):
+    with shard_folder(out, source, part=1, parts=2), shard_folder(out, source, part=2, parts=2):
         assert "another process" in fails(capsys, *command)
         for part, parts in ((1, 2), (1, 3)):
             with pytest.raises(ValueError, match="another process"):
-                prepare.shard_folder(out, source, part=part, parts=parts).__enter__()
+                shard_folder(out, source, part=part, parts=parts).__enter__()
     with pytest.raises(ValueError, match="name a part -> other"):
-        prepare.shard_folder(out, {"name": "other"}, part=1, parts=2).__enter__()
+        shard_folder(out, {"name": "other"}, part=1, parts=2).__enter__()
     prepare.main(command)  # nothing was written there
     assert data.read_meta(out)["complete"]
 

@@ -12,10 +12,11 @@ from conftest import ids, make_toy
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import generate
 from model import GPT, GPTConfig
-from pretrained import checkpoints, resolve
-from runtime import Runtime
+from parts import inference
+from parts.auto import prepare_for_inference
+from parts.pretrained import checkpoints, resolve
+from parts.runtime import Runtime
 
 WEIGHTS = "model.safetensors"
 SHAPE = dict(n_layer=2, n_head=1, n_embd=8, block_size=4, vocab_size=9)
@@ -108,11 +109,11 @@ def test_both_forms_of_gelu_are_read_written_and_computed(tmp_path, activation):
 
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     assert torch.allclose(ours(x[:, :-1], x[:, 1:]), loss, atol=2e-5)
-    packed, _, _ = generate.ready(ours, Runtime(torch.device("cpu"), torch.float32), "fp32", rows=2)
+    packed, _, _ = prepare_for_inference(ours, Runtime(torch.device("cpu"), torch.float32), "fp32", rows=2)
     for token_graph in (False, True):  # the graph's arithmetic, without a GPU to capture it
-        cache, _ = generate.prefill(packed, x[:, :-1].tolist(), 2)
-        step = generate.TokenGraph(packed, cache) if token_graph else None
-        last = step(x[:, -1:]) if step else generate.forward_cached(packed, x[:, -1:], cache)
+        cache, _ = inference.prefill(packed, x[:, :-1].tolist(), 2)
+        step = inference.TokenGraph(packed, cache) if token_graph else None
+        last = step(x[:, -1:]) if step else inference.forward_cached(packed, x[:, -1:], cache)
         assert torch.allclose(last, logits[:, -1], atol=2e-5)
 
 

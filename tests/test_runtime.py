@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import runtime
-from runtime import choose_device
+from parts import runtime
+from parts.runtime import choose_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -21,12 +21,14 @@ from conftest import TOY_MODEL, clean_environment, make_toy
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
-import pretrained
 import sample
 import train
-from generate import generate
 from model import GPT, GPTConfig
+from parts import inference, pretrained
+from parts import page as page_room
+from parts.console import printable
+from parts.inference import SETTINGS, Text, checked, complete, generate
+from parts.tokenizer import BytesTokenizer, get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RULE = "-" * 40 + "\n"
@@ -78,7 +80,7 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batch(toy, capsys, monke
     texts = [text.rstrip("\n") for text in batch.split(RULE)]
     assert len(texts) == 4 and [text[:5] for text in texts] == ["A lon", "A lon", "The f", "The f"]
     assert texts[2:] == [alone.rstrip("\n"), other.rstrip("\n")]  # sample i draws from seed + i
-    stream = watch(monkeypatch, sample.generate, "stream")
+    stream = watch(monkeypatch, inference, "stream")
     monkeypatch.setattr(sample, "BATCH", 3)
     assert run(capsys, *arguments, "-p", "A longer prompt", "-p", "The fox", "-n", "2")[0] == batch
     assert [len(call.args[1]) for call in stream.call_args_list] == [3, 1]
@@ -187,7 +189,7 @@ def test_bad_models_and_prompts_are_one_line(toy, capsys, tmp_path, monkeypatch)
     model.transformer.ln_f.weight.data[3] = float("nan")
     model.save_pretrained(tmp_path)
     assert "logits are NaN: it is damaged, or its training diverged" in fails(capsys, "--model", str(tmp_path))
-    monkeypatch.setattr(sample.generate, "stream", Mock(side_effect=torch.OutOfMemoryError))
+    monkeypatch.setattr(inference, "stream", Mock(side_effect=torch.OutOfMemoryError))
     assert "out of memory; fewer --samples" in fails(capsys, "--model", toy)
 
 
@@ -208,11 +210,11 @@ def test_bad_options_are_one_line(capsys, options):
 # ---- What is shown: characters, stops, streams, JSON, colours --------------------------------------------------------
 
 
-def grow(tokens: list[bytes], stops: list[str], end=None) -> tuple[sample.Text, list[str]]:
+def grow(tokens: list[bytes], stops: list[str], end=None) -> tuple[Text, list[str]]:
     """A text that grew by tokens of these bytes, number `end` ending it, and what it showed after each."""
-    tokenizer = data.BytesTokenizer()
+    tokenizer = BytesTokenizer()
     tokenizer.end_of_text, tokenizer.decode_bytes = end, lambda ids: b"".join(tokens[i] for i in ids)
-    text = sample.Text(tokenizer, "x", 0, stops)
+    text = Text(tokenizer, "x", 0, stops)
     shown = [text.add(i) for i in range(len(tokens)) if not text.done]
     return text, shown if text.done else [*shown, text.add(None)]
 
@@ -250,9 +252,9 @@ def test_a_stop_text_ends_the_sample(toy, capsys):
     # It stays ended beside one that goes on.
     assert run(capsys, *arguments, "-p", "x", "--stop", stop)[0].startswith(stopped + RULE)
     # Nothing is computed behind it.
-    model, settings = GPT.from_pretrained(toy), sample.checked(vars(sample.parse_arguments(["-m", "80"])))
-    grown = sample.Text(data.get_tokenizer("bytes"), "ab", 1337, [stop])
-    assert len(list(sample.complete(model, [grown], settings, logprobs=True))) == len(grown.record) < 80
+    model, settings = GPT.from_pretrained(toy), checked(vars(sample.parse_arguments(["-m", "80"])))
+    grown = Text(get_tokenizer("bytes"), "ab", 1337, [stop])
+    assert len(list(complete(model, [grown], settings, logprobs=True))) == len(grown.record) < 80
 
 
 def test_a_single_sample_is_shown_as_it_comes(toy, capsys, monkeypatch):
@@ -267,7 +269,7 @@ def test_json_is_for_programs(toy, capsys):
     whole, _ = run(capsys, *arguments)
     out, _ = run(capsys, *arguments, "--json", "--logprobs")
     records = [json.loads(line) for line in out.splitlines()]
-    assert RULE.join(f"{record['prompt']}{data.printable(record['completion'])}\n" for record in records) == whole
+    assert RULE.join(f"{record['prompt']}{printable(record['completion'])}\n" for record in records) == whole
     # Against a plain sum over the model's own log-probabilities.
     model, prompt = GPT.from_pretrained(toy), list(b"The fox")
     row = torch.tensor([prompt + generate(model, [prompt], 7, temperature=0)[0]])
@@ -316,24 +318,24 @@ def test_writing_together(toy, capsys, monkeypatch):
     """The text grows by lines of both. Commands change what comes after them, mistakes change nothing."""
     type_in(monkeypatch, "/temperature 0", "/max_tokens 5", "ab", "/top_p 7", "/seed x", "/hi", "cd", "/reset", "ab")
     out, err = run(capsys, "--model", toy, "-i")
-    tokens, model = data.get_tokenizer("bytes"), GPT.from_pretrained(toy)
+    tokens, model = get_tokenizer("bytes"), GPT.from_pretrained(toy)
 
     def continued(text: str) -> str:
         return tokens.decode(generate(model, [list(text.encode())], 5, temperature=0, stop_token=256)[0])
 
     first = continued("ab")
     second = continued(f"ab{first}\ncd")
-    assert out.replace("> ", "") == "".join(data.printable(text) + "\n" for text in (first, second, first, ""))
+    assert out.replace("> ", "") == "".join(printable(text) + "\n" for text in (first, second, first, ""))
     mistakes = err.splitlines()[-3:]
     assert mistakes[0] == "/top_p 7: top_p must be at most 1"
     assert mistakes[1].startswith("/seed x: ") and mistakes[2] == "/hi: no such command; /help lists them"
     type_in(monkeypatch, "/help")
-    assert set(re.findall(r"^  /(\w+)", run(capsys, "--model", toy, "-i")[1], re.M)) == {*sample.SETTINGS, "reset"}
+    assert set(re.findall(r"^  /(\w+)", run(capsys, "--model", toy, "-i")[1], re.M)) == {*SETTINGS, "reset"}
 
 
 def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
     """-p opens the text; the model reads its end. Each answer has its own seed."""
-    stream = watch(monkeypatch, sample.generate, "stream")
+    stream = watch(monkeypatch, inference, "stream")
     type_in(monkeypatch, "a line of some length, number one", "next", "/max_tokens 30", "/seed 50", "on", "/reset", "")
     assert run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8", "--seed", "7")[0].startswith("Once ")
     [first], [second], [third], [fourth] = (call.args[1] for call in stream.call_args_list)
@@ -345,7 +347,7 @@ def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
 
 
 def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
-    monkeypatch.setattr(sample.generate, "stream", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(inference, "stream", Mock(side_effect=KeyboardInterrupt))
     type_in(monkeypatch, "a", "b")
     assert run(capsys, "--model", toy, "-i")[0] == "> \n> \n> \n"  # two answers and the end of the input
     with pytest.raises(SystemExit) as exit_:
@@ -358,10 +360,10 @@ def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
 
 @pytest.fixture
 def page(toy, monkeypatch):
-    """What the command with these arguments gives web.serve."""
+    """What the command with these arguments gives page.serve."""
 
     def page(*argv: str, model: str = toy) -> list:
-        monkeypatch.setattr(sample.web, "serve", serve := Mock())
+        monkeypatch.setattr(page_room, "serve", serve := Mock())
         sample.main(["--model", str(model), "--web", *argv, "--device", "cpu", "--dtype", "fp32"])
         return serve.call_args.args
 

@@ -14,11 +14,10 @@ import pytest
 import torch
 from conftest import clean_environment, flags, metrics, toy_config
 
-import data
 import fineweb
-import prepare
-import runtime
-from pretrained import checkpoints
+from parts import data, runtime
+from parts.pretrained import checkpoints
+from parts.sharding import available_cpus
 
 PROJECT = Path(__file__).parent.parent
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="which files are in use, /proc tells")
@@ -66,7 +65,7 @@ def test_no_mapped_file_is_moved(tmp_path, monkeypatch):
 def test_a_pool_on_windows_has_at_most_61_processes(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
-    assert prepare.available_cpus() == 61
+    assert available_cpus() == 61
 
 
 def test_a_mac_with_several_processes_takes_its_cpu(monkeypatch):

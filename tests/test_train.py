@@ -22,13 +22,12 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-import auto
-import data
 import prepare
 import train
 from model import GPT, Block, GPTConfig
-from pretrained import checkpoints
-from runtime import Runtime
+from parts import auto, data
+from parts.pretrained import checkpoints
+from parts.runtime import Runtime
 
 ROOT = Path(train.__file__).parent
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-import data
-import vocabulary
-from run import of_kind, read_metrics
+from parts import data
+from parts.metrics import of_kind, read_metrics
+from parts.tokenizer import of_folder
 from train import TrainConfig, build_model
 
 EDITS = {
@@ -39,7 +39,7 @@ def main(nanogpt: Path, run: Path, out: Path) -> None:
     records = read_metrics(run / "metrics.jsonl")
     facts, ours = of_kind(records, "run")[0], of_kind(records, "train")
     config = TrainConfig(**facts["settings"])
-    tokenizer = vocabulary.of_folder(config.data_dir, data.read_meta(config.data_dir)["tokenizer"])
+    tokenizer = of_folder(config.data_dir, data.read_meta(config.data_dir)["tokenizer"])
     windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
     n = config.total_batch_size // config.block_size
     batches = data.Batches(windows, n, n, 1, config.seed)

@@ -34,12 +34,11 @@ import numpy as np
 import torch
 
 import bench
-import data
-import runtime
+from parts import data, runtime
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 B, STEPS, ROUNDS, NEW, TASKS = 1, 4, 3, 64, 40
-VOCABULARY = {'tiktoken.get_encoding("gpt2")': '__import__("data").get_tokenizer("gpt2").encoding'}
+VOCABULARY = {'tiktoken.get_encoding("gpt2")': '__import__("parts.tokenizer").tokenizer.get_tokenizer("gpt2").encoding'}
 PARQUET = '"parquet", data_files=os.environ["TEXT"], '
 EDITS = {
     "nanoGPT": {
@@ -58,10 +57,13 @@ BF16 = {"train.py": EDITS["nanoGPT"]["train.py"] | {"nullcontext() if device_typ
 EDITS["nanoGPT, bf16"] = EDITS["nanoGPT"] | BF16
 
 # What is timed besides training and tokenising: set-up, then the code that counts.
-OURS = "import json, data, generate, hellaswag, runtime; from model import GPT, GPTConfig; import os, torch\n"
-OURS += "model, machine, _ = generate.ready(GPT(GPTConfig()).eval(), runtime.start('cpu'), 'auto', rows={rows})\n"
+OURS = "import hellaswag; from parts import inference, runtime; from parts.auto import prepare_for_inference; "
+OURS += "from parts.tokenizer import get_tokenizer; from model import GPT, GPTConfig; import os, torch\n"
+OURS += (
+    "model, machine, _ = prepare_for_inference(GPT(GPTConfig()).eval(), runtime.start('cpu'), 'auto', rows={rows})\n"
+)
 GENERATE = {
-    "ours": OURS.format(rows=1) + f"# timed\ngenerate.generate(model, [list(range(16))], {NEW}, temperature=0)",
+    "ours": OURS.format(rows=1) + f"# timed\ninference.generate(model, [list(range(16))], {NEW}, temperature=0)",
     "nanoGPT": "import torch; from model import GPT, GPTConfig; model = GPT(GPTConfig(bias=True)).eval()"
     f"\n# timed\nmodel.generate(torch.arange(16)[None], {NEW}, top_k=1)",
     "transformers": "import torch; from transformers import GPT2Config, GPT2LMHeadModel\n"
@@ -71,7 +73,7 @@ GENERATE = {
 }
 SCORE = {
     "ours": OURS.format(rows=1024) + f"tasks = hellaswag.examples(os.environ['TASKS'], {TASKS})"
-    "\n# timed\nhellaswag.evaluate(model, data.get_tokenizer('gpt2'), machine, tasks)",
+    "\n# timed\nhellaswag.evaluate(model, get_tokenizer('gpt2'), machine, tasks)",
     "build-nanogpt": f"""
 import json, os; from gpt import *
 model, lines = GPT(GPTConfig(vocab_size=50304)).eval(), open(os.environ['TASKS']).readlines()[:{TASKS}]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import clean_environment
 
-import web
+from parts import page as room
 
 pytest.importorskip("flask")
 
@@ -33,7 +33,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 # sample.py's part, in another process. The prompt says what comes; "closed" is printed when an answer ends. A prompt of
 # numbers is counted on from there, modulo 10, by tokens whose ids are their digits plus 1; 0 is the end of text.
 SERVER = """
-import json, pathlib, signal, sys, time, web
+import json, pathlib, signal, sys, time
+from parts import page
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job, such as nohup make test
 def token(text, p=0.3, id=1):
     likely = [(text, p, id), ("\\n", 0.25, 11), (" <i>a</i>", 0.2, 12), ("b", 0.1, 13), ("\\t", 0.05, 14)]
@@ -75,7 +76,7 @@ def answer(asked):
         print("closed", flush=True)
 def progress():
     return json.loads(pathlib.Path(sys.argv[2]).read_text())
-web.serve(answer, progress, json.loads(sys.argv[1]), 0)
+page.serve(answer, progress, json.loads(sys.argv[1]), 0)
 """
 
 
@@ -84,7 +85,7 @@ def words(settings: dict):
 
 
 def client(answer=words):
-    return web.make_app(answer, lambda: RUN, FORM).test_client()
+    return room.make_app(answer, lambda: RUN, FORM).test_client()
 
 
 def post(client, **headers):
@@ -192,7 +193,7 @@ def test_it_listens_on_this_computer_only_and_says_where(server):
         socket.create_connection(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
     for port in (server.port, 70000):
         with pytest.raises(ValueError, match=rf"^--port {port}: .* 0 for any free one\)$"):
-            web.serve(words, dict, FORM, port)
+            room.serve(words, dict, FORM, port)
 
 
 def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):

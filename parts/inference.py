@@ -1,7 +1,6 @@
 """Inference: a model continues token ids, with a KV cache, packed weights, and a CUDA graph for the one-token step."""
 
-import copy
-import functools
+import codecs
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,11 +9,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import auto
-from model import GPT
-from runtime import DTYPES, Runtime
+from parts import GPT
+from parts.tokenizer import Tokenizer
 
-SMALL = 1_000_000  # multiply-adds in a block: threads would spend more time on meeting each other
 GRAPH_FROM = 32  # new tokens; for fewer, capturing a CUDA graph does not pay
 
 
@@ -141,27 +138,7 @@ def pack(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def ready(model: GPT, machine: Runtime, dtype: str, rows: int) -> tuple[GPT, Runtime, str]:
-    """The model packed on its device, the Runtime with its precision, and a line that says why.
-
-    rows: how many tokens one forward pass has. With "auto" on a CPU, one block races with so many: a few rows are bound
-    by reading the weights, so bf16 can win here on CPUs where it loses in training.
-    """
-    model, names, why = model.to(machine.device), auto.precisions(dtype, machine.device), ""
-    block, name = model.transformer.h[0], names[0]
-    if machine.device.type == "cpu" and rows * 12 * model.config.n_embd**2 < SMALL:
-        torch.set_num_threads(1)
-        why = " (a small model: one thread)"
-    elif machine.device.type == "cpu" and dtype == "auto":
-        x = torch.randn(rows, 1, model.config.n_embd)
-        runs = {n: functools.partial(pack(copy.deepcopy(block), DTYPES[n]), x) for n in names}
-        with torch.no_grad():
-            name, threads, _, why = auto.contest(runs, margin=1.1)  # a near tie must not change the text of a seed
-        torch.set_num_threads(threads or torch.get_num_threads())
-    return pack(model, DTYPES[name]), machine.computing_in(name), f"dtype: {name}{why}"
-
-
-# ---- Choosing a token ------------------------------------------------------------------------------------------------
+# ---- Choosing a token -----------------------------------------------------------------------------
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -286,3 +263,82 @@ def generate(model: GPT, prompts, max_new_tokens: int, **options) -> list[list[i
     steps = [step.tokens for step in stream(model, prompts, max_new_tokens, **options)]
     model.train(was_training)
     return [[tokens[b] for tokens in steps if tokens[b] is not None] for b in range(len(prompts))]
+
+
+# ---- Texts ----------------------------------------------------------------------------------------
+
+
+# Name: default, smallest and largest value, meaning. The default's type is the setting's.
+SETTINGS = {
+    "max_tokens": (100, 1, 2**62, "new tokens for each sample"),
+    "temperature": (1.0, 0, 2**62, "0 always takes the most likely token"),
+    "top_k": (50, 0, 2**62, "draw from the k most likely tokens; 0 is all"),
+    "top_p": (1.0, 0, 1, "draw from the fewest tokens that together have this probability; 1 is all"),
+    "min_p": (0.0, 0, 1, "draw from the tokens with this share of the top token's probability; 0 is all"),
+    "repetition_penalty": (1.0, 0.01, 100, "above 1: tokens that are in the text become less likely"),
+    "seed": (1337, 0, 2**62, "sample number i draws from seed + i"),
+}
+
+
+def checked(values: dict) -> dict:
+    """The settings among these values. ValueError if one is missing, not a number, or out of range."""
+    for name, (default, low, high, _) in SETTINGS.items():
+        value = values.get(name)
+        if type(value) not in (int, type(default)):
+            raise ValueError(f"{name} must be a {'whole ' if type(default) is int else ''}number")
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be {f'at most {high}' if value > high else f'{low} or more'}")
+    return {name: values[name] for name in SETTINGS}
+
+
+class Text:
+    """A prompt's continuation, token by token. It shows no incomplete characters and no part of a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, seed: int, stops: list[str]):
+        self.tokenizer, self.prompt, self.seed = tokenizer, prompt, seed
+        self.ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]  # of the prompt
+        self.stops = [stop.replace("\\n", "\n") for stop in stops if stop]
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.held, self.done = "", "", False  # shown; held back, as it may become a stop text; complete
+        # If wanted, for each token: its text, log-probability and id, and those of the five most likely in its place.
+        self.record: list[tuple[str, float, int, list[tuple[str, float, int]]]] = []
+
+    def add(self, token: int | None, logprobs: torch.Tensor | None = None) -> str:
+        """Append a token (None: no more come) and return what is ready to show; logprobs (V) are those of its place."""
+        if logprobs is not None:
+            values, ids = logprobs.topk(min(5, len(logprobs)))
+            likely = [(self.tokenizer.decode([i]), value, i) for i, value in zip(ids.tolist(), values.tolist())]
+            self.record.append((self.tokenizer.decode([token]), logprobs[token].item(), token, likely))
+        last = token in (None, self.tokenizer.end_of_text)
+        self.held += self.decoder.decode(b"" if last else self.tokenizer.decode_bytes([token]), final=last)
+        ends = [at for at in map(self.held.find, self.stops) if at >= 0]
+        starts = [n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])]
+        self.done = last or bool(ends)
+        end = min(ends) if ends else len(self.held) - (0 if last else max(starts, default=0))
+        shown, self.held = self.held[:end], self.held[end:]
+        self.text += shown
+        return shown
+
+    def take(self, tokens: list[int]) -> list[str]:
+        """Append tokens that stand already; returns what each of them shows. Neither stop text nor id ends the text."""
+        stops, self.stops = self.stops, []
+        shown = [self.add(token) for token in tokens]
+        self.ids, self.stops, self.done = self.ids + tokens, stops, False
+        return shown
+
+
+def complete(model: GPT, texts: list[Text], settings: dict, logprobs=False, cut=False) -> Iterator[list[str]]:
+    """Continue the texts as one batch; after each token, yield what each of them can show.
+
+    cut: of a long prompt, the model reads the end. New tokens get room, because generation past the window is slow.
+    """
+    max_tokens, block_size = settings["max_tokens"], model.config.block_size
+    longest = max(block_size - max_tokens, block_size // 2)
+    prompts, seeds = [text.ids[-longest:] if cut else text.ids for text in texts], [text.seed for text in texts]
+    sampling = {name: value for name, value in settings.items() if name not in ("max_tokens", "seed")}
+    for step in stream(model, prompts, max_tokens, seeds, texts[0].tokenizer.end_of_text, **sampling):
+        rows = step.logits.log_softmax(dim=-1) if logprobs else [None] * len(texts)
+        yield ["" if text.done else text.add(token, row) for text, token, row in zip(texts, step.tokens, rows)]
+        if all(text.done for text in texts):
+            return
+    yield ["" if text.done else text.add(None) for text in texts]

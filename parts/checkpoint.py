@@ -6,6 +6,7 @@ A folder with such a name is whole: it is written under a name that begins with 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-import data
-import pretrained
-import run
-import vocabulary
-from model import GPT, GPTConfig
-from pretrained import checkpoints
+from parts import GPT, GPTConfig, pretrained
+from parts.files import fsync, sha256
+from parts.metrics import of_kind, read_metrics
+from parts.pretrained import checkpoints
+from parts.report import card
+from parts.tokenizer import TOKENIZER_FILE, Tokenizer, save_tokenizer
 
 FILES = ("config.json", "model.safetensors", "train_state.pt")  # and settings.json, which has their SHA-256
 # These may not change between a checkpoint and the run that continues it: the tensors would not fit.
@@ -31,13 +32,15 @@ CURVE = (
     *("seed", "dtype", "block_size", "dropout", "total_batch_size", "weight_decay", "beta1", "beta2", "grad_clip"),
     *("learning_rate", "muon_learning_rate", "muon_momentum", "min_lr", "lr_schedule", "warmup_steps", "max_steps"),
 )
+# What a run writes into its folder; no other file there is ever moved.
+OURS = "step_* metrics.jsonl* wandb_id tensorboard report.md loss.[sp]?g training.[sp]?g profile.txt trace.json"
 
 
 def choose(config, restarts: int) -> Path | None:
     """The checkpoint to continue from, by config.resume; None to start anew. ValueError if it is damaged or unfit."""
     out_dir, found = Path(config.out_dir), None
     # A process that torchrun restarts resumes the run that its job has begun; --resume was meant for the first start.
-    begun = [record["job"] for record in run.of_kind(run.read_metrics(out_dir / "metrics.jsonl"), "run")][-1:]
+    begun = [record["job"] for record in of_kind(read_metrics(out_dir / "metrics.jsonl"), "run")][-1:]
     if config.resume == "auto" or (restarts and begun == [os.environ.get("TORCHELASTIC_RUN_ID")]):
         found = newest_whole(out_dir)
     if found is None and config.resume not in ("auto", "never"):
@@ -78,7 +81,7 @@ def verify(checkpoint: Path) -> None:
     """ValueError or OSError unless the files of a checkpoint are as they were written."""
     expected = read_state(checkpoint)["sha256"]
     for name in {*FILES, *expected}:  # a learned vocabulary is in `expected` only
-        found = data.sha256(checkpoint / name)
+        found = sha256(checkpoint / name)
         if expected.get(name, found) != found:
             raise ValueError(f"{checkpoint / name} is not as it was written: its SHA-256 differs")
 
@@ -131,6 +134,29 @@ def finished_message(out_dir: Path, step: int, max_steps: int) -> str:
   to start over:      the same command with --resume=never"""
 
 
+def make_room(out_dir: Path, found: Path | None, start_step: int) -> None:
+    """Move the checkpoints later than `found` into a new folder beside out_dir, and delete leftovers of killed runs.
+
+    Without `found`, or if it is another run's, all that a run has written here moves.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in out_dir.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    continues = found is not None and found.resolve().parent == out_dir.resolve()
+    if continues:
+        moved = [folder for folder in checkpoints(out_dir) if int(folder.name.removeprefix("step_")) > start_step]
+    else:
+        moved = [path for pattern in OURS.split() for path in out_dir.glob(pattern)]
+    if moved:
+        aside = next(p for n in itertools.count(1) if not (p := Path(f"{out_dir.resolve()}.old{n}")).exists())
+        aside.mkdir()
+        if continues:
+            shutil.copy(out_dir / "metrics.jsonl", aside)
+        for path in moved:
+            path.rename(aside / path.name)
+        print(f"files of the earlier run are moved to {aside}")
+
+
 class Saver(contextlib.AbstractContextManager):
     """Writes checkpoints on a thread, one at a time, from copies, while training continues."""
 
@@ -142,7 +168,7 @@ class Saver(contextlib.AbstractContextManager):
     def __exit__(self, kind, *_) -> None:
         self.thread.shutdown(wait=kind is not KeyboardInterrupt)  # a second Ctrl-C does not wait
 
-    def save(self, model: GPT, tokenizer: data.Tokenizer, optimizer, scaler, state: dict) -> None:
+    def save(self, model: GPT, tokenizer: Tokenizer, optimizer, scaler, state: dict) -> None:
         """Copy all and begin to write it. OSError if there is no room, or if the checkpoint before was not written."""
         self.wait()
         check_space(self.out_dir, model)
@@ -153,19 +179,19 @@ class Saver(contextlib.AbstractContextManager):
         """Wait until the last checkpoint is written. OSError if that fails, usually on a full disk."""
         self.writing.result()
 
-    def write(self, config: GPTConfig, weights: dict, tokenizer: data.Tokenizer, memory: dict, state: dict) -> None:
+    def write(self, config: GPTConfig, weights: dict, tokenizer: Tokenizer, memory: dict, state: dict) -> None:
         """Write a checkpoint aside, sync and rename it, then delete all but the newest `keep` and the best."""
         folder = self.out_dir / f"step_{state['step']:07d}"
         aside = folder.with_name(f".{folder.name}.tmp")
         try:
             pretrained.write(aside, config, weights)
-            data.save_tokenizer(tokenizer, aside, config.block_size)
+            save_tokenizer(tokenizer, aside, config.block_size)
             torch.save(memory, aside / "train_state.pt")
             with contextlib.suppress(Exception):  # no card is worth a checkpoint
-                card = run.card(self.out_dir, state["step"])
-                (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")
-            files = [aside / name for name in (*FILES, vocabulary.FILE)]
-            sums = {file.name: data.sha256(file) for file in files if file.exists()}
+                text = card(self.out_dir, state["step"])
+                (aside / "README.md").write_text(text, encoding="utf-8", errors="replace")
+            files = [aside / name for name in (*FILES, TOKENIZER_FILE)]
+            sums = {file.name: sha256(file) for file in files if file.exists()}
             (aside / "settings.json").write_text(json.dumps(state | dict(sha256=sums), indent=2) + "\n")
             for path in (*aside.iterdir(), aside):
                 fsync(path)
@@ -196,11 +222,3 @@ def check_space(folder: Path, model: GPT) -> None:
     needed, free = 3 * 4 * model.num_params(), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{folder}: a checkpoint takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
-
-
-def fsync(path: Path) -> None:
-    """Make the disk hold what was written to a file, or a folder's list of names."""
-    if os.name != "nt" or path.is_file():  # Windows cannot sync a folder
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

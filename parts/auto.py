@@ -4,6 +4,7 @@ No flag of a CPU tells which precision it multiplies faster: with AVX512_BF16, b
 and slower on another. So candidates run a piece of the real work, and the fastest is taken.
 """
 
+import copy
 import functools
 import math
 import os
@@ -13,11 +14,13 @@ from collections.abc import Callable
 
 import torch
 
-from model import GPT
-from runtime import DTYPES, Runtime
+from parts import GPT
+from parts.inference import pack
+from parts.runtime import DTYPES, Runtime
 
 RACE_PAYS = 20  # seconds: a shorter run takes the first candidate
 MOST_TOKENS = {"cuda": 65_536, "cpu": 8_192, "mps": 8_192}  # in a micro-step; larger ones are not faster
+SMALL = 1_000_000  # multiply-adds in a block: threads would spend more time on meeting each other
 
 
 def race(candidates: dict[str, Callable[[], object]], seconds: float = 0.15) -> dict[str, float]:
@@ -68,6 +71,9 @@ def contest(runs: dict[str, Callable[[], object]], margin: float = 1.03) -> tupl
     shown += [f"{n} thread{'s' * (n > 1)} {ms:.1f}" for n, ms in threads.items()]
     why = f" (ms a block: {', '.join(shown)})"
     return name, fastest(threads) if threads else None, times, why
+
+
+# ---- Training -------------------------------------------------------------------------------------
 
 
 def precisions(setting: str, device: torch.device) -> list[str]:
@@ -203,3 +209,26 @@ def try_step(model: torch.nn.Module, batch_size: int, T: int, machine: Runtime, 
     with machine.autocast():
         loss = model(idx, idx)
     loss.backward()
+
+
+# ---- Inference ------------------------------------------------------------------------------------
+
+
+def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -> tuple[GPT, Runtime, str]:
+    """The model packed on its device, the Runtime with its precision, and a line that says why.
+
+    rows: how many tokens one forward pass has. With "auto" on a CPU, one block races with so many: a few rows are bound
+    by reading the weights, so bf16 can win here on CPUs where it loses in training.
+    """
+    model, names, why = model.to(machine.device), precisions(dtype, machine.device), ""
+    block, name = model.transformer.h[0], names[0]
+    if machine.device.type == "cpu" and rows * 12 * model.config.n_embd**2 < SMALL:
+        torch.set_num_threads(1)
+        why = " (a small model: one thread)"
+    elif machine.device.type == "cpu" and dtype == "auto":
+        x = torch.randn(rows, 1, model.config.n_embd)
+        runs = {n: functools.partial(pack(copy.deepcopy(block), DTYPES[n]), x) for n in names}
+        with torch.no_grad():
+            name, threads, _, why = contest(runs, margin=1.1)  # a near tie must not change the text of a seed
+        torch.set_num_threads(threads or torch.get_num_threads())
+    return pack(model, DTYPES[name]), machine.computing_in(name), f"dtype: {name}{why}"

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from model import GPT
+from parts import GPT
 
 # Muon (K. Jordan and others, 2024, kellerjordan.github.io/posts/muon): the coefficients of its polynomial.
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
@@ -30,7 +30,7 @@ def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optim
     return Muon([muon, *groups], config.muon_momentum, dtype, lr=lr, betas=betas, eps=1e-8, fused=config.fused)
 
 
-def in_words(optimizer: torch.optim.Optimizer) -> str:
+def describe(optimizer: torch.optim.Optimizer) -> str:
     """The rules of a new optimizer, with the number of their parameters and the peak learning rate, in a line."""
     sizes = Counter()
     for group in optimizer.param_groups:

@@ -2,10 +2,11 @@
 
 It is for the person at this computer. The server listens on 127.0.0.1 only, and refuses what other pages in the same
 browser may send there: requests under another host's name, or from another origin. (Through `ssh -L` it is the same
-page under the same name, on whatever port.) The page is web.html, one file that asks nothing of any other host.
+page under the same name, on whatever port.) The page is page.html, one file that asks nothing of any other host.
 """
 
 import json
+import math
 import re
 import signal
 import socket
@@ -14,6 +15,12 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+
+from parts import GPT, inference, runtime
+from parts.inference import Text, checked, complete
+from parts.metrics import evenly, of_kind, read_metrics, updates
+from parts.pretrained import checkpoints
+from parts.tokenizer import Tokenizer
 
 HOST = "127.0.0.1"
 HEADERS = {
@@ -28,6 +35,53 @@ HEADERS = {
 # {"taken": what each of those shows}, the others {"text": what can be shown now, "tokens": [{"id", "token", "p",
 # "likely": [{"id", "token", "p"}, ...]}]}. ValueError if something is missing or wrong.
 Answer = Callable[[dict], Generator[dict, None, None]]
+
+
+class Shelf:
+    """The page's models: the checkpoints of a run, of which one at a time is open, or one model that is no run's."""
+
+    def __init__(self, source: Path, model: GPT, machine: runtime.Runtime, open_model: Callable[[Path], GPT]):
+        folder = source.resolve()
+        self.run_folder, self.is_run = folder.parent, folder in checkpoints(folder.parent)
+        self.title = folder.parent.name if self.is_run else folder.name
+        self.name, self.opened, self.machine, self.open_model = folder.name, model, machine, open_model
+
+    def names(self) -> list[str]:
+        """Oldest first. A run that is still going adds checkpoints and deletes old ones."""
+        return [folder.name for folder in checkpoints(self.run_folder)] if self.is_run else []
+
+    def model(self, name: str) -> GPT:
+        """The model of a name that `names` gave. ValueError if it is not there, or damaged."""
+        if name != self.name or self.opened is None:
+            if name not in self.names():
+                raise ValueError(f"there is no checkpoint {name} (any more); choose another")
+            self.name, self.opened = name, None  # two at once may need too much memory
+            found = self.open_model(self.run_folder / name).to(self.machine.device)
+            self.opened = inference.pack(found, self.machine.dtype)
+        return self.opened
+
+    def progress(self) -> dict:
+        """The checkpoints' names, and the losses in nats a token as pairs (steps, loss), 300 at most."""
+        records = read_metrics(self.run_folder / "metrics.jsonl") if self.is_run else []
+        curves = {kind: evenly(of_kind(records, kind, "loss"), 300) for kind in ("train", "val")}
+        pairs = {kind: [(updates(record), record["loss"]) for record in curve] for kind, curve in curves.items()}
+        return dict(checkpoints=self.names(), **pairs)
+
+
+def answer(shelf: Shelf, tokenizer: Tokenizer, asked: dict) -> Iterator[dict]:
+    """The events of web.py: after each token, the text that can be shown, and the token with its probability."""
+    settings, taken, model = checked(asked), asked["taken"], shelf.model(asked["checkpoint"])
+    if not all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in taken):
+        raise ValueError("taken must be the ids of tokens")
+    text = Text(tokenizer, asked["prompt"], settings["seed"] + len(taken), [asked["stop"]])  # other draws than before
+    yield dict(taken=text.take(taken))
+    for [new] in complete(model, [text], settings, logprobs=True, cut=True):
+        tokens = [
+            dict(token=token, p=math.exp(p), id=i, likely=[dict(token=t, p=math.exp(q), id=j) for t, q, j in likely])
+            for token, p, i, likely in text.record
+        ]
+        text.record.clear()
+        yield dict(text=new, tokens=tokens)
 
 
 class Desk:
@@ -68,7 +122,7 @@ def make_app(answer: Answer, progress: Callable[[], dict], form: dict):
     """The Flask application: the page, what fills its form, how the run's training went, and the answers."""
     from flask import Flask, Response, abort, request
 
-    app = Flask("web", static_folder=None)
+    app = Flask("page", static_folder=None)
     app.desk = desk = Desk(answer)
 
     @app.before_request
@@ -86,7 +140,7 @@ def make_app(answer: Answer, progress: Callable[[], dict], form: dict):
 
     @app.get("/")
     def page():
-        return Response(Path(__file__).with_name("web.html").read_bytes(), mimetype="text/html")
+        return Response(Path(__file__).with_name("page.html").read_bytes(), mimetype="text/html")
 
     @app.get("/form")
     def fill():

@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from generate import (
+from model import GPT, GPTConfig
+from parts.inference import (
     KVCache,
     TokenGraph,
     forward_cached,
@@ -26,7 +27,6 @@ from generate import (
     sample,
     stream,
 )
-from model import GPT, GPTConfig
 
 GPU = f"cuda:{max(torch.cuda.device_count(), 1) - 1}"  # the last one, where the current one is the first
 DEVICES = ["cpu", pytest.param(GPU, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]

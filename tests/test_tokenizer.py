@@ -13,17 +13,27 @@ from conftest import TOY_MODEL, clean_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import data
 import hellaswag
 import prepare
-import run
 import sample
 import train
-import vocabulary
 from model import GPT, GPTConfig
-from pretrained import checkpoints
-from vocabulary import LearnedTokenizer, learn
+from parts import checkpoint, data
+from parts import tokenizer as tokenizer_room
+from parts.inference import Text, complete
+from parts.metrics import of_kind, read_metrics
+from parts.pretrained import checkpoints
+from parts.report import report
+from parts.tokenizer import (
+    END_OF_TEXT,
+    TOKENIZERS,
+    LearnedTokenizer,
+    get_tokenizer,
+    learn_tokenizer,
+    of_folder,
+    sample_texts,
+    segments,
+)
 
 CODE = (
     "class Shape:\n    def __init__(self, name, n=12):\n        self.name = name\n\n    def area(self):\n"
@@ -61,7 +71,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, LearnedTokenizer]:
-    return {name: LearnedTokenizer(learn([text.encode()], 330)) for name, text in TEXTS.items()}
+    return {name: LearnedTokenizer(learn_tokenizer([text.encode()], 330)) for name, text in TEXTS.items()}
 
 
 # ---- Ids -------------------------------------------------------------------------------------------------------------
@@ -94,7 +104,7 @@ def test_ids_equal_those_of_the_tokenizers_library(tokenizers, text):
     text = text.encode("utf-8", errors="replace").decode()  # lone surrogates are no text
     for ours in tokenizers.values():
         theirs, ids = Tokenizer.from_str(ours.content), ours.encode(text)
-        if data.END_OF_TEXT not in text:  # there it is our token; here, what stands in a text is text
+        if END_OF_TEXT not in text:  # there it is our token; here, what stands in a text is text
             assert ids.tolist() == theirs.encode(text).ids
         assert ids.dtype == np.uint16 and (ids < ours.end_of_text).all() and ours.decode(ids.tolist()) == text
 
@@ -109,9 +119,9 @@ def test_ids_are_equal_for_vocabularies_of_few_characters(draw):
     words = st.text(characters, min_size=1, max_size=9)
     text = "".join(random.Random(0).choices(draw.draw(st.lists(words, min_size=1, max_size=8)), k=4000))
     try:
-        content = learn([text.encode()], 330)
+        content = learn_tokenizer([text.encode()], 330)
     except ValueError as error:
-        content = learn([text.encode()], int(re.search(r"enough for (\d+)", str(error))[1]))
+        content = learn_tokenizer([text.encode()], int(re.search(r"enough for (\d+)", str(error))[1]))
     ours, theirs = LearnedTokenizer(content), Tokenizer.from_str(content)
     for other in draw.draw(st.lists(st.text(characters, max_size=50), max_size=20)):
         assert ours.encode(other).tolist() == theirs.encode(other).ids
@@ -129,8 +139,8 @@ def test_segments_tokenise_as_the_whole(tokenizers, parts, size):
     for at in breaks:
         assert encode(raw[:at].decode()) + encode(raw[at:].decode()) == encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "PIECE_BYTES", 2 * size)
-        pieces, ids = list(data.segments(raw, 0, len(raw), code.breaks, size)), code.encode(text).tolist()
+        patch.setattr(tokenizer_room, "PIECE_BYTES", 2 * size)
+        pieces, ids = list(segments(raw, 0, len(raw), code.breaks, size)), code.encode(text).tolist()
     assert b"".join(pieces) == raw and code.decode(ids) == text
     if {sum(map(len, pieces[:n])) for n in range(1, len(pieces))} <= set(breaks):
         assert ids == encode(text)
@@ -147,13 +157,15 @@ def test_long_runs_neither_panic_nor_stall(tokenizers, run):
 
 def test_the_same_text_gives_the_same_vocabulary_on_any_number_of_threads(tmp_path):
     (tmp_path / "text").write_text(TEXTS["German"] + TEXTS["code"], encoding="utf-8")
-    script = "import sys, vocabulary; sys.stdout.write(vocabulary.learn([open(sys.argv[1], 'rb').read()], 330))"
+    script = (
+        "import sys; from parts.tokenizer import *; print(end=learn_tokenizer([open(sys.argv[1], 'rb').read()], 330))"
+    )
     made = set()
     for threads in ("1", "5"):
         environment = clean_environment() | dict(RAYON_NUM_THREADS=threads)
         command = [sys.executable, "-c", script, str(tmp_path / "text")]
         made.add(subprocess.run(command, env=environment, capture_output=True, check=True).stdout.decode())
-    assert made == {learn([(tmp_path / "text").read_bytes()], 330)}
+    assert made == {learn_tokenizer([(tmp_path / "text").read_bytes()], 330)}
 
 
 # ---- What a text becomes ---------------------------------------------------------------------------------------------
@@ -165,7 +177,7 @@ def test_any_script_takes_fewer_tokens_than_with_gpt2(tokenizers, name):
     text, ours = TEXTS[name], tokenizers[name]
     ids = ours.encode(text)
     assert ours.decode(ids.tolist()) == text
-    assert len(ids) < 0.8 * len(data.get_tokenizer("gpt2").encode(text))
+    assert len(ids) < 0.8 * len(get_tokenizer("gpt2").encode(text))
 
 
 def test_a_new_line_and_its_indentation_are_one_token(tokenizers):
@@ -175,12 +187,12 @@ def test_a_new_line_and_its_indentation_are_one_token(tokenizers):
 
 
 def test_the_sample_is_even_and_bounded(monkeypatch):
-    monkeypatch.setattr(vocabulary, "SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(tokenizer_room, "SAMPLE_BYTES", 1000)
     texts = [b"%04d" % i for i in range(5000)]
-    found = vocabulary.sample(iter(texts), 1)
-    assert found == vocabulary.sample(iter(texts), 1) != vocabulary.sample(iter(texts), 2)
+    found = sample_texts(iter(texts), 1)
+    assert found == sample_texts(iter(texts), 1) != sample_texts(iter(texts), 2)
     assert 100 < len(found) <= 250 and 2000 < np.mean([int(text) for text in found]) < 3000
-    assert vocabulary.sample(iter(texts[:250]), 1) == texts[:250]
+    assert sample_texts(iter(texts[:250]), 1) == texts[:250]
 
 
 # ---- prepare.py ------------------------------------------------------------------------------------------------------
@@ -207,11 +219,13 @@ def fails(capsys, command, *argv: str) -> str:
 
 def test_it_is_learned_from_training_documents_only(tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(vocabulary, "learn", lambda texts, size: seen.extend(texts) or learn(texts, size))
+    monkeypatch.setattr(
+        prepare, "learn_tokenizer", lambda texts, size: seen.extend(texts) or learn_tokenizer(texts, size)
+    )
     out = shards(tmp_path, "--tokenizer", "320")
-    tokenizer = vocabulary.of_folder(out, data.read_meta(out)["tokenizer"])
+    tokenizer = of_folder(out, data.read_meta(out)["tokenizer"])
     [shard] = data.open_shards(out, "train")
-    documents = tokenizer.decode(shard.tokens.tolist()).split(data.END_OF_TEXT)[1:]
+    documents = tokenizer.decode(shard.tokens.tolist()).split(END_OF_TEXT)[1:]
     assert [text.decode() for text in seen] == documents and len(documents) == 27
     said = capsys.readouterr().out
     assert re.search(r"vocabulary: 320 tokens, \d\.\d\d bytes a token; the longest: \S+ \S+", said)
@@ -276,15 +290,15 @@ def test_a_checkpoint_opens_in_transformers(trained):
 
     folder = checkpoints(trained[1])[-1]
     assert (folder / "tokenizer.json").read_bytes() == (trained[0] / "tokenizer.json").read_bytes()
-    theirs, ours = AutoTokenizer.from_pretrained(folder), vocabulary.of_folder(folder, 320)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), of_folder(folder, 320)
     text = "def f(x):\n\treturn x  # naïve ☃ 𝄞 \x00 don't   stop\n\n    if a:\r\n   x"
     assert theirs(text)["input_ids"] == ours.encode(text).tolist()
     assert theirs.decode(ours.encode(text).tolist()) == text
     assert theirs.eos_token_id == theirs.bos_token_id == 319 == ours.end_of_text and len(theirs) == 320
     assert theirs.model_max_length == 32
     written = pipeline("text-generation", model=str(folder))("def ", max_new_tokens=8, do_sample=False)
-    [text] = [sample.Text(ours, "def ", 0, [])]
-    list(sample.complete(GPT.from_pretrained(folder).eval(), [text], dict(max_tokens=8, temperature=0, seed=0)))
+    [text] = [Text(ours, "def ", 0, [])]
+    list(complete(GPT.from_pretrained(folder).eval(), [text], dict(max_tokens=8, temperature=0, seed=0)))
     assert written[0]["generated_text"] == "def " + text.text
 
 
@@ -299,16 +313,16 @@ def test_the_commands_take_it_from_the_checkpoint(trained, tmp_path, capsys):
 
 def test_bits_per_byte_are_those_of_the_validation_text(trained, tmp_path):
     """Against the UTF-8 of the tokens that are predicted; end of text has no bytes."""
-    tokenizer = vocabulary.of_folder(trained[0], data.read_meta(trained[0])["tokenizer"])
+    tokenizer = of_folder(trained[0], data.read_meta(trained[0])["tokenizer"])
     [shard] = data.open_shards(trained[0], "val")
     n = (min(200, len(shard.tokens) - 1) // 32) * 32
     predicted = shard.tokens[1 : n + 1].tolist()
-    n_bytes = len(tokenizer.decode(predicted).replace(data.END_OF_TEXT, "").encode())
-    for record in run.of_kind(run.read_metrics(trained[1] / "metrics.jsonl"), "val"):
+    n_bytes = len(tokenizer.decode(predicted).replace(END_OF_TEXT, "").encode())
+    for record in of_kind(read_metrics(trained[1] / "metrics.jsonl"), "val"):
         assert record["val_bpb"] == pytest.approx(record["loss"] * n / n_bytes / np.log(2), rel=1e-6)
-    assert f"| validation, bits a byte | {record['val_bpb']:.4f} (bpe320-" in run.report(trained[1]).read_text()
-    for name in data.TOKENIZERS:
-        known = data.get_tokenizer(name)
+    assert f"| validation, bits a byte | {record['val_bpb']:.4f} (bpe320-" in report(trained[1]).read_text()
+    for name in TOKENIZERS:
+        known = get_tokenizer(name)
         ids = known.encode("naïve ☃\n" * 50)
         assert known.byte_counts()[[*ids.tolist(), known.end_of_text]].sum() == len(("naïve ☃\n" * 50).encode())
 
@@ -337,11 +351,11 @@ def test_a_damaged_or_missing_vocabulary_is_one_line(trained, tmp_path, capsys):
         assert "tokenizer.json: damaged" in fails(capsys, sample.main, "--model", str(folder))
         with pytest.raises(ValueError, match=r"tokenizer.json is not as it was written"):
             checkpoint.verify(folder)
-    other = learn([TEXTS["German"].encode()], 320)
+    other = learn_tokenizer([TEXTS["German"].encode()], 320)
     (made / "tokenizer.json").write_text(other, encoding="utf-8")
     line = fails(capsys, train.main, *flags(data_dir=made, out_dir=tmp_path / "x"))
     assert re.search(r"tokenizer.json: is bpe320-\w+, but what is beside it was made with bpe320-\w+", line)
-    (folder / "tokenizer.json").write_text(learn([TEXTS["German"].encode()], 325), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(learn_tokenizer([TEXTS["German"].encode()], 325), encoding="utf-8")
     line = fails(capsys, sample.main, "--model", str(folder))
     assert re.search(r"tokenizer.json: is bpe325-\w+, but what is beside it was made with 320", line)
     for command, arguments in (
@@ -357,4 +371,4 @@ def test_a_model_of_a_known_size_needs_no_file(tmp_path):
     """As before: also where a folder from elsewhere has a tokenizer.json of its own."""
     GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert vocabulary.of_folder(tmp_path, 257).name == "bytes" and vocabulary.of_folder(tmp_path, 50257).name == "gpt2"
+    assert of_folder(tmp_path, 257).name == "bytes" and of_folder(tmp_path, 50257).name == "gpt2"
