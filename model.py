@@ -1,8 +1,9 @@
 """GPT-2: the network, its initial weights and its loss.
 
-The decoder of "Attention Is All You Need" (Vaswani et al. 2017) with the changes of "Language Models are Unsupervised
-Multitask Learners" (Radford et al. 2019): LayerNorm before each sub-block and once more after the last block, learned
-positions, tanh-GELU, and residual projections that are initialised smaller in deeper networks.
+The decoder of "Attention Is All You Need" (Vaswani et al. 2017) with the changes of "Language
+Models are Unsupervised Multitask Learners" (Radford et al. 2019): LayerNorm before each sub-block
+and once more after the last block, learned positions, tanh-GELU, and residual projections that are
+initialised smaller in deeper networks.
 
 Letters in shape comments:
     B  sequences in the batch      T  tokens in a sequence     V  vocabulary, PV  vocabulary padded for the matmul
@@ -39,7 +40,10 @@ class GPTConfig:
 
     def mistakes(self) -> list[str]:
         """One sentence for each impossible value."""
-        sizes = {name: getattr(self, name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+        sizes = {
+            name: getattr(self, name)
+            for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        }
         bad = {name: n for name, n in sizes.items() if type(n) is not int or n < 1}
         wrong = [f"{name} is {n!r}: it must be an int of at least 1" for name, n in bad.items()]
         if not wrong and self.n_embd % self.n_head:
@@ -76,29 +80,40 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.flash = config.flash
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values in one
+        self.c_attn = Linear(
+            config.n_embd, 3 * config.n_embd, bias=config.bias
+        )  # queries, keys and values in one
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache=None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, cache=None
+    ) -> torch.Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        q, k, v = (
+            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nh, past + T, hs)
             q = q.to(k.dtype)
 
-        # `is_causal` aligns the first query with the first key, so it is right only while the cache is empty. Behind a
-        # filled cache, one token may see all keys (no mask), and several tokens bring a mask.
+        # `is_causal` aligns the first query with the first key, so it is right only while the cache
+        # is empty. Behind a filled cache, one token may see all keys (no mask), and several tokens
+        # bring a mask.
         is_causal = mask is None and T == k.size(2)
         attention = F.scaled_dot_product_attention if self.flash else attention_spelled_out
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)  # (B, nh, T, hs)
+        y = attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
+        )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 def attention_spelled_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False) -> torch.Tensor:
-    """softmax(q kᵀ / sqrt(hs)) v with the (T, T) matrix in memory. The fused kernel computes the same without it."""
+    """softmax(q kᵀ / sqrt(hs)) v with the (T, T) matrix in memory. The fused kernel computes the
+    same without it.
+    """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, past + T)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -108,7 +123,9 @@ def attention_spelled_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=Fals
 
 
 class MLP(nn.Module):
-    """Each token on its own: out to four times the width, GELU, and back. GPT-2 was trained with GELU's tanh form."""
+    """Each token on its own: out to four times the width, GELU, and back. GPT-2 was trained with
+    GELU's tanh form.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -122,7 +139,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention mixes tokens, the MLP transforms each one; both add to a residual stream that no norm touches."""
+    """Attention mixes tokens, the MLP transforms each one; both add to a residual stream that no
+    norm touches.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -131,7 +150,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache=None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, cache=None
+    ) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -146,7 +167,9 @@ SIZES = {
 
 
 class GPT(nn.Module):
-    """The language model. `model(idx)` gives logits, `model(idx, targets)` the mean loss in nats a token."""
+    """The language model. `model(idx)` gives logits, `model(idx, targets)` the mean loss in nats a
+    token.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -163,18 +186,24 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # weight tying: one tensor reads tokens in and predicts them
+        self.lm_head.weight = (
+            self.transformer.wte.weight
+        )  # weight tying: one tensor reads tokens in and predicts them
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's: normal(0, 0.02), zero biases, projections into the residual stream divided by sqrt(2 n_layer).
+        """GPT-2's: normal(0, 0.02), zero biases, projections into the residual stream divided by
+        sqrt(2 n_layer).
 
-        Each block adds two branches to the stream; the division keeps the variance of their sum independent of depth.
+        Each block adds two branches to the stream; the division keeps the variance of their sum
+        independent of depth.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("wte.weight"):
-                parameter[: self.config.vocab_size].normal_(std=0.02)  # the same draws with and without padding
+                parameter[: self.config.vocab_size].normal_(
+                    std=0.02
+                )  # the same draws with and without padding
                 parameter[self.config.vocab_size :] = 0.0
             elif name.endswith("c_proj.weight"):
                 parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -185,15 +214,19 @@ class GPT(nn.Module):
             else:
                 parameter.fill_(1.0)  # LayerNorm's scale
 
-    def hidden(self, idx: torch.Tensor, position: torch.Tensor | None = None, mask=None, cache=None) -> torch.Tensor:
+    def hidden(
+        self, idx: torch.Tensor, position: torch.Tensor | None = None, mask=None, cache=None
+    ) -> torch.Tensor:
         """Token ids (B, T) int64 -> the output of the final LayerNorm (B, T, C).
 
-        Rows are plain text from position 0 unless told otherwise: position (T) or (B, T) says where each token stands,
-        mask (B or 1, 1, T, keys) bool which keys it may see, and cache holds the keys and values of earlier tokens
-        (inference.KVCache).
+        Rows are plain text from position 0 unless told otherwise: position (T) or (B, T) says where
+        each token stands, mask (B or 1, 1, T, keys) bool which keys it may see, and cache holds the
+        keys and values of earlier tokens (inference.KVCache).
         """
         if position is None:
-            assert idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens, {self.config.block_size} positions"
+            assert idx.size(1) <= self.config.block_size, (
+                f"{idx.size(1)} tokens, {self.config.block_size} positions"
+            )
             position = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -205,51 +238,70 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., V): the dot product of each vector with the embedding of every token."""
+        """(..., C) -> (..., V): the dot product of each vector with the embedding of every
+        token.
+        """
         return self.lm_head(x)[..., : self.config.vocab_size]
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross entropy in nats a token."""
+        """Token ids (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross entropy
+        in nats a token.
+        """
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.logits(x)
-        # autograd.Function.forward always runs without grad mode, so it has to be told whether a backward will follow.
+        # autograd.Function.forward always runs without grad mode, so it has to be told whether a
+        # backward will follow.
         with_grad = torch.is_grad_enabled()
         return HeadLoss.apply(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size, with_grad
+            x.flatten(0, 1),
+            self.lm_head.weight,
+            targets.flatten(),
+            self.config.vocab_size,
+            with_grad,
         )
 
-    # ---- Arithmetic --------------------------------------------------------------------------------------------------
+    # ---- Arithmetic ------------------------------------------------------------------------------
 
     def num_params(self) -> int:
-        """Parameters as papers count them: with positions, the tied head once, without padding rows."""
+        """Parameters as papers count them: with positions, the tied head once, without padding
+        rows.
+        """
         padding_rows = self.config.padded_vocab_size - self.config.vocab_size
         return sum(p.numel() for p in self.parameters()) - padding_rows * self.config.n_embd
 
     def flops_per_token(self, T: int) -> int:
-        """FLOPs to train on one token in sequences of T: forward and backward, 6 for each parameter that multiplies.
+        """FLOPs to train on one token in sequences of T: forward and backward, 6 for each parameter
+        that multiplies.
 
-        Positions are only added, so they do not count. Attention's two (T, T) products add 12 n_layer n_embd T, as if
-        nothing were masked: the convention of PaLM (Chowdhery et al. 2022, appendix B) and of most reported MFUs.
+        Positions are only added, so they do not count. Attention's two (T, T) products add 12
+        n_layer n_embd T, as if nothing were masked: the convention of PaLM (Chowdhery et al. 2022,
+        appendix B) and of most reported MFUs.
         """
         multiplying = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * multiplying + 12 * self.config.n_layer * self.config.n_embd * T
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        """Two groups for the optimizer: matrices and embeddings decay, biases and LayerNorms do not."""
+        """Two groups for the optimizer: matrices and embeddings decay, biases and LayerNorms do
+        not.
+        """
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
-        return [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
+        return [
+            dict(params=decay, weight_decay=weight_decay),
+            dict(params=no_decay, weight_decay=0.0),
+        ]
 
-    # ---- Files: pretrained.py knows their formats --------------------------------------------------------------------
+    # ---- Files: pretrained.py knows their formats ------------------------------------------------
 
     @classmethod
     @torch.no_grad()
     def from_pretrained(cls, name: str | Path, **settings) -> "GPT":
-        """A model from a run, a GPT-2 folder, a file of nanoGPT or llm.c, or the hub ("gpt2", "user/model").
+        """A model from a run, a GPT-2 folder, a file of nanoGPT or llm.c, or the hub ("gpt2",
+        "user/model").
 
-        `settings` are the GPTConfig fields that do not change the function: dropout, flash, pad_vocab, recompute.
-        Raises ValueError when the files cannot be had or do not fit.
+        `settings` are the GPTConfig fields that do not change the function: dropout, flash,
+        pad_vocab, recompute. Raises ValueError when the files cannot be had or do not fit.
         """
         from parts import pretrained
 
@@ -261,18 +313,22 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (float32) as transformers' GPT2LMHeadModel does."""
+        """Write config.json and model.safetensors (float32) as transformers' GPT2LMHeadModel
+        does.
+        """
         from parts import pretrained
 
         pretrained.write(folder, self.config, self.weights())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Float32 copies of the parameters on the CPU, without the rows that pad the vocabulary."""
-        own = {name: parameter.detach() for name, parameter in self.named_parameters()}  # the tied head once, as wte
+        own = {
+            name: parameter.detach() for name, parameter in self.named_parameters()
+        }  # the tied head once, as wte
         own["transformer.wte.weight"] = own["transformer.wte.weight"][: self.config.vocab_size]
         return {name: value.to("cpu", torch.float32, copy=True) for name, value in own.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loss. Logits are the largest tensor of all: for 64 x 1,024 tokens of GPT-2 they take 13 GB in float32, and
-# autograd would keep several tensors of that size.
+# --------------------------------------------------------------------------------------------------
+# The loss. Logits are the largest tensor of all: for 64 x 1,024 tokens of GPT-2 they take 13 GB in
+# float32, and autograd would keep several tensors of that size.

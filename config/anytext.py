@@ -4,8 +4,9 @@
     python train.py config/anytext.py
     python sample.py --model out/anytext -p "..."
 
-The vocabulary is learned from the text, so a token is several bytes in every script. 2,048 tokens suit a megabyte or
-two; take more for more text. The best checkpoint is kept. Runs with different vocabularies compare in bits a byte.
+The vocabulary is learned from the text, so a token is several bytes in every script. 2,048 tokens
+suit a megabyte or two; take more for more text. The best checkpoint is kept. Runs with different
+vocabularies compare in bits a byte.
 """
 
 data_dir = "shards/anytext"

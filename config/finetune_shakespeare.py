@@ -4,9 +4,9 @@
     python train.py config/finetune_shakespeare.py                  fetches 0.5 GB from the Hugging Face hub, once
     python sample.py --model out/finetune_shakespeare/step_00000NN -p "ROMEO:"   the best one; train.py prints its name
 
-The text has 0.3M GPT-2 tokens: at 32,768 a step, 10 steps are one epoch. After a few epochs the model overfits, so the
-checkpoint with the best validation loss is kept. --init_from also takes gpt2-medium, gpt2-large, gpt2-xl, any GPT-2 on
-the hub, or your own checkpoint folder.
+The text has 0.3M GPT-2 tokens: at 32,768 a step, 10 steps are one epoch. After a few epochs the
+model overfits, so the checkpoint with the best validation loss is kept. --init_from also takes
+gpt2-medium, gpt2-large, gpt2-xl, any GPT-2 on the hub, or your own checkpoint folder.
 """
 
 data_dir = "shards/shakespeare_gpt2"

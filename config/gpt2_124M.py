@@ -8,11 +8,13 @@ The arithmetic:
     19,073 steps x 524,288 tokens                      = 10.0B tokens, one epoch of FineWeb-Edu 10B
     855 MFLOPs a token x 10.0B tokens                  = 8.6e18 FLOPs
 
-Hours, computed from the throughput that others report for this model and recipe (not measured here):
+Hours, computed from the throughput that others report for this model and recipe (not measured
+here):
     8 x H100   460k tokens/s each    0.8 hours        1 x H100     6 hours
     8 x A100   200k tokens/s each    1.7 hours        1 x A100    14 hours       1 x RTX 4090   26 to 46 hours
 
-Expected, from others' runs: validation loss 3.03 to 3.09, HellaSwag 0.30 to 0.31. OpenAI's GPT-2 124M: 3.292, 0.2955.
+Expected, from others' runs: validation loss 3.03 to 3.09, HellaSwag 0.30 to 0.31. OpenAI's GPT-2
+124M: 3.292, 0.2955.
 """
 
 data_dir = "shards/fineweb_edu_10B"
@@ -23,7 +25,9 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 
-batch_size = 64  # lower it when memory runs out: the accumulation follows, and the result is the same
+batch_size = (
+    64  # lower it when memory runs out: the accumulation follows, and the result is the same
+)
 total_batch_size = 524_288
 
 # GPT-3's recipe for its 125M model, with 375M tokens of warm-up.

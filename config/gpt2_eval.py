@@ -15,7 +15,9 @@ init_from = "gpt2"
 
 max_steps = 0  # evaluate once, then end
 batch_size = 8
-total_batch_size = 8 * batch_size * block_size  # unused, but it must be a multiple of block_size x processes
+total_batch_size = (
+    8 * batch_size * block_size
+)  # unused, but it must be a multiple of block_size x processes
 hellaswag_every = 1
 sample_every = 1
 checkpoint_every = 0

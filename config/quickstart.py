@@ -4,8 +4,8 @@
 
 learns a vocabulary from the text and makes the shards (the Makefile has the command), and then runs
 
-    python train.py config/quickstart.py
-    python sample.py --model out/quickstart -p "def main(" -p "class Queue:" -p "import os, sys" -m 200
+    python train.py config/quickstart.py python sample.py --model out/quickstart -p "def main(" -p
+    "class Queue:" -p "import os, sys" -m 200
         --temperature 0.8 --top_p 0.9
 """
 

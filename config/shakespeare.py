@@ -1,11 +1,12 @@
 """A small GPT from scratch on the works of Shakespeare, one token a byte.
 
-    python prepare.py tinyshakespeare.txt --out shards/shakespeare --tokenizer bytes --val_fraction 0.1
-    python train.py config/shakespeare.py
-    python sample.py --model out/shakespeare -p "ROMEO:" -m 300
+    python prepare.py tinyshakespeare.txt --out shards/shakespeare --tokenizer bytes --val_fraction
+    0.1 python train.py config/shakespeare.py python sample.py --model out/shakespeare -p "ROMEO:"
+    -m 300
 
-Any text file works; the usual one is char-rnn's tinyshakespeare.txt, 1.1 MB. The run sees each byte five times, takes
-15 minutes on 2 CPU cores, and ends at a validation loss of 1.64 nats a byte. The best checkpoint is kept.
+Any text file works; the usual one is char-rnn's tinyshakespeare.txt, 1.1 MB. The run sees each byte
+five times, takes 15 minutes on 2 CPU cores, and ends at a validation loss of 1.64 nats a byte. The
+best checkpoint is kept.
 """
 
 data_dir = "shards/shakespeare"

@@ -1,4 +1,5 @@
-"""What the commands at the top are made of. A room a job; arrows run down this list, and never up to a command.
+"""What the commands at the top are made of. A room a job; arrows run down this list, and never up
+to a command.
 
 files         what survives a crash: whole writes, locks, SHA-256
 tokenizer     GPT-2's, bytes, and learned ones
@@ -20,5 +21,6 @@ page          the page of sample.py --web
 
 from typing import Any
 
-# The network stands above the parts, which know it by what they call: in their signatures it has any type.
+# The network stands above the parts, which know it by what they call: in their signatures it has
+# any type.
 GPT = GPTConfig = Any  # of model.py

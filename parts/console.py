@@ -1,4 +1,6 @@
-"""What a terminal shows and which signals it sends: exit codes, lines, the progress bar, Ctrl-C, the profiler."""
+"""What a terminal shows and which signals it sends: exit codes, lines, the progress bar, Ctrl-C,
+the profiler.
+"""
 
 import contextlib
 import json
@@ -15,21 +17,31 @@ from textwrap import fill
 
 @contextlib.contextmanager
 def command(program: str) -> Iterator[None]:
-    """Decorates main of a script: what a person, a file or the machine got wrong is one line, and exit code 2."""
+    """Decorates main of a script: what a person, a file or the machine got wrong is one line, and
+    exit code 2.
+    """
     with contextlib.suppress(AttributeError):  # stdout is no terminal, file or pipe
-        sys.stdout.reconfigure(errors="replace")  # a character that cannot be encoded must not end the program
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a character that cannot be encoded must not end the program
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has closed the pipe, like head; Python must not write to it at exit either
+    except (
+        BrokenPipeError
+    ):  # the reader has closed the pipe, like head; Python must not write to it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
         if rank := int(os.environ.get("RANK", 0)):
-            time.sleep(10)  # a mistake of all ranks is said by the main one; then torchrun ends the others
+            time.sleep(
+                10
+            )  # a mistake of all ranks is said by the main one; then torchrun ends the others
             error = f"(rank {rank}) {error}"
         message = "\n".join(f"{program}: {line}" for line in str(error).strip().splitlines())
         print(message, file=sys.stderr)
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own report with it
+        if file := os.environ.get(
+            "TORCHELASTIC_ERROR_FILE"
+        ):  # torchrun ends its own report with it
             Path(file).write_text(json.dumps(dict(message=message, timestamp=time.time())))
         sys.exit(2)
     except KeyboardInterrupt:
@@ -45,8 +57,12 @@ def print_lines(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: control characters, which move its cursor and ring its bell, become U+FFFD."""
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\r\t" else c for c in text)
+    """Text for a terminal: control characters, which move its cursor and ring its bell, become
+    U+FFFD.
+    """
+    return "".join(
+        "\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\r\t" else c for c in text
+    )
 
 
 class Console(contextlib.AbstractContextManager):
@@ -58,7 +74,13 @@ class Console(contextlib.AbstractContextManager):
         self.max_steps, self.is_main = max_steps, is_main
         self.live = is_main and sys.stdout.isatty() and log_every > 0
         form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=max_steps, initial=start_step, bar_format=form, dynamic_ncols=True, disable=not self.live)
+        self.bar = tqdm(
+            total=max_steps,
+            initial=start_step,
+            bar_format=form,
+            dynamic_ncols=True,
+            disable=not self.live,
+        )
 
     def __exit__(self, *_) -> None:
         self.bar.close()
@@ -70,25 +92,37 @@ class Console(contextlib.AbstractContextManager):
         if self.is_main:
             try:
                 self.bar.write(text) if self.live else print(text, flush=True)
-            except BrokenPipeError:  # the reader of a pipe is gone, but a checkpoint may still have to be saved
+            except (
+                BrokenPipeError
+            ):  # the reader of a pipe is gone, but a checkpoint may still have to be saved
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def step(self, step: int, record: dict) -> None:
         """Show one training record (the dict that goes to metrics.jsonl)."""
         loss = f"loss {record['loss']:.4f}"
-        speed = f"{record['tokens_per_s']:,.0f} tok/s" + (f" | mfu {record['mfu']:.1%}" if record["mfu"] else "")
+        speed = f"{record['tokens_per_s']:,.0f} tok/s" + (
+            f" | mfu {record['mfu']:.1%}" if record["mfu"] else ""
+        )
         self.bar.set_postfix_str(f"{loss} | {speed}", refresh=False)
         if not self.live:
             minutes = (self.max_steps - 1 - step) * record["ms"] / 60_000
-            update = f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {record['ms']:,.0f} ms"
-            self.line(f"step {step:,}/{self.max_steps:,} | {loss} | {update} | {speed} | {minutes:.1f} min left")
+            update = (
+                f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {record['ms']:,.0f} ms"
+            )
+            self.line(
+                f"step {step:,}/{self.max_steps:,} | {loss} | {update} | {speed} | {minutes:.1f} min left"
+            )
 
 
 class StopSignal:
-    """While in use, a first signal asks the run to stop after its step; a second Ctrl-C stops it at once."""
+    """While in use, a first signal asks the run to stop after its step; a second Ctrl-C stops it at
+    once.
+    """
 
     # Ctrl-C; from torchrun and most systems; from SLURM before the time limit (not on Windows)
-    NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+    NUMBERS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    )
 
     def __init__(self, is_main: bool):
         self.is_main, self.received = is_main, 0  # received: the signal's number
@@ -106,20 +140,28 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = number
         if self.is_main:
-            # os.write, not print: the signal may have interrupted a print, and the reader may be gone.
+            # os.write, not print: the signal may have interrupted a print, and the reader may be
+            # gone.
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this step, then saving; Ctrl-C again stops at once, unsaved\n")
+                os.write(
+                    2,
+                    b"\nstopping after this step, then saving; Ctrl-C again stops at once, unsaved\n",
+                )
 
 
 def profiler(out_dir: Path, steps: int, machine) -> contextlib.AbstractContextManager:
-    """On the main rank, after two steps of warm-up: profile.txt (operators by time), trace.json (ui.perfetto.dev)."""
+    """On the main rank, after two steps of warm-up: profile.txt (operators by time), trace.json
+    (ui.perfetto.dev).
+    """
     if not (steps and machine.is_main):
         return contextlib.nullcontext()
     import torch
 
     def write(profile) -> None:
         order = f"self_{'device' if machine.device.type == 'cuda' else 'cpu'}_time_total"
-        (out_dir / "profile.txt").write_text(profile.key_averages().table(sort_by=order, row_limit=30))
+        (out_dir / "profile.txt").write_text(
+            profile.key_averages().table(sort_by=order, row_limit=30)
+        )
         profile.export_chrome_trace(str(out_dir / "trace.json"))
 
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)

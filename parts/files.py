@@ -1,4 +1,6 @@
-"""Files that survive a crash: written whole, synced to the disk, locked against a second process, and hashed."""
+"""Files that survive a crash: written whole, synced to the disk, locked against a second process,
+and hashed.
+"""
 
 import hashlib
 import os
@@ -11,8 +13,12 @@ import numpy as np
 
 
 def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
-    """Write a file atomically: after a kill or a crash, `path` has the old content or the new, never a part of it."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a random name: two processes may write
+    """Write a file atomically: after a kill or a crash, `path` has the old content or the new,
+    never a part of it.
+    """
+    temporary = path.with_name(
+        f"{path.name}.{secrets.token_hex(4)}.tmp"
+    )  # a random name: two processes may write
     try:
         with open(temporary, "wb") as file:
             for part in content:
@@ -44,8 +50,8 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def lock(path: Path, message: str = "") -> Iterator[None]:
-    """Hold the lock file `path`, which a killed process releases. If another process holds it: ValueError(message), or
-    wait for it where there is no message."""
+    """Hold the lock file `path`, which a killed process releases. If another process holds it:
+    ValueError(message), or wait for it where there is no message."""
     from filelock import FileLock, Timeout
 
     try:

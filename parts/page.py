@@ -1,8 +1,10 @@
-"""A page for sample.py --web: a prompt, the settings, and the text as it comes, each token with what else was likely.
+"""A page for sample.py --web: a prompt, the settings, and the text as it comes, each token with
+what else was likely.
 
-It is for the person at this computer. The server listens on 127.0.0.1 only, and refuses what other pages in the same
-browser may send there: requests under another host's name, or from another origin. (Through `ssh -L` it is the same
-page under the same name, on whatever port.) The page is page.html, one file that asks nothing of any other host.
+It is for the person at this computer. The server listens on 127.0.0.1 only, and refuses what other
+pages in the same browser may send there: requests under another host's name, or from another
+origin. (Through `ssh -L` it is the same page under the same name, on whatever port.) The page is
+page.html, one file that asks nothing of any other host.
 """
 
 import json
@@ -24,27 +26,38 @@ from parts.tokenizer import Tokenizer
 
 HOST = "127.0.0.1"
 HEADERS = {
-    # The page's own script and style, and requests to this server: should text ever become HTML, it can send nothing.
+    # The page's own script and style, and requests to this server: should text ever become HTML, it
+    # can send nothing.
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
 
-# A request (prompt, stop, settings, checkpoint, taken: ids of tokens that the text has already) -> events. The first is
-# {"taken": what each of those shows}, the others {"text": what can be shown now, "tokens": [{"id", "token", "p",
-# "likely": [{"id", "token", "p"}, ...]}]}. ValueError if something is missing or wrong.
+# A request (prompt, stop, settings, checkpoint, taken: ids of tokens that the text has already) ->
+# events. The first is {"taken": what each of those shows}, the others {"text": what can be shown
+# now, "tokens": [{"id", "token", "p", "likely": [{"id", "token", "p"}, ...]}]}. ValueError if
+# something is missing or wrong.
 Answer = Callable[[dict], Generator[dict, None, None]]
 
 
 class Shelf:
-    """The page's models: the checkpoints of a run, of which one at a time is open, or one model that is no run's."""
+    """The page's models: the checkpoints of a run, of which one at a time is open, or one model
+    that is no run's.
+    """
 
-    def __init__(self, source: Path, model: GPT, machine: runtime.Runtime, open_model: Callable[[Path], GPT]):
+    def __init__(
+        self, source: Path, model: GPT, machine: runtime.Runtime, open_model: Callable[[Path], GPT]
+    ):
         folder = source.resolve()
         self.run_folder, self.is_run = folder.parent, folder in checkpoints(folder.parent)
         self.title = folder.parent.name if self.is_run else folder.name
-        self.name, self.opened, self.machine, self.open_model = folder.name, model, machine, open_model
+        self.name, self.opened, self.machine, self.open_model = (
+            folder.name,
+            model,
+            machine,
+            open_model,
+        )
 
     def names(self) -> list[str]:
         """Oldest first. A run that is still going adds checkpoints and deletes old ones."""
@@ -61,23 +74,37 @@ class Shelf:
         return self.opened
 
     def progress(self) -> dict:
-        """The checkpoints' names, and the losses in nats a token as pairs (steps, loss), 300 at most."""
+        """The checkpoints' names, and the losses in nats a token as pairs (steps, loss), 300 at
+        most.
+        """
         records = read_metrics(self.run_folder / "metrics.jsonl") if self.is_run else []
         curves = {kind: evenly(of_kind(records, kind, "loss"), 300) for kind in ("train", "val")}
-        pairs = {kind: [(updates(record), record["loss"]) for record in curve] for kind, curve in curves.items()}
+        pairs = {
+            kind: [(updates(record), record["loss"]) for record in curve]
+            for kind, curve in curves.items()
+        }
         return dict(checkpoints=self.names(), **pairs)
 
 
 def answer(shelf: Shelf, tokenizer: Tokenizer, asked: dict) -> Iterator[dict]:
-    """The events of web.py: after each token, the text that can be shown, and the token with its probability."""
+    """The events of web.py: after each token, the text that can be shown, and the token with its
+    probability.
+    """
     settings, taken, model = checked(asked), asked["taken"], shelf.model(asked["checkpoint"])
     if not all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in taken):
         raise ValueError("taken must be the ids of tokens")
-    text = Text(tokenizer, asked["prompt"], settings["seed"] + len(taken), [asked["stop"]])  # other draws than before
+    text = Text(
+        tokenizer, asked["prompt"], settings["seed"] + len(taken), [asked["stop"]]
+    )  # other draws than before
     yield dict(taken=text.take(taken))
     for [new] in complete(model, [text], settings, logprobs=True, cut=True):
         tokens = [
-            dict(token=token, p=math.exp(p), id=i, likely=[dict(token=t, p=math.exp(q), id=j) for t, q, j in likely])
+            dict(
+                token=token,
+                p=math.exp(p),
+                id=i,
+                likely=[dict(token=t, p=math.exp(q), id=j) for t, q, j in likely],
+            )
             for token, p, i, likely in text.record
         ]
         text.record.clear()
@@ -85,13 +112,17 @@ def answer(shelf: Shelf, tokenizer: Tokenizer, asked: dict) -> Iterator[dict]:
 
 
 class Desk:
-    """Serves one request after another: the model writes one text at a time, and the next requests wait."""
+    """Serves one request after another: the model writes one text at a time, and the next requests
+    wait.
+    """
 
     def __init__(self, answer: Answer):
         self.answer, self.turn, self.closed = answer, threading.Lock(), threading.Event()
 
     def lines(self, asked: dict) -> Iterator[str]:
-        """The events, a line of JSON each. When the reader leaves, this generator is closed, and the answer with it."""
+        """The events, a line of JSON each. When the reader leaves, this generator is closed, and
+        the answer with it.
+        """
         while not self.turn.acquire(timeout=0.5):
             yield line(waiting=True)  # fails if the reader has left
         try:
@@ -109,7 +140,9 @@ class Desk:
             self.turn.release()
 
     def close(self) -> None:
-        """End the running text at its next token, because a thread must not be in the model when Python ends."""
+        """End the running text at its next token, because a thread must not be in the model when
+        Python ends.
+        """
         self.closed.set()
         self.turn.acquire(timeout=10)
 
@@ -119,7 +152,9 @@ def line(**event) -> str:
 
 
 def make_app(answer: Answer, progress: Callable[[], dict], form: dict):
-    """The Flask application: the page, what fills its form, how the run's training went, and the answers."""
+    """The Flask application: the page, what fills its form, how the run's training went, and the
+    answers.
+    """
     from flask import Flask, Response, abort, request
 
     app = Flask("page", static_folder=None)
@@ -169,9 +204,13 @@ def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -
         listener = socket.create_server((HOST, port))
     except (OSError, OverflowError) as error:
         raise ValueError(f"--port {port}: {error} (try another, or 0 for any free one)") from None
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, as with nohup, ignores Ctrl-C
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job, as with nohup, ignores Ctrl-C
     with listener, suppress(KeyboardInterrupt):
-        server = make_server(HOST, port, app, threaded=True, request_handler=Handler, fd=listener.fileno())
+        server = make_server(
+            HOST, port, app, threaded=True, request_handler=Handler, fd=listener.fileno()
+        )
         print(f"http://{HOST}:{listener.getsockname()[1]}", flush=True)
         server.serve_forever()
     app.desk.close()

@@ -1,6 +1,7 @@
 """Documents -> tokens -> shards, on all cores: what prepare.py and fineweb.py have in common.
 
-After an interruption, the same command continues and ends with the same bytes, on any number of workers.
+After an interruption, the same command continues and ends with the same bytes, on any number of
+workers.
 """
 
 import argparse
@@ -36,12 +37,14 @@ START_METHOD = "spawn"  # of worker processes: the same on all systems, and safe
 SEED = 1337  # draws the validation documents
 
 
-# ---- Documents -> pieces for the workers ----------------------------------------------------------
+# ---- Documents -> pieces for the workers ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which text is for validation: one drawn document of every `stride`, or the last share `tail` of each document."""
+    """Which text is for validation: one drawn document of every `stride`, or the last share `tail`
+    of each document.
+    """
 
     stride: int = 0  # 0: none
     tail: float = 0.0
@@ -51,7 +54,9 @@ class Split:
         if self.tail:
             cut = max(1, round((1 - self.tail) * len(text)))
             window = text[cut : cut + 4096]
-            start = re.search(rb"\s", window) or re.search(rb"[^\x80-\xbf]", window)  # else at a UTF-8 character
+            start = re.search(rb"\s", window) or re.search(
+                rb"[^\x80-\xbf]", window
+            )  # else at a UTF-8 character
             return {"train": cut + start.start() if start else len(text), "val": len(text)}
         block, place = divmod(document, self.stride or 1)
         drawn = self.stride and random.Random(f"{SEED}, {block}").randrange(self.stride) == place
@@ -62,8 +67,12 @@ Piece = list[tuple[str, bool, bytes]]  # split, whether a document begins here, 
 Tokens = dict[str, np.ndarray]  # split -> uint16
 
 
-def pieces_of(documents: Documents, split=Split(), progress=lambda n_bytes: None, breaks=BREAK) -> Iterator[Piece]:
-    """The documents in pieces of about PIECE_BYTES of text. `progress` is told of the bytes read of the files."""
+def pieces_of(
+    documents: Documents, split=Split(), progress=lambda n_bytes: None, breaks=BREAK
+) -> Iterator[Piece]:
+    """The documents in pieces of about PIECE_BYTES of text. `progress` is told of the bytes read of
+    the files.
+    """
     piece, piece_bytes = [], 0
     for number, (text, in_file) in enumerate(documents):
         start = 0
@@ -80,7 +89,7 @@ def pieces_of(documents: Documents, split=Split(), progress=lambda n_bytes: None
         yield piece
 
 
-# ---- Pieces -> tokens, on worker processes --------------------------------------------------------
+# ---- Pieces -> tokens, on worker processes -------------------------------------------------------
 
 
 def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
@@ -88,20 +97,31 @@ def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
     tokenizer, tokens = load_tokenizer(tokenizer_name), {}
     start = np.array([tokenizer.end_of_text], dtype=np.uint16)
     for split, begins, text in piece:
-        tokens.setdefault(split, []).extend([start, tokenizer.encode(text)] if begins else [tokenizer.encode(text)])
+        tokens.setdefault(split, []).extend(
+            [start, tokenizer.encode(text)] if begins else [tokenizer.encode(text)]
+        )
     return {split: np.concatenate(arrays) for split, arrays in tokens.items()}
 
 
 @contextmanager
-def tokenising(tokenizer_name: str, workers: int) -> Iterator[Callable[[Iterator[Piece]], Iterator[Tokens]]]:
-    """A function that tokenises pieces, in order, on worker processes, which have started when the block begins."""
+def tokenising(
+    tokenizer_name: str, workers: int
+) -> Iterator[Callable[[Iterator[Piece]], Iterator[Tokens]]]:
+    """A function that tokenises pieces, in order, on worker processes, which have started when the
+    block begins.
+    """
     job = functools.partial(tokenise, tokenizer_name=tokenizer_name)
     if workers == 1:
         load_tokenizer(tokenizer_name)  # load it now
         yield functools.partial(map, job)
         return
-    context, can_block = multiprocessing.get_context(START_METHOD), hasattr(signal, "pthread_sigmask")  # not on Windows
-    pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer_name, context.Barrier(workers)))
+    context, can_block = (
+        multiprocessing.get_context(START_METHOD),
+        hasattr(signal, "pthread_sigmask"),
+    )  # not on Windows
+    pool = ProcessPoolExecutor(
+        workers, context, start_worker, (tokenizer_name, context.Barrier(workers))
+    )
 
     def in_order(pieces):
         running = deque()
@@ -112,7 +132,9 @@ def tokenising(tokenizer_name: str, workers: int) -> Iterator[Callable[[Iterator
         yield from (future.result() for future in running)
 
     try:
-        if can_block:  # workers inherit it, and ignore Ctrl-C later; this process gets it when it unblocks
+        if (
+            can_block
+        ):  # workers inherit it, and ignore Ctrl-C later; this process gets it when it unblocks
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             starting = [pool.submit(int) for _ in range(workers)]
@@ -130,7 +152,9 @@ def tokenising(tokenizer_name: str, workers: int) -> Iterator[Callable[[Iterator
 
 
 def start_worker(tokenizer_name: str, all_started) -> None:
-    """Load the tokenizer, and wait for the other workers. Ctrl-C is for the parent; without a parent, exit."""
+    """Load the tokenizer, and wait for the other workers. Ctrl-C is for the parent; without a
+    parent, exit.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def exit_with_parent():
@@ -149,28 +173,48 @@ def available_cpus() -> int:
     return min(61, os.cpu_count() or 1)  # a pool on Windows has at most 61 processes
 
 
-# ---- Tokens -> shards -----------------------------------------------------------------------------
+# ---- Tokens -> shards ----------------------------------------------------------------------------
 
 
 class Shards:
-    """Cuts streams of tokens, one for each split, into shards of equal size, and can continue after an interruption.
+    """Cuts streams of tokens, one for each split, into shards of equal size, and can continue after
+    an interruption.
 
-    After each new shard it saves a record: the rows of meta.json so far, the number of pieces done, and the tokens that
-    are in no shard yet.
+    After each new shard it saves a record: the rows of meta.json so far, the number of pieces done,
+    and the tokens that are in no shard yet.
     """
 
-    def __init__(self, record: Path, path_of: Callable[[str, int], Path], sizes: dict[str, int], end_of_text: int):
-        """path_of: split and number of a shard (from 0) -> its file. sizes: split -> tokens in a shard."""
-        self.record, self.path_of, self.sizes, self.end_of_text = record, path_of, sizes, end_of_text
+    def __init__(
+        self,
+        record: Path,
+        path_of: Callable[[str, int], Path],
+        sizes: dict[str, int],
+        end_of_text: int,
+    ):
+        """path_of: split and number of a shard (from 0) -> its file. sizes: split -> tokens in a
+        shard.
+        """
+        self.record, self.path_of, self.sizes, self.end_of_text = (
+            record,
+            path_of,
+            sizes,
+            end_of_text,
+        )
         self.pieces, self.n_tokens, self.complete = 0, 0, False
         self.rows: dict[str, list[dict]] = {split: [] for split in sizes}
-        self.rest = {split: [np.empty(0, dtype=np.uint16)] for split in sizes}  # tokens that are in no shard yet
+        self.rest = {
+            split: [np.empty(0, dtype=np.uint16)] for split in sizes
+        }  # tokens that are in no shard yet
         if record.exists():
             with np.load(record) as saved:
-                vars(self).update(json.loads(str(saved["state"])), rest={split: [saved[split]] for split in sizes})
+                vars(self).update(
+                    json.loads(str(saved["state"])), rest={split: [saved[split]] for split in sizes}
+                )
 
     def add(self, tokens: Tokens, last: bool = False) -> None:
-        """Write the shards that the tokens of the next piece fill; after the last piece, also what is left."""
+        """Write the shards that the tokens of the next piece fill; after the last piece, also what
+        is left.
+        """
         self.pieces, self.complete, new = self.pieces + 1, last, last
         for split, part in tokens.items():
             self.rest[split].append(part)
@@ -180,15 +224,26 @@ class Shards:
                 stream = np.concatenate(self.rest[split])
                 shard, self.rest[split], new = stream[:size], [stream[size:].copy()], True
                 row = data.write_shard(self.path_of(split, len(self.rows[split])), shard)
-                self.rows[split].append(row | {"documents": int(np.count_nonzero(shard == self.end_of_text))})
+                self.rows[split].append(
+                    row | {"documents": int(np.count_nonzero(shard == self.end_of_text))}
+                )
         if new:
-            state = dict(pieces=self.pieces, n_tokens=self.n_tokens, complete=self.complete, rows=self.rows)
-            rest, file = {split: np.concatenate(parts) for split, parts in self.rest.items()}, io.BytesIO()
+            state = dict(
+                pieces=self.pieces, n_tokens=self.n_tokens, complete=self.complete, rows=self.rows
+            )
+            rest, file = (
+                {split: np.concatenate(parts) for split, parts in self.rest.items()},
+                io.BytesIO(),
+            )
             np.savez(file, state=json.dumps(state), **rest)
             write_whole(self.record, file.getvalue())
 
-    def fill(self, pieces: Iterator[Piece], tokenise_all: Callable, bar, limit: int = sys.maxsize) -> None:
-        """Tokenise the pieces, `limit` tokens at most (of a single split), from where the record ends."""
+    def fill(
+        self, pieces: Iterator[Piece], tokenise_all: Callable, bar, limit: int = sys.maxsize
+    ) -> None:
+        """Tokenise the pieces, `limit` tokens at most (of a single split), from where the record
+        ends.
+        """
         for tokens in tokenise_all(itertools.islice(pieces, self.pieces, None)):
             left = limit - self.n_tokens
             self.add({split: new[:left] for split, new in tokens.items()})
@@ -205,11 +260,17 @@ def progress_bar(total: int, what: str):
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
 
 
-def shard_files(files, out: Path, tokenise_all: Callable, tokenizer, sizes: dict, column="text", split=Split()) -> dict:
-    """Turn files into shards of sizes[split] tokens in the folder `out`. Returns split -> rows of meta.json."""
+def shard_files(
+    files, out: Path, tokenise_all: Callable, tokenizer, sizes: dict, column="text", split=Split()
+) -> dict:
+    """Turn files into shards of sizes[split] tokens in the folder `out`. Returns split -> rows of
+    meta.json.
+    """
     (out / "progress").mkdir(parents=True, exist_ok=True)
     name, record = out / out.name, out / "progress" / "all.npz"
-    shards = Shards(record, lambda s, n: Path(f"{name}_{s}_{n + 1:06d}.bin"), sizes, tokenizer.end_of_text)
+    shards = Shards(
+        record, lambda s, n: Path(f"{name}_{s}_{n + 1:06d}.bin"), sizes, tokenizer.end_of_text
+    )
     with progress_bar(sum(path.stat().st_size for path in files), out.name) as bar:
         pieces = pieces_of(documents_of(files, column), split, bar.update, tokenizer.breaks)
         shards.fill(pieces, tokenise_all, bar)
@@ -217,15 +278,25 @@ def shard_files(files, out: Path, tokenise_all: Callable, tokenizer, sizes: dict
 
 
 @contextmanager
-def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part=1, parts=1) -> Iterator[dict]:
-    """Lock a folder for the shards of `source`; gives its meta.json. begin() is what to add to a new folder's source.
+def shard_folder(
+    out: Path, source: dict, begin: Callable[[], dict] = dict, part=1, parts=1
+) -> Iterator[dict]:
+    """Lock a folder for the shards of `source`; gives its meta.json. begin() is what to add to a
+    new folder's source.
 
-    ValueError if it holds other files or shards of another source, or if another process works on the same part.
+    ValueError if it holds other files or shards of another source, or if another process works on
+    the same part.
     """
     meta, progress = data.read_meta(out), out / "progress"
     left_over = ("progress", "downloads")
-    if not meta and out.is_dir() and any(p.name not in left_over and p.suffix != ".tmp" for p in out.iterdir()):
-        raise ValueError(f"{out}: holds files that this command did not write; choose a new folder for --out")
+    if (
+        not meta
+        and out.is_dir()
+        and any(p.name not in left_over and p.suffix != ".tmp" for p in out.iterdir())
+    ):
+        raise ValueError(
+            f"{out}: holds files that this command did not write; choose a new folder for --out"
+        )
     with ExitStack() as locks:
         if not meta.get("complete"):
             progress.mkdir(parents=True, exist_ok=True)
@@ -235,23 +306,38 @@ def shard_folder(out: Path, source: dict, begin: Callable[[], dict] = dict, part
                 with lock(other, taken):  # only a look
                     pass
             meta = data.read_meta(out)
-        if not meta or (parts == 1 and not any(out.glob("*.bin"))):  # nothing is made yet: other options are welcome
+        if not meta or (
+            parts == 1 and not any(out.glob("*.bin"))
+        ):  # nothing is made yet: other options are welcome
             for old in (*progress.glob("*.npz"), *out.glob(TOKENIZER_FILE)):
                 old.unlink()
             meta = {"source": source | begin(), "complete": False}
             write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
         before = meta.get("source", {})
-        changed = [f"{name} {before.get(name)} -> {new}" for name, new in source.items() if before.get(name) != new]
+        changed = [
+            f"{name} {before.get(name)} -> {new}"
+            for name, new in source.items()
+            if before.get(name) != new
+        ]
         if changed:
             advice = "choose another --out or delete that folder"
             raise ValueError(f"{out}: made from another source ({', '.join(changed)}); {advice}")
         yield meta
 
 
-def finish_folder(out: Path, tokenizer: Tokenizer, source: dict, shards: dict, documents: int) -> str:
-    """Write the meta.json of a complete folder. shards: split -> rows. Returns a summary for the terminal."""
+def finish_folder(
+    out: Path, tokenizer: Tokenizer, source: dict, shards: dict, documents: int
+) -> str:
+    """Write the meta.json of a complete folder. shards: split -> rows. Returns a summary for the
+    terminal.
+    """
     n_tokens = {split: sum(row["tokens"] for row in rows) for split, rows in shards.items()}
-    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, documents=documents, tokens=n_tokens)
+    meta = dict(
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        documents=documents,
+        tokens=n_tokens,
+    )
     meta |= dict(shards=shards, source=source, complete=True)
     write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
     shutil.rmtree(out / "progress", ignore_errors=True)
@@ -264,7 +350,12 @@ def finish_folder(out: Path, tokenizer: Tokenizer, source: dict, shards: dict, d
 def parse_shared(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Add the options that prepare.py and fineweb.py share, and parse."""
     add = parser.add_argument
-    add("--text_column", default="text", metavar="NAME", help="column with the text, of rows (default: %(default)s)")
+    add(
+        "--text_column",
+        default="text",
+        metavar="NAME",
+        help="column with the text, of rows (default: %(default)s)",
+    )
     shard = "tokens in a training shard, 2 bytes each (default: %(default)s)"
     add("--shard_tokens", type=int, default=100_000_000, metavar="N", help=shard)
     add("--workers", type=int, metavar="N", help="processes that tokenise (default: one per CPU)")

@@ -28,7 +28,9 @@ TOY = TOY_MODEL | dict(vocab_size=257, block_size=16)
 
 
 def make_toy(**changes) -> GPT:
-    """A toy whose weights are larger than GPT-2's at init, so that mistakes show and no two logits nearly tie."""
+    """A toy whose weights are larger than GPT-2's at init, so that mistakes show and no two logits
+    nearly tie.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(**(TOY | changes)))
     with torch.no_grad():
@@ -54,7 +56,9 @@ def text_file(tmp_path_factory) -> Path:
     """60 kB of sentences made from a few words: learnable, and the same on every machine."""
     rng = random.Random(0)
     words = "the quick brown fox jumps over a lazy dog while seven wizards brew potions in old stone towers".split()
-    sentences = (" ".join(rng.choices(words, k=rng.randint(4, 10))).capitalize() + ".\n" for _ in range(1500))
+    sentences = (
+        " ".join(rng.choices(words, k=rng.randint(4, 10))).capitalize() + ".\n" for _ in range(1500)
+    )
     path = tmp_path_factory.mktemp("text") / "tale.txt"
     path.write_text("".join(sentences))
     return path
@@ -62,17 +66,42 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(text_file, tmp_path_factory) -> Path:
-    """Byte shards of that text, several small ones, so that windows come from more than one file."""
+    """Byte shards of that text, several small ones, so that windows come from more than one
+    file.
+    """
     out = tmp_path_factory.mktemp("shards") / "tale"
-    prepare.main([str(text_file), "--out", str(out), "--tokenizer", "bytes", "--shard_tokens", "20000"])
+    prepare.main(
+        [str(text_file), "--out", str(out), "--tokenizer", "bytes", "--shard_tokens", "20000"]
+    )
     return out
 
 
 def toy_config(data_dir: Path, out_dir: Path, **settings) -> train.TrainConfig:
     """TrainConfig of a run that takes a second: 12 steps of 4 x 32 tokens on the CPU in fp32."""
-    toy = dict(**TOY_MODEL, data_dir=str(data_dir), out_dir=str(out_dir), device="cpu", dtype="fp32", compile=False)
-    toy |= dict(batch_size=4, total_batch_size=128, learning_rate=1e-2, min_lr=1e-3, warmup_steps=2, max_steps=12)
-    toy |= dict(eval_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0, eval_tokens=512, report=False)
+    toy = dict(
+        **TOY_MODEL,
+        data_dir=str(data_dir),
+        out_dir=str(out_dir),
+        device="cpu",
+        dtype="fp32",
+        compile=False,
+    )
+    toy |= dict(
+        batch_size=4,
+        total_batch_size=128,
+        learning_rate=1e-2,
+        min_lr=1e-3,
+        warmup_steps=2,
+        max_steps=12,
+    )
+    toy |= dict(
+        eval_every=0,
+        hellaswag_every=0,
+        sample_every=0,
+        checkpoint_every=0,
+        eval_tokens=512,
+        report=False,
+    )
     return train.TrainConfig(**(toy | settings))
 
 
@@ -106,6 +135,14 @@ def flags(config: train.TrainConfig) -> list[str]:
 
 def clean_environment(**extra: str) -> dict[str, str]:
     """The environment for a child process: without what torchrun or a person may have set."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HF_HOME", "HF_ENDPOINT")
+    dropped = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "HF_HOME",
+        "HF_ENDPOINT",
+    )
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)} | extra

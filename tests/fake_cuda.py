@@ -1,9 +1,10 @@
-"""A CUDA or Apple GPU that computes nothing: shapes, dtypes and devices are as on a real one, values are not there.
+"""A CUDA or Apple GPU that computes nothing: shapes, dtypes and devices are as on a real one,
+values are not there.
 
-CPU tensors stay real, and all else of a run too: files, tokenizers, logs. Every operation on a GPU's tensor goes to
-torch's FakeTensorMode, which refuses a mixture of devices as the GPU does. Whatever the CPU reads from a tensor is
-noted, because each such read makes it wait for the GPU. `main` does whole runs that way and prints what happened, as
-JSON.
+CPU tensors stay real, and all else of a run too: files, tokenizers, logs. Every operation on a
+GPU's tensor goes to torch's FakeTensorMode, which refuses a mixture of devices as the GPU does.
+Whatever the CPU reads from a tensor is noted, because each such read makes it wait for the GPU.
+`main` does whole runs that way and prints what happened, as JSON.
 """
 
 import contextlib
@@ -30,8 +31,9 @@ from parts.metrics import Log
 
 PROJECT = Path(__file__).parent.parent
 
-# A CPU build of torch has no place to run the backward pass of a GPU's tensors: autograd asks for the device's guard
-# and hooks. These do nothing. They have to be in the process before torch is. For Apple's GPU, CUDA is replaced by MPS.
+# A CPU build of torch has no place to run the backward pass of a GPU's tensors: autograd asks for
+# the device's guard and hooks. These do nothing. They have to be in the process before torch is.
+# For Apple's GPU, CUDA is replaced by MPS.
 SHIM = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -69,7 +71,9 @@ ONLY = {
 
 
 def build(folder: Path, kind: str) -> Path:
-    """Compile the shim for "cuda" or "mps". Raises OSError with the reason where that is impossible."""
+    """Compile the shim for "cuda" or "mps". Raises OSError with the reason where that is
+    impossible.
+    """
     if sys.platform != "linux" or torch.version.cuda or torch.version.hip:
         raise OSError("the fake GPU is for CPU builds of torch on Linux")
     if not (compiler := shutil.which("g++")):
@@ -78,7 +82,16 @@ def build(folder: Path, kind: str) -> Path:
     source.write_text(SHIM.replace("CUDA", kind.upper()).replace("ONLY", ONLY[kind]))
     [libraries] = library_paths()
     flags = ["-std=c++20", "-shared", "-fPIC", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
-    command = [compiler, *flags, *(f"-I{path}" for path in include_paths()), source, "-o", shim, "-lc10", "-ltorch_cpu"]
+    command = [
+        compiler,
+        *flags,
+        *(f"-I{path}" for path in include_paths()),
+        source,
+        "-o",
+        shim,
+        "-lc10",
+        "-ltorch_cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"the fake GPU's shim does not compile: {done.stderr[:300]}")
@@ -86,22 +99,28 @@ def build(folder: Path, kind: str) -> Path:
 
 
 class FakeGPU(TorchDispatchMode):
-    """While active, tensors of this kind ("cuda", "mps") can be made. `reads` has the line of each read of a value.
+    """While active, tensors of this kind ("cuda", "mps") can be made. `reads` has the line of each
+    read of a value.
 
-    A single number is read as 0, and a tensor that is copied to the CPU is full of ones: no NaN, no division by zero.
+    A single number is read as 0, and a tensor that is copied to the CPU is full of ones: no NaN, no
+    division by zero.
     """
 
     def __init__(self, kind: str):
         super().__init__()
         self.kind, self.fake = kind, FakeTensorMode()
         self.reads: list[str] = []
-        self.capturing = False  # a CUDA graph, which can neither hand out values nor wait for the CPU's
+        self.capturing = (
+            False  # a CUDA graph, which can neither hand out values nor wait for the CPU's
+        )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)
-        real = any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) for leaf in leaves)
+        real = any(
+            isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) for leaf in leaves
+        )
         to = kwargs.get("device")
         if not fake and not (to and to.type == self.kind):
             return func(*args, **kwargs)  # the CPU's own business
@@ -122,7 +141,9 @@ class FakeGPU(TorchDispatchMode):
         args, kwargs = tree_map(self.as_fake, (args, kwargs))
         with self.fake:
             out = func(*args, **kwargs)
-        if self.kind == "mps" and any(getattr(leaf, "dtype", None) == torch.float64 for leaf in tree_leaves(out)):
+        if self.kind == "mps" and any(
+            getattr(leaf, "dtype", None) == torch.float64 for leaf in tree_leaves(out)
+        ):
             raise TypeError(f"{func}: MPS has no float64")
         return out
 
@@ -134,7 +155,9 @@ class FakeGPU(TorchDispatchMode):
         if self.capturing:
             raise RuntimeError(f"{func} reads a value while a CUDA graph is captured")
         ours = [
-            f"{Path(file).name}:{line}" for file, line in frames() if Path(file).parent in (PROJECT, PROJECT / "parts")
+            f"{Path(file).name}:{line}"
+            for file, line in frames()
+            if Path(file).parent in (PROJECT, PROJECT / "parts")
         ]
         self.reads.append(ours[0] if ours else str(func))
 
@@ -156,7 +179,9 @@ def frames():
 
 
 def move(module: torch.nn.Module, device) -> torch.nn.Module:
-    """In place of Module.to, which ties weights again only where .data can be set, and a fake cannot be set there."""
+    """In place of Module.to, which ties weights again only where .data can be set, and a fake
+    cannot be set there.
+    """
     moved = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -193,20 +218,30 @@ def pretend(gpu: FakeGPU, bf16: bool = True) -> contextlib.ExitStack:
     changes = [(torch.cuda, name, value) for name, value in cuda.items()]
     changes.append((torch.Tensor, "pin_memory", lambda tensor: tensor))
     if gpu.kind == "mps":
-        changes = [(torch.backends.mps, "is_available", lambda: True), (torch.mps, "synchronize", lambda: None)]
-        math = torch.ops.aten._scaled_dot_product_attention_math  # the fused kernel is in builds for macOS only
-        changes.append((F, "scaled_dot_product_attention", lambda *args, **options: math(*args, **options)[0]))
+        changes = [
+            (torch.backends.mps, "is_available", lambda: True),
+            (torch.mps, "synchronize", lambda: None),
+        ]
+        math = (
+            torch.ops.aten._scaled_dot_product_attention_math
+        )  # the fused kernel is in builds for macOS only
+        changes.append(
+            (F, "scaled_dot_product_attention", lambda *args, **options: math(*args, **options)[0])
+        )
     for change in [*changes, (torch.nn.Module, "to", move)]:
         stack.enter_context(mock.patch.object(*change))
-    stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()))
-    # torch.tensor(..., device="cuda") shall make a CPU tensor and copy it, so that the copy passes by here.
+    stack.enter_context(
+        mock.patch.object(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())
+    )
+    # torch.tensor(..., device="cuda") shall make a CPU tensor and copy it, so that the copy passes
+    # by here.
     torch._C._set_only_lift_cpu_tensors(True)
     stack.callback(torch._C._set_only_lift_cpu_tensors, False)
     stack.enter_context(gpu)
     return stack
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The runs
 
 
@@ -229,17 +264,26 @@ def do(run, bf16: bool = True, kind: str = "cuda") -> dict:
         return log(self, kind, step, **values)
 
     watched = mock.patch.object(Log, "__call__", noting)
-    with pretend(gpu, bf16), watched, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with (
+        pretend(gpu, bf16),
+        watched,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
         try:
             run()
         except (Exception, SystemExit) as caught:
             error = f"{''.join(traceback.format_tb(caught.__traceback__))}{caught!r}"
         replays = torch.cuda.CUDAGraph().replay.call_count if kind == "cuda" else 0
-    return dict(error=error, reads=reads, out=out.getvalue(), replays=replays, reads_after=len(gpu.reads))
+    return dict(
+        error=error, reads=reads, out=out.getvalue(), replays=replays, reads_after=len(gpu.reads)
+    )
 
 
 def main(kind: str, shards: str, tasks: str, folder: str) -> None:
-    """Do all of its runs into the folder; the last line of the output is a JSON object of their results."""
+    """Do all of its runs into the folder; the last line of the output is a JSON object of their
+    results.
+    """
     from conftest import toy_config
 
     import hellaswag
@@ -248,19 +292,40 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
     import train
 
     def training(name, **settings):
-        watching = dict(eval_every=3, sample_every=3, sample_tokens=8, hellaswag_every=3, hellaswag_data=tasks)
-        small = dict(n_layer=1, max_steps=3, checkpoint_every=2, total_batch_size=256, eval_tokens=256)
-        config = toy_config(Path(shards), Path(folder) / name, **dict(device=kind) | watching | small | settings)
+        watching = dict(
+            eval_every=3, sample_every=3, sample_tokens=8, hellaswag_every=3, hellaswag_data=tasks
+        )
+        small = dict(
+            n_layer=1, max_steps=3, checkpoint_every=2, total_batch_size=256, eval_tokens=256
+        )
+        config = toy_config(
+            Path(shards), Path(folder) / name, **dict(device=kind) | watching | small | settings
+        )
         return functools.partial(train.train, config)
 
     command = ["--model", f"{folder}/bf16", "--device", kind]
-    prompts = ["-p", "the quick", "-p", "brown fox jumps", "--top_p", "0.9", "--repetition_penalty", "1.1"]
+    prompts = [
+        "-p",
+        "the quick",
+        "-p",
+        "brown fox jumps",
+        "--top_p",
+        "0.9",
+        "--repetition_penalty",
+        "1.1",
+    ]
     sampling = functools.partial(sample.main, [*command, "-m", "40", "--json", *prompts])
     scoring = functools.partial(hellaswag.main, [*command, "--data", tasks, "--json"])
     if kind == "mps":
         chosen = dict(device="auto", dtype="auto", batch_size="auto", compile="auto")
-        runs = dict(bf16=training("bf16", dtype="bf16", dropout=0.1, recompute=True), fp32=training("fp32", **chosen))
-        results = {name: do(run, kind=kind) for name, run in dict(**runs, sample=sampling, hellaswag=scoring).items()}
+        runs = dict(
+            bf16=training("bf16", dtype="bf16", dropout=0.1, recompute=True),
+            fp32=training("fp32", **chosen),
+        )
+        results = {
+            name: do(run, kind=kind)
+            for name, run in dict(**runs, sample=sampling, hellaswag=scoring).items()
+        }
         in_float64 = functools.partial(torch.ones, 2, dtype=torch.float64, device=kind)
         print(json.dumps(results | dict(float64=do(in_float64, kind=kind))))
         sys.stdout.flush()
@@ -277,7 +342,9 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
     results["resumed"] = do(training("fp16", dtype="auto", optimizer="muon"), bf16=False)
 
     results["sample"] = do(sampling)
-    one_prompt = functools.partial(sample.main, [*command, "-m", "40", "-p", "the quick", "--temperature", "0"])
+    one_prompt = functools.partial(
+        sample.main, [*command, "-m", "40", "-p", "the quick", "--temperature", "0"]
+    )
     results["one prompt"] = do(one_prompt)
     results["hellaswag"] = do(scoring)
 
@@ -295,9 +362,13 @@ def main(kind: str, shards: str, tasks: str, folder: str) -> None:
     short = training("broken", checkpoint_every=0)
     with mock.patch.object(data, "prefetch", with_targets_on_cpu):
         results["targets on the CPU"] = do(short)
-    with mock.patch.object(model.GPT, "hidden", lambda self, idx, *_: hidden(self, idx, torch.arange(idx.size(1)))):
+    with mock.patch.object(
+        model.GPT, "hidden", lambda self, idx, *_: hidden(self, idx, torch.arange(idx.size(1)))
+    ):
         results["positions on the CPU"] = do(short)
-    with mock.patch.object(inference, "forward_cached", lambda *args: step(*args) * args[1].max().item()):
+    with mock.patch.object(
+        inference, "forward_cached", lambda *args: step(*args) * args[1].max().item()
+    ):
         results["read in a graph"] = do(one_prompt)
     print(json.dumps(results))
     sys.stdout.flush()

@@ -1,9 +1,10 @@
-"""Windows as far as Linux can play it: what is missing there is missing, what is refused there is refused.
+"""Windows as far as Linux can play it: what is missing there is missing, what is refused there is
+refused.
 
     python tests/fake_windows.py '[["prepare", "tale.txt", ...], ["train", ...]]'
 
-runs the main of each script in turn. The libraries see what is missing, but no other sys.platform or os.name, which
-they could not stand. So filelock's locks on Windows are not tested.
+runs the main of each script in turn. The libraries see what is missing, but no other sys.platform
+or os.name, which they could not stand. So filelock's locks on Windows are not tested.
 """
 
 import ctypes
@@ -20,8 +21,29 @@ from types import SimpleNamespace
 PROJECT = Path(__file__).parent.parent
 
 MODULES = ("fcntl", "resource", "readline", "termios", "tty", "pty", "pwd", "grp")
-OS = ("fork", "forkpty", "getuid", "geteuid", "getgid", "getpgid", "killpg", "setsid", "sched_getaffinity", "nice")
-SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGSTOP")
+OS = (
+    "fork",
+    "forkpty",
+    "getuid",
+    "geteuid",
+    "getgid",
+    "getpgid",
+    "killpg",
+    "setsid",
+    "sched_getaffinity",
+    "nice",
+)
+SIGNALS = (
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGHUP",
+    "SIGKILL",
+    "SIGQUIT",
+    "SIGALRM",
+    "SIGCHLD",
+    "SIGPIPE",
+    "SIGSTOP",
+)
 SIGNALS = (*SIGNALS, "pthread_sigmask", "pthread_kill", "sigwait", "alarm", "setitimer")
 
 
@@ -33,7 +55,9 @@ class CDLL(ctypes.CDLL):
 
 
 def in_use(path) -> bool:
-    """Whether this process has the file, or a file in the folder, open or mapped into its memory."""
+    """Whether this process has the file, or a file in the folder, open or mapped into its
+    memory.
+    """
     path, names = os.path.realpath(path), set()
     for number in os.listdir("/proc/self/fd"):
         if os.path.islink(f"/proc/self/fd/{number}"):
@@ -44,7 +68,9 @@ def in_use(path) -> bool:
 
 
 def refusing(function, there_is_none=False):
-    """os.unlink, os.rename or os.replace, which fail for files in use. os.rename replaces nothing."""
+    """os.unlink, os.rename or os.replace, which fail for files in use. os.rename replaces
+    nothing.
+    """
 
     def wrapped(*paths, **kwargs):
         for path in paths:
@@ -74,12 +100,23 @@ def install() -> None:
             raise OSError(errno.EBADF, "Bad file descriptor")
         fsync(descriptor)
 
-    os.open, os.fsync, os.cpu_count, ctypes.CDLL = open_no_folder, fsync_what_is_writable, lambda: 128, CDLL
-    os.unlink, os.replace, os.rename = refusing(os.unlink), refusing(os.replace), refusing(os.rename, True)
+    os.open, os.fsync, os.cpu_count, ctypes.CDLL = (
+        open_no_folder,
+        fsync_what_is_writable,
+        lambda: 128,
+        CDLL,
+    )
+    os.unlink, os.replace, os.rename = (
+        refusing(os.unlink),
+        refusing(os.replace),
+        refusing(os.rename, True),
+    )
 
 
 def main(commands: list[list[str]]) -> None:
-    names = [path.stem for path in PROJECT.glob("*.py")] + [f"parts.{path.stem}" for path in PROJECT.glob("parts/*.py")]
+    names = [path.stem for path in PROJECT.glob("*.py")] + [
+        f"parts.{path.stem}" for path in PROJECT.glob("parts/*.py")
+    ]
     for name in names:
         importlib.import_module(name)
     windows_os = SimpleNamespace(**vars(os) | dict(name="nt"))

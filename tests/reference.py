@@ -3,8 +3,9 @@
     python train.py CONFIG --dtype=fp32 --log_every=1 --max_steps=300 --out_dir=out/ours     one process, from scratch
     python tests/reference.py out/ours out/reference
 
-The run gives its settings, initial weights and batches. The model is transformers', AdamW and clipping are torch's,
-schedule and Muon are written anew. Prints the largest difference of a step's losses, with exit code 1 above 2e-3.
+The run gives its settings, initial weights and batches. The model is transformers', AdamW and
+clipping are torch's, schedule and Muon are written anew. Prints the largest difference of a step's
+losses, with exit code 1 above 2e-3.
 """
 
 import json
@@ -24,10 +25,14 @@ from train import TrainConfig, build_model
 
 
 def muon(weight: torch.Tensor, average: torch.Tensor, rate: float, config: TrainConfig) -> None:
-    """Muon for one (in, out) matrix: Nesterov momentum, five Newton-Schulz iterations, the scale of Liu and others."""
+    """Muon for one (in, out) matrix: Nesterov momentum, five Newton-Schulz iterations, the scale of
+    Liu and others.
+    """
     m, updates = config.muon_momentum, []
     average.copy_(m * average + (1 - m) * weight.grad)
-    for part in (m * average + (1 - m) * weight.grad).chunk(3 if 3 * len(weight) == weight.size(1) else 1, dim=1):
+    for part in (m * average + (1 - m) * weight.grad).chunk(
+        3 if 3 * len(weight) == weight.size(1) else 1, dim=1
+    ):
         x = part / (part.norm() + 1e-7)
         for _ in range(5):
             x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
@@ -36,22 +41,32 @@ def muon(weight: torch.Tensor, average: torch.Tensor, rate: float, config: Train
 
 
 def repeat(config: TrainConfig, n_steps: int) -> tuple[GPT2LMHeadModel, list[float]]:
-    """The model after n_steps of a run of one process from scratch in float32, and the loss of each step."""
+    """The model after n_steps of a run of one process from scratch in float32, and the loss of each
+    step.
+    """
     if config.dropout or not config.grad_clip:
         raise ValueError("only runs without dropout and with clipping can be repeated")
     tokenizer = of_folder(config.data_dir, data.read_meta(config.data_dir)["tokenizer"])
-    windows = data.Windows(data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size)
+    windows = data.Windows(
+        data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size
+    )
     sequences = config.total_batch_size // config.block_size
     batches = data.Batches(windows, sequences, sequences, 1, config.seed)
     with tempfile.TemporaryDirectory() as folder:
         build_model(config, None, tokenizer).save_pretrained(folder)
-        model = GPT2LMHeadModel.from_pretrained(folder, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        model = GPT2LMHeadModel.from_pretrained(
+            folder, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
+        )
 
     of_muon = model.transformer.h.parameters() if config.optimizer == "muon" else ()
-    averages = {parameter: torch.zeros_like(parameter) for parameter in of_muon if parameter.dim() == 2}
+    averages = {
+        parameter: torch.zeros_like(parameter) for parameter in of_muon if parameter.dim() == 2
+    }
     rest = [parameter for parameter in model.parameters() if parameter not in averages]
     decays = ((2, config.weight_decay), (1, 0.0))
-    groups = [dict(params=[p for p in rest if p.dim() == n], weight_decay=decay) for n, decay in decays]
+    groups = [
+        dict(params=[p for p in rest if p.dim() == n], weight_decay=decay) for n, decay in decays
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), foreach=False)
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=config.beta1, foreach=False)
@@ -66,7 +81,11 @@ def repeat(config: TrainConfig, n_steps: int) -> tuple[GPT2LMHeadModel, list[flo
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         # The learning rate as a share of its peak: a linear warm-up, then a cosine or nothing more.
         done = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
-        cosine = low + (1 - low) * (1 + math.cos(math.pi * done)) / 2 if config.lr_schedule == "cosine" else 1
+        cosine = (
+            low + (1 - low) * (1 + math.cos(math.pi * done)) / 2
+            if config.lr_schedule == "cosine"
+            else 1
+        )
         share = cosine if done >= 0 else (step + 1) / config.warmup_steps
         for group in optimizer.param_groups:
             group["lr"] = share * config.learning_rate

@@ -19,7 +19,9 @@ def long_run(monkeypatch):
     """Toy runs count as long enough for a race, and the CPU as one with bf16."""
     monkeypatch.setattr(auto, "RACE_PAYS", -1)
     monkeypatch.setattr(
-        auto, "precisions", lambda setting, device: ["fp32", "bf16"] if setting == "auto" else [setting]
+        auto,
+        "precisions",
+        lambda setting, device: ["fp32", "bf16"] if setting == "auto" else [setting],
     )
 
 
@@ -28,7 +30,9 @@ def race_is_won_by(monkeypatch):
     """The candidate of this name is twice as fast as the others."""
 
     def rig(winner: str) -> None:
-        monkeypatch.setattr(auto, "race", lambda runs, **_: {name: 1.0 if name == winner else 2.0 for name in runs})
+        monkeypatch.setattr(
+            auto, "race", lambda runs, **_: {name: 1.0 if name == winner else 2.0 for name in runs}
+        )
 
     return rig
 
@@ -46,7 +50,9 @@ def test_precisions_to_choose_from(monkeypatch):
 
 def test_a_race_is_won_by_the_faster_and_a_near_tie_by_the_first():
     x = torch.randn(300, 300)
-    times = auto.race({"much": lambda: [x @ x for _ in range(20)], "little": lambda: x @ x}, seconds=0.01)
+    times = auto.race(
+        {"much": lambda: [x @ x for _ in range(20)], "little": lambda: x @ x}, seconds=0.01
+    )
     assert fastest(times) == "little"
     assert fastest({"first": 1.0, "second": 0.99}) == "first"
     assert fastest({"first": 1.0, "second": 0.99}, margin=1.001) == "second"
@@ -56,22 +62,33 @@ def test_a_race_is_won_by_the_faster_and_a_near_tie_by_the_first():
 def test_a_run_computes_as_the_race_says_and_its_resume_as_it_began(
     config, tmp_path, capsys, long_run, race_is_won_by, winner
 ):
-    """A resume on a machine where another candidate wins goes on as before, bit by bit, and says so."""
+    """A resume on a machine where another candidate wins goes on as before, bit by bit, and says
+    so.
+    """
     free = dict(dtype="auto", flash="auto", checkpoint_every=6)
     race_is_won_by(winner)
     train.train(config(**free))
     straight = metrics(tmp_path / "run")
-    assert metrics(tmp_path / "run", "run")[0]["dtype"] == ("bfloat16" if "bf16" in winner else "float32")
+    assert metrics(tmp_path / "run", "run")[0]["dtype"] == (
+        "bfloat16" if "bf16" in winner else "float32"
+    )
     assert f"arithmetic: {winner} (ms a block: " in capsys.readouterr().out
 
     race_is_won_by("fp32, spelled-out attention")
     train.train(config(**free, resume=str(tmp_path / "run" / "step_0000006")))
     assert [r["loss"] for r in metrics(tmp_path / "run")] == [r["loss"] for r in straight]
-    assert "kept from the checkpoint, this machine would take fp32, spelled-out attention" in capsys.readouterr().out
+    assert (
+        "kept from the checkpoint, this machine would take fp32, spelled-out attention"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_race_leaves_no_gradients_and_a_short_run_has_none(config, monkeypatch):
-    model, machine, free = make_toy(), Runtime(CPU, torch.float32), config(dtype="auto", flash="auto")
+    model, machine, free = (
+        make_toy(),
+        Runtime(CPU, torch.float32),
+        config(dtype="auto", flash="auto"),
+    )
     choice, why = auto.choose(free, model, machine, before={})
     assert choice == dict(dtype="fp32", flash=True, threads=None, compile=False)
     assert why == "arithmetic: fp32, fused attention\ncompile: off (as set)"
@@ -88,7 +105,9 @@ def test_threads_race_where_nobody_has_set_them(monkeypatch):
     assert auto.race_threads(lambda: None, ms=1.0) == {}
     monkeypatch.delenv("OMP_NUM_THREADS")
     seen = set()
-    assert set(auto.race_threads(lambda: seen.add(torch.get_num_threads()), ms=1.0)) == {2, 1} == seen
+    assert (
+        set(auto.race_threads(lambda: seen.add(torch.get_num_threads()), ms=1.0)) == {2, 1} == seen
+    )
     assert torch.get_num_threads() == 2 and auto.race_threads(lambda: None, ms=1000.0) == {}
     torch.set_num_threads(before)
 
@@ -100,8 +119,13 @@ def test_inference_has_a_race_of_its_own(monkeypatch, race_is_won_by, winner):
     monkeypatch.setattr(auto, "precisions", lambda *_: ["fp32", "bf16"])
     machine = Runtime(CPU, torch.float32)
     model, ready, why = prepare_for_inference(make_toy(), machine, "auto", rows=10_000)
-    assert ready.dtype == model.lm_head.weight.dtype == runtime.DTYPES[winner] and "ms a block" in why
-    assert prepare_for_inference(make_toy(), machine, "auto", rows=1)[2] == "dtype: fp32 (a small model: one thread)"
+    assert (
+        ready.dtype == model.lm_head.weight.dtype == runtime.DTYPES[winner] and "ms a block" in why
+    )
+    assert (
+        prepare_for_inference(make_toy(), machine, "auto", rows=1)[2]
+        == "dtype: fp32 (a small model: one thread)"
+    )
 
 
 def test_compiling_must_pay(monkeypatch):
@@ -125,18 +149,26 @@ def test_a_machine_without_a_compiler_is_noticed(monkeypatch):
     assert auto.missing_for_compile(CPU) == "a trial failed: No working C++ compiler found"
 
 
-@pytest.mark.parametrize("world_size, expected", [(1, 64), (2, 64), (4, 64), (8, 64), (16, 32), (32, 16), (64, 8)])
+@pytest.mark.parametrize(
+    "world_size, expected", [(1, 64), (2, 64), (4, 64), (8, 64), (16, 32), (32, 16), (64, 8)]
+)
 def test_the_recipe_runs_on_any_number_of_gpus(world_size, expected):
     """524,288 tokens in 2 x 8 processes were refused: 64 sequences do not divide a process's 32."""
     recipe = train.TrainConfig()
     sequences = train.sequences_per_process(recipe, world_size)
-    size = batch_size(recipe.batch_size, sequences, None, 1024, Runtime(CPU, torch.float32, 0, world_size))
+    size = batch_size(
+        recipe.batch_size, sequences, None, 1024, Runtime(CPU, torch.float32, 0, world_size)
+    )
     assert size == expected and sequences % size == 0
-    assert batch_size("auto", sequences, None, 1024, Runtime(CPU, torch.float32, 0, world_size)) == 8
+    assert (
+        batch_size("auto", sequences, None, 1024, Runtime(CPU, torch.float32, 0, world_size)) == 8
+    )
 
 
 def test_batch_size_auto_is_the_largest_that_fits_on_every_rank(monkeypatch):
-    """A GPU with memory for 5 sequences, beside a rank with memory for 2: of 12 sequences, 2 at once."""
+    """A GPU with memory for 5 sequences, beside a rank with memory for 2: of 12 sequences, 2 at
+    once.
+    """
     room = dict(here=5, there=2)
 
     def try_step(model, size, T, machine, moments):

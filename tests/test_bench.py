@@ -1,4 +1,6 @@
-"""bench.py runs what people run, and prints what it measured. (What it measures is no test's business.)"""
+"""bench.py runs what people run, and prints what it measured. (What it measures is no test's
+business.)
+"""
 
 import dataclasses
 import functools
@@ -28,7 +30,9 @@ def small_and_fast(monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "gpt2", shape)
     monkeypatch.setattr(bench, "GPTConfig", functools.partial(bench.GPTConfig, **shape))
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
-    monkeypatch.setattr(bench, "rate", lambda n, _, f, *a, **k: n if f is torch.matmul else rate(n, _, f, *a, **k))
+    monkeypatch.setattr(
+        bench, "rate", lambda n, _, f, *a, **k: n if f is torch.matmul else rate(n, _, f, *a, **k)
+    )
 
 
 def run(capsys, *argv: str) -> dict:
@@ -37,7 +41,9 @@ def run(capsys, *argv: str) -> dict:
 
 
 def test_the_ladder_ends_at_the_defaults():
-    """Nothing but the number of micro-steps is left to change at the top, and each rung changes something."""
+    """Nothing but the number of micro-steps is left to change at the top, and each rung changes
+    something.
+    """
     fields = {field.name: field.default for field in dataclasses.fields(train.TrainConfig)}
     top = {}
     for changed in bench.LADDER.values():
@@ -52,7 +58,9 @@ def test_a_step_against_transformers(capsys):
     ours, theirs = result["rows"]["ours"], result["rows"]["transformers"]
     assert ours["tokens/s"] == pytest.approx(8000 / ours["ms"]) and 0 < ours["% of matmul"] < 100
     assert result["ratios"]["ours"] == pytest.approx(ours["tokens/s"] / theirs["tokens/s"])
-    assert 0 <= ours["wait ms"] <= ours["max wait ms"] < result["rows"]["ours, saving"]["max wait ms"]
+    assert (
+        0 <= ours["wait ms"] <= ours["max wait ms"] < result["rows"]["ours, saving"]["max wait ms"]
+    )
     assert result["settings"]["size"] == "gpt2" and result["settings"]["dtype"] == "fp32"
 
 
@@ -64,7 +72,10 @@ def test_a_run_that_fails_is_null_and_costs_no_other_its_figures(capsys, monkeyp
 
     monkeypatch.setattr(bench, "steps_of_train", steps)
     result = run(capsys, "ladder", *TINY)
-    assert list(result["rows"]) == [*(n for n in bench.LADDER if n != "TF32"), "a large matmul"]  # TF32 is for GPUs
+    assert list(result["rows"]) == [
+        *(n for n in bench.LADDER if n != "TF32"),
+        "a large matmul",
+    ]  # TF32 is for GPUs
     assert [name for name, row in result["rows"].items() if row is None] == ["4 micro-steps"]
     assert result["ratios"]["torch.compile"] == 2 and "4 micro-steps" not in result["ratios"]
     (tmp_path / "ladder.json").write_text(json.dumps(result))
@@ -77,13 +88,17 @@ def test_medians_of_rounds_and_one_line_if_nothing_could_be_measured(capsys):
     ours, theirs = iter([8.0, 1.0, 6.0]), iter([2.0, 1.0, 3.0])
     runs = {"ours": lambda: {"MB/s": next(ours)}, "theirs": lambda: {"MB/s": next(theirs)}}
     result = bench.interleaved(runs, 3, "theirs")
-    assert result == dict(rows={"ours": {"MB/s": 6}, "theirs": {"MB/s": 2}}, ratios={"ours": 2, "theirs": 1})
+    assert result == dict(
+        rows={"ours": {"MB/s": 6}, "theirs": {"MB/s": 2}}, ratios={"ours": 2, "theirs": 1}
+    )
     with pytest.raises(ValueError, match="nothing could be measured: StopIteration"):
         bench.interleaved(runs, 1, "theirs")
 
 
 def test_what_auto_chooses_is_the_baseline(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "steps_of_train", lambda _, **way: {"tokens/s": 1.0 + (way["dtype"] == "bf16")})
+    monkeypatch.setattr(
+        bench, "steps_of_train", lambda _, **way: {"tokens/s": 1.0 + (way["dtype"] == "bf16")}
+    )
     result = run(capsys, "choices", *TINY, "--size", "quickstart")
     assert len(result["rows"]) == 4 and result["settings"]["dtype"] == "fp32"
     assert sorted(result["ratios"].values()) == [1, 1, 2, 2]
@@ -95,9 +110,18 @@ def test_generation_against_transformers(capsys):
 
 
 def test_the_score_against_one_task_at_a_time(capsys, tmp_path):
-    task = dict(ind=1, ctx="A man", endings=["sits.", "is a dog.", "eats", "runs away."], label=0, split_type="x")
+    task = dict(
+        ind=1,
+        ctx="A man",
+        endings=["sits.", "is a dog.", "eats", "runs away."],
+        label=0,
+        split_type="x",
+    )
     (tmp_path / "tasks.jsonl").write_text(json.dumps(task) + "\n")
-    assert run(capsys, "hellaswag", "--data", str(tmp_path / "tasks.jsonl"))["ratios"]["in batches"] > 0
+    assert (
+        run(capsys, "hellaswag", "--data", str(tmp_path / "tasks.jsonl"))["ratios"]["in batches"]
+        > 0
+    )
 
 
 def test_tokens_of_files_against_tiktoken(capsys, text_file):
@@ -122,20 +146,33 @@ def test_memory_is_that_of_a_gpu(shape, B, options, peak):
 
 def test_the_table_of_memory(capsys, monkeypatch):
     monkeypatch.setattr(bench, "SIZES", {"gpt2": GPT2})
-    monkeypatch.setattr(bench, "peak_memory", lambda shape, T, B, theirs: B * (3e9 if theirs else 1e9))
-    assert bench.largest_batch(10, lambda B: 11 * B) == 0 and bench.largest_batch(10, lambda B: 10 * B) == 1
+    monkeypatch.setattr(
+        bench, "peak_memory", lambda shape, T, B, theirs: B * (3e9 if theirs else 1e9)
+    )
+    assert (
+        bench.largest_batch(10, lambda B: 11 * B) == 0
+        and bench.largest_batch(10, lambda B: 10 * B) == 1
+    )
     bench.main(["memory"])
     head, *rows = (line.split("  ") for line in capsys.readouterr().out.splitlines()[1:])
     assert [row[0] for row in rows] == ["gpt2", "gpt2, recompute", "transformers' gpt2"]
-    assert rows[0][1:] != rows[2][1:] and "8" in " ".join(rows[0]).split() and "16 GB" in " ".join(head)
+    assert (
+        rows[0][1:] != rows[2][1:]
+        and "8" in " ".join(rows[0]).split()
+        and "16 GB" in " ".join(head)
+    )
 
 
-# ---- plan: a run on paper --------------------------------------------------------------------------------------------
+# ---- plan: a run on paper ------------------------------------------------------------------------
 
 
-def on_paper(gpu: str, n: int, size: str = "gpt2", batch: int = 524_288, at_once: int = 64, **options):
+def on_paper(
+    gpu: str, n: int, size: str = "gpt2", batch: int = 524_288, at_once: int = 64, **options
+):
     with torch.device("meta"):
-        return bench.plan(gpt.GPT(gpt.GPTConfig(**gpt.SIZES[size])), gpu, n, 8, batch, at_once, **options)
+        return bench.plan(
+            gpt.GPT(gpt.GPTConfig(**gpt.SIZES[size])), gpu, n, 8, batch, at_once, **options
+        )
 
 
 @pytest.mark.parametrize(
@@ -144,10 +181,20 @@ def on_paper(gpu: str, n: int, size: str = "gpt2", batch: int = 524_288, at_once
         ("A100", 8, {}, 524_288 / 0.30 / 8),  # llm.c's run_gpt2_124M.sh
         ("A100", 8, dict(size="gpt2-medium"), 524_288 / 0.82 / 8),  # run_gpt2_350M.sh
         ("A100", 8, dict(size="gpt2-large", at_once=32), 524_288 / 1.7 / 8),  # run_gpt2_774M.sh
-        ("H100", 8, dict(size="gpt2-xl", at_once=8, batch=2**20), 2**20 / 2.8 / 8),  # run_gpt2_1558M.sh
+        (
+            "H100",
+            8,
+            dict(size="gpt2-xl", at_once=8, batch=2**20),
+            2**20 / 2.8 / 8,
+        ),  # run_gpt2_1558M.sh
         ("H100", 8, {}, 460e3),  # llm.c
         ("A100", 8, {}, 185e3),  # build-nanogpt
-        ("A100", 1, dict(at_once=16, batch=16 * 1024), 16 * 1024 / 0.090),  # the last rung of the lecture's ladder
+        (
+            "A100",
+            1,
+            dict(at_once=16, batch=16 * 1024),
+            16 * 1024 / 0.090,
+        ),  # the last rung of the lecture's ladder
         ("RTX 4090", 1, dict(at_once=32), 106e3),  # the best of several
     ],
 )
@@ -170,23 +217,32 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("gpu", ["H100", "A100"])
 def test_hours_are_those_of_the_recipe(capsys, counted, gpu):
     text = (Path(bench.__file__).parent / "config" / "gpt2_124M.py").read_text()
-    hours = {n: float(h) for n, h in re.findall(rf"(\d) x {gpu}  [^\n]*? ([\d.]+) hours?\b(?=   |\n)", text)}
+    hours = {
+        n: float(h)
+        for n, h in re.findall(rf"(\d) x {gpu}  [^\n]*? ([\d.]+) hours?\b(?=   |\n)", text)
+    }
     hours |= {n: float(h) for n, h in re.findall(rf"(1) x {gpu} +(\d+) hours", text)}
     rows = planned(capsys, "--gpu", gpu)["rows"]
     assert set(hours) == {"1", "8"}
     assert {n: rows[f"1 x {n}"]["hours"] for n in hours} == pytest.approx(hours, rel=0.15)
-    assert rows["1 x 8"]["dollars"] == pytest.approx(8 * runtime.GPUS[gpu].dollars * rows["1 x 8"]["hours"])
+    assert rows["1 x 8"]["dollars"] == pytest.approx(
+        8 * runtime.GPUS[gpu].dollars * rows["1 x 8"]["hours"]
+    )
 
 
 def test_an_all_reduce_by_hand():
-    """400 MB on 8 GPUs, 100 GB/s each: 14 messages of 50 MB take 0.5 ms each, and each of 4 buckets 14 x 5 us more."""
+    """400 MB on 8 GPUs, 100 GB/s each: 14 messages of 50 MB take 0.5 ms each, and each of 4 buckets
+    14 x 5 us more.
+    """
     assert bench.all_reduce(400e6, 8, 100e9) == pytest.approx(7e-3 + 4 * 14 * 5e-6)
     assert bench.all_reduce(400e6, 1, 100e9) == 0
     assert f"bucket_cap_mb={bench.BUCKET / 2**20:.0f})" in inspect.getsource(train.train)
 
 
 def test_what_of_the_exchange_a_step_waits_for():
-    """Behind the last backward pass all is hidden but the embedding; on a slow network, as much as the pass is long."""
+    """Behind the last backward pass all is hidden but the embedding; on a slow network, as much as
+    the pass is long.
+    """
     embedding, all_of_it = 4 * 50304 * 768, 4 * 124_439_808
     fast, uses = on_paper("H100", 8)
     alone, none = on_paper("H100", 1, batch=524_288 // 8)
@@ -214,11 +270,15 @@ def test_few_sequences_take_as_long_as_those_that_fill_the_gpu():
 
 
 def test_a_plan_names_what_is_full_next(capsys, counted, tmp_path):
-    """One machine, two, and all, if all have equal parts of a step; the result is shown like any other."""
+    """One machine, two, and all, if all have equal parts of a step; the result is shown like any
+    other.
+    """
     result = planned(capsys, "--gpus", "64")
     assert list(result["rows"]) == ["1 x 1", "1 x 8", "2 x 8", "8 x 8"]
     assert result["rows"]["8 x 8"]["next"] == "sequences" and result["device"] == "paper, H100"
-    assert planned(capsys, "--gpus", "16", "--network", "1")["rows"]["2 x 8"]["next"] == "all-reduce"
+    assert (
+        planned(capsys, "--gpus", "16", "--network", "1")["rows"]["2 x 8"]["next"] == "all-reduce"
+    )
     assert list(planned(capsys, "--gpus", "24", "--batch_tokens", str(24 * 1024))["rows"]) == [
         "1 x 1",
         "1 x 8",
@@ -233,10 +293,13 @@ SCALE = (Path(bench.__file__).parent / "docs" / "scale.md").read_text(encoding="
 
 
 @pytest.mark.parametrize(
-    "argv, shown", re.findall(r"^\$ python bench.py (plan.*)\n((?: +t|\d x).*\n(?:\d x.*\n)+)", SCALE, re.M)
+    "argv, shown",
+    re.findall(r"^\$ python bench.py (plan.*)\n((?: +t|\d x).*\n(?:\d x.*\n)+)", SCALE, re.M),
 )
 def test_the_page_shows_what_the_plan_prints(capsys, monkeypatch, argv, shown):
-    """Memory is stood in for by straight lines through a sequence, as counted, and what fits an H100."""
+    """Memory is stood in for by straight lines through a sequence, as counted, and what fits an
+    H100.
+    """
     lines = {12: lambda B: 3.1e9 + 0.4e9 * (B - 1), 48: lambda B: 27.86e9 + 3.5e9 * (B - 1)}
     monkeypatch.setattr(bench, "peak_memory", lambda shape, T, B: lines[shape["n_layer"]](B))
     bench.main(argv.split())
@@ -254,7 +317,10 @@ def test_the_page_shows_what_the_plan_prints(capsys, monkeypatch, argv, shown):
         ("--batch_tokens 0", "divide 0 sequences"),
         ("--network -1", "no negatives"),
         ("--block_size 0", "block_size is 0"),
-        ("--model gpt2-xl --gpu=RTX_4090", "gpt2-xl: a sequence takes 28 GB, too much for an RTX 4090"),
+        (
+            "--model gpt2-xl --gpu=RTX_4090",
+            "gpt2-xl: a sequence takes 28 GB, too much for an RTX 4090",
+        ),
     ],
 )
 def test_an_impossible_plan_is_one_line(capsys, monkeypatch, argv, reason):
@@ -262,7 +328,12 @@ def test_an_impossible_plan_is_one_line(capsys, monkeypatch, argv, reason):
     with pytest.raises(SystemExit) as exit_:
         bench.main(["plan", *(word.replace("_4090", " 4090") for word in argv.split())])
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.startswith("bench.py: ") and error.count("\n") == 1 and reason in error
+    assert (
+        exit_.value.code == 2
+        and error.startswith("bench.py: ")
+        and error.count("\n") == 1
+        and reason in error
+    )
 
 
 RESULTS = sorted((Path(bench.__file__).parent / "results").glob("*/*.json"))
@@ -274,24 +345,36 @@ def test_committed_results_are_shown(capsys, file):
     assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
-@pytest.mark.parametrize("content", ["[]", "x", '{"bench": "train"}', '{"bench": "train", "rows": {"ours": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "x", '{"bench": "train"}', '{"bench": "train", "rows": {"ours": 1}}']
+)
 def test_a_file_that_is_no_whole_result_is_one_line(capsys, tmp_path, content):
     (tmp_path / "odd.json").write_text(content)
     with pytest.raises(SystemExit) as exit_:
         bench.main(["show", str(tmp_path / "odd.json")])
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.startswith(f"bench.py: {tmp_path}/odd.json: ") and error.count("\n") == 1
+    assert (
+        exit_.value.code == 2
+        and error.startswith(f"bench.py: {tmp_path}/odd.json: ")
+        and error.count("\n") == 1
+    )
 
 
 def test_a_failed_measurement_costs_measure_sh_no_other(tmp_path):
-    """With a stand-in for python that fails in the middle of what `train` writes, and is killed in `sample --batch`."""
+    """With a stand-in for python that fails in the middle of what `train` writes, and is killed in
+    `sample --batch`.
+    """
     python, out = tmp_path / "python", tmp_path / "out"
-    kinds = '*"bench.py train"*) echo -n "{\\"ro"; exit 2;; *"--batch 32"*) kill -9 $$;; *) echo "{}";;'
+    kinds = (
+        '*"bench.py train"*) echo -n "{\\"ro"; exit 2;; *"--batch 32"*) kill -9 $$;; *) echo "{}";;'
+    )
     python.write_text(f'#!/bin/bash\ncase "$*" in {kinds} esac\n')
     python.chmod(0o755)
     script = [*"bash results/measure.sh".split(), str(out), "tasks.jsonl", "shards"]
     root = Path(bench.__file__).parent
-    done = subprocess.run(script, cwd=root, env=os.environ | dict(PYTHON=str(python)), capture_output=True, text=True)
+    done = subprocess.run(
+        script, cwd=root, env=os.environ | dict(PYTHON=str(python)), capture_output=True, text=True
+    )
     whole = "hellaswag.json ladder.json ladder_4.json memory.json sample_1.json tests.txt train.txt".split()
     assert sorted(path.name for path in out.iterdir() if path.read_text() == "{}\n") == whole
     assert f"failed (see {out}/log.txt): sample_32.json train.json train_64.json\n" in done.stderr

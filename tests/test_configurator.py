@@ -34,7 +34,9 @@ def write(path: Path, text: str) -> str:
 
 def test_files_stack_and_flags_come_last(tmp_path):
     one = write(tmp_path / "one.py", "learning_rate = 1.0\nsteps = 2\nmin_lr = learning_rate / 10")
-    two = write(tmp_path / "two.py", "import math\n_half = steps / 2\nsteps = int(math.sqrt(4 * _half * 4))")
+    two = write(
+        tmp_path / "two.py", "import math\n_half = steps / 2\nsteps = int(math.sqrt(4 * _half * 4))"
+    )
     assert configure(Toy, []) == Toy()
     assert configure(Toy, ["--steps=8", one, two]) == Toy(steps=8, learning_rate=1.0, min_lr=0.1)
     assert configure(Toy, [one, two]).steps == 4
@@ -65,7 +67,10 @@ def test_flags_become_values(flag, name, value):
     "argument, message",
     [
         ("--step=4", "--step=4: there is no setting 'step': did you mean steps?"),
-        ("--learning-rate=1", "--learning-rate=1: there is no setting 'learning-rate': did you mean learning_rate?"),
+        (
+            "--learning-rate=1",
+            "--learning-rate=1: there is no setting 'learning-rate': did you mean learning_rate?",
+        ),
         ("--steps=2.0", "--steps=2.0: steps takes an int, not 2.0"),
         ("--steps=True", "--steps=True: steps takes an int, not True"),
         ("--steps=many", "--steps=many: steps takes an int, not 'many'"),
@@ -75,7 +80,10 @@ def test_flags_become_values(flag, name, value):
         ("--steps", "--steps: settings are written --key=value: did you mean steps?"),
         ("-p", "-p: settings are written --key=value"),
         ("--steps=3", "steps is odd"),
-        ("nowhere.py", "nowhere.py: no such config file. A config file is Python, a setting is --key=value"),
+        (
+            "nowhere.py",
+            "nowhere.py: no such config file. A config file is Python, a setting is --key=value",
+        ),
     ],
 )
 def test_each_mistake_is_named(argument, message, tmp_path, monkeypatch):
@@ -113,7 +121,9 @@ def test_files_that_fail_are_named_with_the_line(tmp_path):
 
 
 def test_help_shows_every_setting_with_its_comment():
-    """Help is read from the source of the dataclass: a line that the pattern misses would vanish from it."""
+    """Help is read from the source of the dataclass: a line that the pattern misses would vanish
+    from it.
+    """
     text = help_text(train.TrainConfig)
     for name, default in vars(train.TrainConfig()).items():
         line = next(line for line in text.splitlines() if line.startswith(f"  --{name}="))
@@ -122,7 +132,9 @@ def test_help_shows_every_setting_with_its_comment():
         assert len(meaning.strip()) > 5, line
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("config/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("config/*.py")), ids=lambda path: path.stem
+)
 def test_every_config_file_is_right(path):
     config = configure(train.TrainConfig, [str(path)])
     assert train.sequences_per_process(config, world_size=1) >= 1

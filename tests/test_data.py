@@ -21,12 +21,16 @@ from parts.tokenizer import BREAK, TOKENIZERS, get_tokenizer, save_tokenizer, se
 
 
 def windows(*lengths: int, block_size: int = 8, vocab_size: int = 60_000) -> Windows:
-    """Shards in memory whose tokens count up from 0 through all of them, so that a token tells its place."""
+    """Shards in memory whose tokens count up from 0 through all of them, so that a token tells its
+    place.
+    """
     parts = np.split(np.arange(sum(lengths), dtype=np.uint16), np.cumsum(lengths)[:-1])
-    return Windows([Shard(Path(f"shard{i}"), part) for i, part in enumerate(parts)], block_size, vocab_size)
+    return Windows(
+        [Shard(Path(f"shard{i}"), part) for i, part in enumerate(parts)], block_size, vocab_size
+    )
 
 
-# ---- Tokenizers ------------------------------------------------------------------------------------------------------
+# ---- Tokenizers ----------------------------------------------------------------------------------
 
 
 @given(st.text())
@@ -41,7 +45,10 @@ def test_tokenizers_give_back_the_text(text):
 
 def test_gpt2_ids_are_the_known_ones():
     ids = get_tokenizer("gpt2").encode("Hello, I'm a language model,")
-    assert ids.tolist() == [15496, 11, 314, 1101, 257, 3303, 2746, 11] and get_tokenizer(50257).end_of_text == 50256
+    assert (
+        ids.tolist() == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+        and get_tokenizer(50257).end_of_text == 50256
+    )
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -58,11 +65,27 @@ def test_transformers_reads_our_tokenizer_files(tmp_path, name):
     assert theirs.eos_token_id == ours.end_of_text and len(theirs) == ours.vocab_size
 
 
-SPACE = [" ", "  ", "\n", "\t", "\r\n", "\x85", "\xa0", "\u1680", "\u2009", "\u2028", "\u205f", "\u3000"]
+SPACE = [
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    "\x85",
+    "\xa0",
+    "\u1680",
+    "\u2009",
+    "\u2028",
+    "\u205f",
+    "\u3000",
+]
 
 
 @settings(max_examples=200)
-@given(st.lists(st.sampled_from(["word", "don't", "naïve", "漢字。", "☃", "12", "! ?", *SPACE])), st.integers(2, 30))
+@given(
+    st.lists(st.sampled_from(["word", "don't", "naïve", "漢字。", "☃", "12", "! ?", *SPACE])),
+    st.integers(2, 30),
+)
 def test_segments_tokenise_as_the_whole(parts, size):
     """Cut at a break, a text has the same ids; and where there is none, the same text."""
     text = "".join(parts)
@@ -74,14 +97,19 @@ def test_segments_tokenise_as_the_whole(parts, size):
         assert encode(raw[:at].decode()) + encode(raw[at:].decode()) == encode(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "PIECE_BYTES", 2 * size)
-        pieces, ids = list(segments(raw, 0, len(raw), size=size)), get_tokenizer("gpt2").encode(text).tolist()
+        pieces, ids = (
+            list(segments(raw, 0, len(raw), size=size)),
+            get_tokenizer("gpt2").encode(text).tolist(),
+        )
     assert b"".join(pieces) == raw and get_tokenizer("gpt2").decode(ids) == text
     if set(itertools.accumulate(map(len, pieces[:-1]))) <= set(breaks):
         assert ids == encode(text)
 
 
 @pytest.mark.parametrize(
-    "run", ["a", " ", "\n", "漢", "😀", "=-", "x" * 999 + " ", " " * 1_000_001 + "a"], ids=lambda run: ascii(run[:4])
+    "run",
+    ["a", " ", "\n", "漢", "😀", "=-", "x" * 999 + " ", " " * 1_000_001 + "a"],
+    ids=lambda run: ascii(run[:4]),
 )
 def test_long_runs_neither_panic_nor_stall(run):
     """Three million characters: more than a segment in one run. The decoded text is the same."""
@@ -90,20 +118,28 @@ def test_long_runs_neither_panic_nor_stall(run):
 
 
 def test_an_unknown_tokenizer_is_named():
-    with pytest.raises(ValueError, match=r"'bert'; there are gpt2 \(50257 ids\), bytes \(257 ids\)"):
+    with pytest.raises(
+        ValueError, match=r"'bert'; there are gpt2 \(50257 ids\), bytes \(257 ids\)"
+    ):
         get_tokenizer("bert")
 
 
-# ---- Shards ----------------------------------------------------------------------------------------------------------
+# ---- Shards --------------------------------------------------------------------------------------
 
 
 def test_a_shard_is_what_its_description_says(tmp_path):
     """Read with nothing but the format's description: 256 int32, then uint16, all little-endian."""
-    row = data.write_shard(tmp_path / "x_train_000001.bin", np.array([7, 50256, 65535], dtype=np.uint16))
+    row = data.write_shard(
+        tmp_path / "x_train_000001.bin", np.array([7, 50256, 65535], dtype=np.uint16)
+    )
     content = (tmp_path / "x_train_000001.bin").read_bytes()
     header, tokens = struct.unpack("<256i", content[:1024]), struct.unpack("<3H", content[1024:])
     assert header == (20240520, 1, 3) + (0,) * 253 and tokens == (7, 50256, 65535)
-    assert row == {"file": "x_train_000001.bin", "tokens": 3, "sha256": hashlib.sha256(content).hexdigest()}
+    assert row == {
+        "file": "x_train_000001.bin",
+        "tokens": 3,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
 
 
 def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
@@ -134,13 +170,21 @@ def test_the_name_of_the_folder_does_not_decide_the_split(tmp_path):
     """shards/pre_train_mix once gave its validation shard to training."""
     for name in ("pre_train_mix_val_000001.bin", "pre_train_mix_train_000001.bin"):
         data.write_shard(tmp_path / name, np.zeros(5, dtype=np.uint16))
-    assert [shard.path.name for shard in data.open_shards(tmp_path, "train")] == ["pre_train_mix_train_000001.bin"]
-    assert [shard.path.name for shard in data.open_shards(tmp_path, "val")] == ["pre_train_mix_val_000001.bin"]
+    assert [shard.path.name for shard in data.open_shards(tmp_path, "train")] == [
+        "pre_train_mix_train_000001.bin"
+    ]
+    assert [shard.path.name for shard in data.open_shards(tmp_path, "val")] == [
+        "pre_train_mix_val_000001.bin"
+    ]
 
 
-@pytest.mark.parametrize("magic, version, promised", [(0, 1, 9), (20240520, 2, 9), (20240520, 1, 10)])
+@pytest.mark.parametrize(
+    "magic, version, promised", [(0, 1, 9), (20240520, 2, 9), (20240520, 1, 10)]
+)
 def test_damaged_shards_are_named(tmp_path, magic, version, promised):
-    (tmp_path / "x_train_000001.bin").write_bytes(struct.pack("<3i1012x", magic, version, promised) + bytes(2 * 9))
+    (tmp_path / "x_train_000001.bin").write_bytes(
+        struct.pack("<3i1012x", magic, version, promised) + bytes(2 * 9)
+    )
     message = "not a token shard" if promised == 9 else "promises 10 tokens, the file holds 9;"
     with pytest.raises(ValueError, match=f"x_train_000001.bin: .*{message}"):
         data.open_shards(tmp_path, "train")
@@ -158,11 +202,15 @@ def test_unfinished_and_broken_meta(tmp_path):
             data.read_meta(tmp_path)
 
 
-# ---- Law 7: windows and batches --------------------------------------------------------------------------------------
+# ---- Law 7: windows and batches ------------------------------------------------------------------
 
 
 @settings(max_examples=50)
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(1, 20), st.tuples(*[st.integers(1, 3)] * 3))
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    st.integers(1, 20),
+    st.tuples(*[st.integers(1, 3)] * 3),
+)
 def test_ranks_and_micro_steps_cover_each_window_of_an_epoch_once(lengths, block_size, counts):
     batch_size, n_accumulate, world_size = counts
     source = windows(*lengths, block_size=block_size)
@@ -191,7 +239,11 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
     for batch_size, n_accumulate, world_size in ((6, 2, 1), (6, 1, 2), (2, 2, 3), (1, 1, 12)):
         parts = Batches(source, batch_size, 12, world_size, seed=3)
         for step in (0, 3, 100):
-            pieces = [parts.batch(step, k, rank) for k in range(n_accumulate) for rank in range(world_size)]
+            pieces = [
+                parts.batch(step, k, rank)
+                for k in range(n_accumulate)
+                for rank in range(world_size)
+            ]
             assert np.array_equal(np.concatenate(pieces), whole.batch(step))
 
 
@@ -201,9 +253,13 @@ def test_batches_are_shuffled_shifted_and_seeded():
     batch = one.batch(0)
     assert batch.shape == (4, 9) and batch.dtype == np.int64 and (np.diff(batch, axis=1) == 1).all()
     assert np.array_equal(batch, again.batch(0)) and not np.array_equal(batch, two.batch(0))
-    firsts = np.concatenate([one.places(step, 0, 0)[:, 1] for step in range(one.windows_per_epoch // 4)])
+    firsts = np.concatenate(
+        [one.places(step, 0, 0)[:, 1] for step in range(one.windows_per_epoch // 4)]
+    )
     assert not np.array_equal(np.sort(firsts), firsts)
-    assert len({one.draw_epoch(epoch)[1] for epoch in range(20)}) > 3  # epochs begin at different tokens
+    assert (
+        len({one.draw_epoch(epoch)[1] for epoch in range(20)}) > 3
+    )  # epochs begin at different tokens
 
 
 def test_validation_windows_are_the_first_in_order():
@@ -230,7 +286,9 @@ def test_prefetch_gives_the_batches_in_order():
     keys = [(step, k) for step in range(5) for k in range(2)]
     got = list(data.prefetch(batches.batch, iter(keys), torch.device("cpu")))
     for key, (x, y) in zip(keys, got, strict=True):
-        assert np.array_equal(x, batches.batch(*key)[:, :-1]) and np.array_equal(y, batches.batch(*key)[:, 1:])
+        assert np.array_equal(x, batches.batch(*key)[:, :-1]) and np.array_equal(
+            y, batches.batch(*key)[:, 1:]
+        )
 
 
 def test_raw_tokens_of_nanogpt_are_read(tmp_path):

@@ -14,7 +14,8 @@ from parts import data
 ROOT = Path(__file__).parent.parent
 
 
-# train.py that says before each forward pass whether gradients of the step before are still in memory.
+# train.py that says before each forward pass whether gradients of the step before are still in
+# memory.
 SPY = """
 import os
 import sys
@@ -33,15 +34,29 @@ os._exit(0)  # gloo's destructors may abort a process whose work is done
 
 
 def torchrun(n: int, config, program: str | Path = "train.py") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(program)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={n}",
+        str(program),
+    ]
     return subprocess.run(
-        command + flags(config), cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=300
+        command + flags(config),
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_ranks_equal_one(config, tmp_path, optimizer):
-    """Law 2 over processes: losses, validation, weights; and law 3 when the number of ranks changes from 2 to 1."""
+    """Law 2 over processes: losses, validation, weights; and law 3 when the number of ranks changes
+    from 2 to 1.
+    """
     settings = dict(
         optimizer=optimizer,
         batch_size=1,
@@ -58,8 +73,9 @@ def test_two_ranks_equal_one(config, tmp_path, optimizer):
     run = torchrun(2, pair, tmp_path / "spy.py")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("done: 12 steps") == 1  # rank 0 speaks alone
-    # Gradients are zeroed inside DDP's buckets. Freed ones would be allocated a second time, outside.
-    # (Two processes share the pipe, so a line may be torn; the first pass of each has no gradient yet.)
+    # Gradients are zeroed inside DDP's buckets. Freed ones would be allocated a second time,
+    # outside. (Two processes share the pipe, so a line may be torn; the first pass of each has no
+    # gradient yet.)
     assert run.stderr.count("gradient: False") <= 2 and run.stderr.count("gradient: True") > 36
     assert [record["loss"] for record in metrics(pair.out_dir)] == pytest.approx(expected, abs=1e-5)
     for one, two in zip(metrics(alone.out_dir, "val"), metrics(pair.out_dir, "val"), strict=True):
@@ -76,11 +92,15 @@ def test_a_mistake_is_said_once(config):
     run = torchrun(2, config(total_batch_size=96))
     said = [line for line in run.stderr.splitlines() if "total_batch_size" in line]
     assert run.returncode != 0 and said == [said[0], f"  traceback : {said[0]}"]
-    assert said[0].endswith("96 is not a multiple of block_size 32 x 2 (processes); the nearest that is: 128")
+    assert said[0].endswith(
+        "96 is not a multiple of block_size 32 x 2 (processes); the nearest that is: 128"
+    )
 
 
 def test_what_only_one_rank_sees_is_said_too(config, shards, tmp_path):
-    """Rank 1's part of the first step has an id beyond the vocabulary; rank 0 cannot know why its partner is gone."""
+    """Rank 1's part of the first step has an id beyond the vocabulary; rank 0 cannot know why its
+    partner is gone.
+    """
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     bad = config(data_dir=str(copy), batch_size=2, total_batch_size=128)

@@ -2,7 +2,8 @@
 
     python tests/test_docs.py        corrects the line numbers, after code has moved
 
-A link such as [`class Block`](../model.py#L281) stands for the line that has the text between the backticks.
+A link such as [`class Block`](../model.py#L281) stands for the line that has the text between the
+backticks.
 """
 
 import contextlib
@@ -25,15 +26,23 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "results" / "README.md"])
 FOREIGN = {"llama.cpp/convert_hf_to_gguf.py"}  # scripts of other projects
 
-TO_CODE = re.compile(r"\[`([^`\n]+)`\]\(([^()\s#]+)#L(\d+)\)")  # what stands there, the file, the line
-FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL)  # language and content
+TO_CODE = re.compile(
+    r"\[`([^`\n]+)`\]\(([^()\s#]+)#L(\d+)\)"
+)  # what stands there, the file, the line
+FENCE = re.compile(
+    r"^( *)```(\w*)[^\n]*\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL
+)  # language and content
 SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n *\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
 BLOCK = r"((?:(?!```).*\n)*)^```"  # content up to the closing fence
 EXAMPLE = re.compile(rf"^```python\n{BLOCK}\n\n?^```(?:text)?\n{BLOCK}$", re.MULTILINE)
-OURS = re.compile(r"(?<![\w./-])(?:config|docs|results|tests)/[\w./-]*\.\w+")  # files of this repository
+OURS = re.compile(
+    r"(?<![\w./-])(?:config|docs|results|tests)/[\w./-]*\.\w+"
+)  # files of this repository
 
 
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+each_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 def code(text: str) -> Iterator[str]:
@@ -42,11 +51,13 @@ def code(text: str) -> Iterator[str]:
     yield from (" ".join(content.split()) for _, content in SPAN.findall(FENCE.sub("", text)))
 
 
-# ---- Links to lines of code ------------------------------------------------------------------------------------------
+# ---- Links to lines of code ----------------------------------------------------------------------
 
 
 def right_line(file: Path, text: str, line: int) -> int | None:
-    """The number of the line that has the text, of several the nearest to `line`; None if no line has it."""
+    """The number of the line that has the text, of several the nearest to `line`; None if no line
+    has it.
+    """
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
     found = [number for number, content in enumerate(lines, 1) if text in content]
     return min(found, key=lambda number: abs(number - line), default=None)
@@ -56,7 +67,11 @@ def wrong_lines(document: Path) -> Iterator[str]:
     for text, target, line in TO_CODE.findall(document.read_text(encoding="utf-8")):
         right = right_line(document.parent / target, text, int(line))
         if right != int(line):
-            where = f"it is line {right}: python tests/test_docs.py" if right else "no line of that file has it"
+            where = (
+                f"it is line {right}: python tests/test_docs.py"
+                if right
+                else "no line of that file has it"
+            )
             yield f"{document.name}: `{text}` is not in line {line} of {target}; {where}"
 
 
@@ -65,7 +80,7 @@ def test_links_to_code_show_the_line_they_name(document):
     assert list(wrong_lines(document)) == []
 
 
-# ---- Links -----------------------------------------------------------------------------------------------------------
+# ---- Links ---------------------------------------------------------------------------------------
 
 
 def targets(text: str) -> list[str]:
@@ -74,7 +89,9 @@ def targets(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """GitHub's names of the headings: in lower case and without punctuation. No two headings of ours are the same."""
+    """GitHub's names of the headings: in lower case and without punctuation. No two headings of
+    ours are the same.
+    """
     headings = re.findall(r"^#{1,6} +(.+)$", FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -89,16 +106,25 @@ def broken(target: str, document: Path) -> str:
     """What is wrong with a link, in words; empty if it leads somewhere."""
     if re.match(r"[a-z][a-z0-9+.-]*:", target):
         address = urlsplit(target)
-        well_formed = address.scheme in ("http", "https") and re.fullmatch(r"[\w.-]+\.\w+(:\d+)?", address.netloc)
+        well_formed = address.scheme in ("http", "https") and re.fullmatch(
+            r"[\w.-]+\.\w+(:\d+)?", address.netloc
+        )
         return "" if well_formed else "not the address of a page"
     name, _, fragment = unquote(target).partition("#")
     file = (document.parent / name).resolve() if name else document
     if not file.is_relative_to(ROOT.resolve()) or not file.exists() or is_ignored(file):
         return "no such file in the repository"
     if re.fullmatch(r"L\d+", fragment):
-        links = {f"{code_file}#L{line}" for _, code_file, line in TO_CODE.findall(document.read_text(encoding="utf-8"))}
+        links = {
+            f"{code_file}#L{line}"
+            for _, code_file, line in TO_CODE.findall(document.read_text(encoding="utf-8"))
+        }
         return "" if target in links else f"say what stands in that line, as [`def f`]({target})"
-    return "no such heading" if fragment and fragment not in anchors(file.read_text(encoding="utf-8")) else ""
+    return (
+        "no such heading"
+        if fragment and fragment not in anchors(file.read_text(encoding="utf-8"))
+        else ""
+    )
 
 
 @each_document
@@ -107,11 +133,13 @@ def test_links_lead_somewhere(document):
     assert [f"{target}: {wrong}" for target in found if (wrong := broken(target, document))] == []
 
 
-# ---- Commands --------------------------------------------------------------------------------------------------------
+# ---- Commands ------------------------------------------------------------------------------------
 
 
 def commands(block: str) -> Iterator[tuple[str, list[str]]]:
-    """The scripts that a block of code calls, with their arguments. Two spaces after a command begin a comment."""
+    """The scripts that a block of code calls, with their arguments. Two spaces after a command
+    begin a comment.
+    """
     for line in block.replace("\\\n", " ").splitlines():
         found = re.search(r"(?:\b(?:python3?|torchrun) +|^(?=\w+\.py\b))(.+)", line.strip())
         words = re.split(r"\s{2,}| [|<>&;#]", found[1])[0].split() if found else []
@@ -131,8 +159,12 @@ def help_of(script: str, *arguments: str) -> str:
 
 
 def unknown_options(script: str, arguments: list[str]) -> list[str]:
-    """The options that the script's help lacks; or the first word, if it should be a subcommand and is not."""
-    text = help_of(script) if arguments and "/" not in script else ""  # those in folders have no options
+    """The options that the script's help lacks; or the first word, if it should be a subcommand and
+    is not.
+    """
+    text = (
+        help_of(script) if arguments and "/" not in script else ""
+    )  # those in folders have no options
     choices = re.search(r"^usage: \S+\s+\[-h\]\s+\{([\w,]+)\}", text)
     if choices and not arguments[0].startswith("-"):
         if arguments[0] not in choices[1].split(","):
@@ -145,7 +177,9 @@ def unknown_options(script: str, arguments: list[str]) -> list[str]:
 
 def wrong_commands(text: str) -> Iterator[str]:
     for block in code(text):
-        yield from (f"{file}: no such file" for file in OURS.findall(block) if not (ROOT / file).exists())
+        yield from (
+            f"{file}: no such file" for file in OURS.findall(block) if not (ROOT / file).exists()
+        )
         for script, arguments in commands(block):
             if (ROOT / script).exists():
                 for option in unknown_options(script, arguments):
@@ -163,7 +197,7 @@ def test_commands_exist(document):
         assert list(wrong_commands(document.read_text(encoding="utf-8"))) == []
 
 
-# ---- Examples, drawings, length --------------------------------------------------------------------------------------
+# ---- Examples, drawings, length ------------------------------------------------------------------
 
 
 def printed(source: str) -> str:
@@ -173,7 +207,9 @@ def printed(source: str) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("source, output", EXAMPLE.findall((ROOT / "docs" / "walkthrough.md").read_text()))
+@pytest.mark.parametrize(
+    "source, output", EXAMPLE.findall((ROOT / "docs" / "walkthrough.md").read_text())
+)
 def test_examples_print_what_stands_below_them(source, output):
     assert printed(source) == output
 
@@ -189,7 +225,9 @@ def test_drawings_are_whole_and_shown():
     text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
     for drawing in ROOT.glob("docs/*.svg"):
         root = ElementTree.parse(drawing).getroot()
-        assert root.get("viewBox") and root.get("aria-label") and f"{drawing.name})" in text, drawing.name
+        assert root.get("viewBox") and root.get("aria-label") and f"{drawing.name})" in text, (
+            drawing.name
+        )
 
 
 def test_readme_is_short():
@@ -204,7 +242,9 @@ def main() -> None:
             text, target, line = link.groups()
             return f"[`{text}`]({target}#L{right_line(folder / target, text, int(line)) or line})"
 
-        document.write_text(TO_CODE.sub(correct, document.read_text(encoding="utf-8")), encoding="utf-8")
+        document.write_text(
+            TO_CODE.sub(correct, document.read_text(encoding="utf-8")), encoding="utf-8"
+        )
     lost = [line for document in DOCUMENTS for line in wrong_lines(document)]
     print("\n".join(lost) or "all links to code are right")
     sys.exit(bool(lost))

@@ -1,4 +1,6 @@
-"""What happens to runs: kills, full disks, damaged files, lost processes. Real processes, and nothing may be lost."""
+"""What happens to runs: kills, full disks, damaged files, lost processes. Real processes, and
+nothing may be lost.
+"""
 
 import functools
 import os
@@ -24,8 +26,17 @@ from parts.pretrained import checkpoints
 
 ROOT = Path(__file__).parent.parent
 
-# 150 steps, all features on, a checkpoint every third step: a kill at a random moment often hits one being written.
-BUSY = dict(max_steps=150, dropout=0.1, batch_size=2, checkpoint_every=3, eval_every=6, sample_every=30, log_every=1)
+# 150 steps, all features on, a checkpoint every third step: a kill at a random moment often hits
+# one being written.
+BUSY = dict(
+    max_steps=150,
+    dropout=0.1,
+    batch_size=2,
+    checkpoint_every=3,
+    eval_every=6,
+    sample_every=30,
+    log_every=1,
+)
 THREE = dict(checkpoint_every=4, keep_checkpoints=0)  # checkpoints: at 4, 8 and 12
 PAIR = ("--standalone", "--nproc_per_node=2")
 
@@ -55,7 +66,9 @@ def assert_equal_runs(straight, other) -> None:
     one, two = weights(straight), weights(other)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     for kind in ("train", "val"):
-        curves = [[(r["step"], r["loss"]) for r in metrics(folder, kind)] for folder in (straight, other)]
+        curves = [
+            [(r["step"], r["loss"]) for r in metrics(folder, kind)] for folder in (straight, other)
+        ]
         assert curves[0] == curves[1]
     assert not list(Path(other).glob(".step_*"))
 
@@ -75,7 +88,9 @@ def undisturbed(shards, tmp_path_factory):
 
 
 def kill_and_go_on(run, straight: str, length: float, kills: int, draw: random.Random) -> None:
-    """kill -9 at random moments, then the same command. Runs that come to their end in spite of it are begun anew."""
+    """kill -9 at random moments, then the same command. Runs that come to their end in spite of it
+    are begun anew.
+    """
     finished = 0
     while kills:
         process = start(run)
@@ -103,13 +118,18 @@ def test_killed_at_twenty_random_moments(config, undisturbed, tmp_path):
     length = time.monotonic() - began
     with ThreadPoolExecutor(2) as pool:
         runs = [config(**BUSY, out_dir=str(tmp_path / name)) for name in ("a", "b")]
-        ends = [pool.submit(kill_and_go_on, run, straight, length, 10, random.Random(run.out_dir[-1])) for run in runs]
+        ends = [
+            pool.submit(kill_and_go_on, run, straight, length, 10, random.Random(run.out_dir[-1]))
+            for run in runs
+        ]
     for each in ends:
         each.result()
 
 
 def test_too_little_room_is_seen_before_training(config, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000)
+    )
     with pytest.raises(OSError, match=r"a checkpoint takes 0.00 GB, but 0.00 GB are free"):
         train.train(config(checkpoint_every=6))
     assert train.train(config(checkpoint_every=0))["step"] == 12  # which needs none
@@ -131,7 +151,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(config, tmp_path):
     assert checkpoints(run.out_dir)
 
 
-# ---- Damaged checkpoints ---------------------------------------------------------------------------------------------
+# ---- Damaged checkpoints -------------------------------------------------------------------------
 
 
 def flip_a_byte(path: Path) -> None:
@@ -155,7 +175,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, tmp_path, caps
     straight = shutil.copytree(run.out_dir, tmp_path / "straight")
     shutil.rmtree(checkpoints(run.out_dir)[-1])
     damage(Path(run.out_dir) / "step_0000008" / name)
-    os.utime(Path(run.out_dir) / "step_0000008", (0, 0))  # newest is by number: a clock set back says nothing
+    os.utime(
+        Path(run.out_dir) / "step_0000008", (0, 0)
+    )  # newest is by number: a clock set back says nothing
     capsys.readouterr()
     train.train(run)
     out = capsys.readouterr().out
@@ -175,13 +197,17 @@ def test_an_older_damaged_checkpoint_ends_no_run_but_when_none_is_whole_nothing_
         (folder / "train_state.pt").unlink()
     before = sorted(os.listdir(run.out_dir))
     for _ in range(2):
-        with pytest.raises(ValueError, match="no checkpoint is whole; start over with --resume=never"):
+        with pytest.raises(
+            ValueError, match="no checkpoint is whole; start over with --resume=never"
+        ):
             train.train(run)
     assert sorted(os.listdir(run.out_dir)) == before
 
 
 def test_a_signal_while_the_last_checkpoint_is_written(config, monkeypatch):
-    """The loop has ended then; torchrun sends its signals twice, and neither may break off the writing."""
+    """The loop has ended then; torchrun sends its signals twice, and neither may break off the
+    writing.
+    """
     run, write = config(checkpoint_every=12), checkpoint.Saver.write
 
     def slow(*arguments):
@@ -208,7 +234,9 @@ def test_a_reader_that_is_gone_costs_no_step(config):
     assert int(last.name[5:]) == metrics(run.out_dir)[-1]["step"] + 1
 
 
-def test_one_checkpoint_is_written_at_a_time_and_room_is_looked_for_before_each(config, monkeypatch):
+def test_one_checkpoint_is_written_at_a_time_and_room_is_looked_for_before_each(
+    config, monkeypatch
+):
     write, inside, most, asked = checkpoint.Saver.write, [], [], []
 
     def slow(*arguments):
@@ -241,7 +269,7 @@ def test_only_ctrl_c_twice_does_not_wait_for_a_checkpoint(tmp_path, error, waits
     go_on.set()
 
 
-# ---- Going on from a checkpoint by name ------------------------------------------------------------------------------
+# ---- Going on from a checkpoint by name ----------------------------------------------------------
 
 
 def test_going_on_from_an_older_checkpoint(config, tmp_path):
@@ -267,7 +295,7 @@ def test_going_on_from_another_runs_checkpoint(config, tmp_path):
         train.train(config(**THREE, resume=str(tmp_path / "nowhere")))
 
 
-# ---- Several processes -----------------------------------------------------------------------------------------------
+# ---- Several processes ---------------------------------------------------------------------------
 
 
 def start_pair(run, *options: str) -> subprocess.Popen:
@@ -281,14 +309,18 @@ def workers(process: subprocess.Popen) -> list[int]:
     """The processes that torchrun has started and that train.py runs in."""
     run = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
     rows = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
-    return [int(pid) for pid, parent, *args in rows if int(parent) == process.pid and " train.py " in args[0]]
+    return [
+        int(pid)
+        for pid, parent, *args in rows
+        if int(parent) == process.pid and " train.py " in args[0]
+    ]
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_torchrun_replaces_a_lost_process(config, undisturbed, tmp_path, resume):
-    """kill -9 on one of two: torchrun starts both anew, and they go on from the last checkpoint. With resume=never too:
-    that was meant for the first start."""
+    """kill -9 on one of two: torchrun starts both anew, and they go on from the last checkpoint.
+    With resume=never too: that was meant for the first start."""
     run = config(**BUSY, resume=resume)
     process = start_pair(run, "--max-restarts=2")
     os.kill(workers(process)[-1], signal.SIGKILL)
@@ -324,9 +356,16 @@ def test_a_process_that_hangs_is_an_error_and_no_wait_for_ever(config, tmp_path)
 
 @pytest.mark.torture
 def test_two_machines(config, undisturbed, tmp_path):
-    """Two torchruns that meet on loopback, one process each: the same numbers as two processes of one torchrun."""
+    """Two torchruns that meet on loopback, one process each: the same numbers as two processes of
+    one torchrun.
+    """
     port = random.SystemRandom().randint(20_000, 60_000)
-    meeting = ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1")
+    meeting = (
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=test",
+        "--local_addr=127.0.0.1",
+    )
     run = config(**BUSY)
     processes = [start(run, "--nnodes=2", "--nproc_per_node=1", *meeting) for _ in range(2)]
     for process in processes:

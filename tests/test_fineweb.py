@@ -1,4 +1,6 @@
-"""fineweb.py against a small hub on loopback, with the real clients and real files; and failures of both."""
+"""fineweb.py against a small hub on loopback, with the real clients and real files; and failures of
+both.
+"""
 
 import csv
 import hashlib
@@ -32,7 +34,8 @@ SECOND = "sample/tiny/001_00000.parquet"
 class Hub(BaseHTTPRequestHandler):
     """What huggingface_hub and datasets ask for: a dataset's commit, its tree, its files.
 
-    files: name -> content. trouble: name -> what to do wrong at each of the next requests. delay: seconds a chunk.
+    files: name -> content. trouble: name -> what to do wrong at each of the next requests. delay:
+    seconds a chunk.
     """
 
     protocol_version = "HTTP/1.1"
@@ -49,7 +52,12 @@ class Hub(BaseHTTPRequestHandler):
         elif name in self.files:
             self.answer_file(name, self.files[name])
         else:
-            self.answer(404, headers={"X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"})
+            self.answer(
+                404,
+                headers={
+                    "X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"
+                },
+            )
 
     do_HEAD = do_GET
 
@@ -57,9 +65,22 @@ class Hub(BaseHTTPRequestHandler):
         folder_entry, entries = {"type": "directory", "oid": "1" * 40, "size": 0}, {}
         for name, content in self.files.items():
             if name.startswith(folder):
-                lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-                entries |= {str(parent): folder_entry | {"path": str(parent)} for parent in Path(name).parents}
-                entries[name] = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40, "lfs": lfs}
+                lfs = {
+                    "oid": hashlib.sha256(content).hexdigest(),
+                    "size": len(content),
+                    "pointerSize": 130,
+                }
+                entries |= {
+                    str(parent): folder_entry | {"path": str(parent)}
+                    for parent in Path(name).parents
+                }
+                entries[name] = {
+                    "type": "file",
+                    "path": name,
+                    "size": len(content),
+                    "oid": "0" * 40,
+                    "lfs": lfs,
+                }
         return list(entries.values())
 
     def answer_file(self, name: str, content: bytes):
@@ -67,7 +88,9 @@ class Hub(BaseHTTPRequestHandler):
         wrong = trouble.pop(0) if trouble and self.command == "GET" else ""
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         first = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
-        headers |= {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}
+        headers |= (
+            {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}
+        )
         if wrong == "corrupt":
             content = content[:-1] + bytes([content[-1] ^ 1])
         if isinstance(wrong, int):
@@ -87,9 +110,15 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def documents(seed: int, n: int) -> list[str]:
-    """Texts as they come: short and long, an empty one, one long word, one that names the end-of-text token."""
+    """Texts as they come: short and long, an empty one, one long word, one that names the
+    end-of-text token.
+    """
     rng = random.Random(seed)
-    words = "the quick brown naïve fox ☃ don't 1234 jumps\n\nover <|endoftext|> 漢字 lazy\tdogs".split(" ")
+    words = (
+        "the quick brown naïve fox ☃ don't 1234 jumps\n\nover <|endoftext|> 漢字 lazy\tdogs".split(
+            " "
+        )
+    )
     texts = [" ".join(rng.choices(words, k=rng.randrange(1, 400))) for _ in range(n)]
     texts[1:4] = ["", "x" * 3000, "one <|endoftext|> two"]
     return texts
@@ -97,12 +126,16 @@ def documents(seed: int, n: int) -> list[str]:
 
 def parquet(texts) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), sink, row_group_size=40)
+    pq.write_table(
+        pa.table({"id": list(range(len(texts))), "text": texts}), sink, row_group_size=40
+    )
     return sink.getvalue().to_pybytes()
 
 
 def jsonl(texts) -> bytes:
-    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+    return "".join(
+        json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)
+    ).encode()
 
 
 def csv_with_semicolons(texts) -> bytes:
@@ -114,7 +147,9 @@ def csv_with_semicolons(texts) -> bytes:
 def zstd_in_two_frames(texts) -> bytes:
     """As parallel programs write it: a reader that stops after the first frame loses most of it."""
     lines = jsonl(texts)
-    return b"".join(pa.compress(part, "zstd", asbytes=True) for part in (lines[:5000], lines[5000:]))
+    return b"".join(
+        pa.compress(part, "zstd", asbytes=True) for part in (lines[:5000], lines[5000:])
+    )
 
 
 FORMATS = {"parquet": parquet, "csv": csv_with_semicolons, "jsonl.zst": zstd_in_two_frames}
@@ -128,7 +163,10 @@ CARD = "---\nconfigs:\n" + "".join(
 
 def tiny(format: str) -> dict[str, bytes]:
     """The three files of the subset `tiny`."""
-    return {f"sample/tiny/{i:03d}_00000.{format}": FORMATS[format](texts) for i, texts in enumerate(TEXTS)}
+    return {
+        f"sample/tiny/{i:03d}_00000.{format}": FORMATS[format](texts)
+        for i, texts in enumerate(TEXTS)
+    }
 
 
 @pytest.fixture
@@ -147,12 +185,23 @@ def hub():
 
 
 def start(hub, out: Path, *options: str, name="tiny", before="") -> subprocess.Popen:
-    """fineweb.py in a process of its own, with small shards. It waits for no download to be tried again."""
-    script = (
-        f"import sys, fineweb\nfrom parts import data, sharding\nfineweb.WAIT = 0\n{before}\nfineweb.main(sys.argv[1:])"
-    )
+    """fineweb.py in a process of its own, with small shards. It waits for no download to be tried
+    again.
+    """
+    script = f"import sys, fineweb\nfrom parts import data, sharding\nfineweb.WAIT = 0\n{before}\nfineweb.main(sys.argv[1:])"
     plain = [] if "--pretokenized" in options else ["--name", name, "--shard_tokens", "9000"]
-    command = ["-c", script, "--dataset", DATASET, "--out", str(out), "--workers", "1", *plain, *options]
+    command = [
+        "-c",
+        script,
+        "--dataset",
+        DATASET,
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+        *plain,
+        *options,
+    ]
     off = dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_UPDATE_DOWNLOAD_COUNTS="0")
     endpoint = f"http://127.0.0.1:{hub.serving.server_address[1]}"
     environment = clean_environment(HF_ENDPOINT=endpoint, HF_HOME=str(out.parent / "home"), **off)
@@ -180,7 +229,9 @@ def reference() -> dict[str, np.ndarray]:
     """The shards of TEXTS, made by a plain loop: names and tokens."""
     encode, shards = get_tokenizer("gpt2").encoding.encode_ordinary, {}
     for i, texts in enumerate(TEXTS):
-        stream = np.array([token for text in texts if text for token in (50256, *encode(text))], dtype=np.uint16)
+        stream = np.array(
+            [token for text in texts if text for token in (50256, *encode(text))], dtype=np.uint16
+        )
         for n in range(-(-len(stream) // 9000)):
             # The very first is for validation; in the other files, shards count from 1.
             name = f"out_train_{i:03d}{n + (i > 0):03d}.bin" if i or n else "out_val_000000.bin"
@@ -191,13 +242,17 @@ def reference() -> dict[str, np.ndarray]:
 def assert_made(out: Path, reference: dict[str, np.ndarray]) -> None:
     """The folder is complete, and its shards and number of documents are the reference's."""
     meta = data.read_meta(out)
-    assert meta["complete"] and meta["documents"] == sum(np.count_nonzero(t == 50256) for t in reference.values())
-    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == sorted([*reference, "meta.json"])
+    assert meta["complete"] and meta["documents"] == sum(
+        np.count_nonzero(t == 50256) for t in reference.values()
+    )
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == sorted(
+        [*reference, "meta.json"]
+    )
     for name, tokens in reference.items():
         assert np.array_equal(data.open_shard(out / name).tokens, tokens), name
 
 
-# ---- What is made ----------------------------------------------------------------------------------------------------
+# ---- What is made --------------------------------------------------------------------------------
 
 
 def test_shards_equal_those_of_a_plain_loop(hub, tmp_path, reference):
@@ -233,10 +288,15 @@ def test_parts_make_the_same_bytes(hub, tmp_path, reference):
     assert "part 1 of 3 is done; 1 of 3 files are there" in fetch(hub, out, "--part", "1/3")
     with pytest.raises(ValueError, match="still being written"):
         data.open_shards(out, "train")
-    both = [start(hub, out, "--part", part, "--workers", "2", before=TOGETHER) for part in ("2/3", "3/3")]
+    both = [
+        start(hub, out, "--part", part, "--workers", "2", before=TOGETHER)
+        for part in ("2/3", "3/3")
+    ]
     said = ["".join(process.communicate(timeout=120)) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sum("another part has finished the folder" in text for text in said) == 1  # one of them, not both
+    assert (
+        sum("another part has finished the folder" in text for text in said) == 1
+    )  # one of them, not both
     assert_made(out, reference)
 
 
@@ -262,16 +322,23 @@ def test_kept_downloads_are_used_again_and_checked(hub, tmp_path, reference):
     hub.asked.clear()
     fetch(hub, tmp_path / "out", "--keep_downloads")
     assert_made(tmp_path / "out", reference)
-    files = {request for request in hub.asked if request.startswith("GET") and ".parquet" in request}
+    files = {
+        request for request in hub.asked if request.startswith("GET") and ".parquet" in request
+    }
     assert len(files) == 1 and all(path.exists() for path in kept)  # only the damaged one
 
 
-# ---- What goes wrong -------------------------------------------------------------------------------------------------
+# ---- What goes wrong -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "format, kills",
-    [("parquet", 3), ("csv", 2), ("jsonl.zst", 2), pytest.param("parquet", 12, marks=pytest.mark.torture)],
+    [
+        ("parquet", 3),
+        ("csv", 2),
+        ("jsonl.zst", 2),
+        pytest.param("parquet", 12, marks=pytest.mark.torture),
+    ],
 )
 def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference, format, kills):
     """Law 8: kill -9 during the download, between shards; then the same command runs to its end."""
@@ -283,42 +350,63 @@ def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference,
     made = set()
     for attempt in range(kills):
         with start(hub, out, before=slow) as process:
-            while process.poll() is None:  # until a download has begun, or one or two shards are new
-                begun = attempt == 0 and any("GET" in request and "_00000." in request for request in hub.asked)
+            while (
+                process.poll() is None
+            ):  # until a download has begun, or one or two shards are new
+                begun = attempt == 0 and any(
+                    "GET" in request and "_00000." in request for request in hub.asked
+                )
                 if begun or len(list(out.glob("*.bin"))) > len(made) + attempt % 2:
                     break
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.05))
             process.kill()
         now = {path.name for path in out.glob("*.bin")}
-        assert now >= made and all(np.array_equal(data.open_shard(out / name).tokens, reference[name]) for name in now)
+        assert now >= made and all(
+            np.array_equal(data.open_shard(out / name).tokens, reference[name]) for name in now
+        )
         made = now
     assert made
     fetch(hub, out, before="sharding.PIECE_BYTES = 2000")
     assert_made(out, reference)
 
 
-@pytest.mark.parametrize("wrong, message", [("corrupt", "differs from the hub's file"), (404, "404"), (503, "503")])
-def test_a_download_that_fails_again_is_one_line_and_nothing_is_lost(hub, tmp_path, reference, wrong, message):
+@pytest.mark.parametrize(
+    "wrong, message", [("corrupt", "differs from the hub's file"), (404, "404"), (503, "503")]
+)
+def test_a_download_that_fails_again_is_one_line_and_nothing_is_lost(
+    hub, tmp_path, reference, wrong, message
+):
     out = tmp_path / "out"
     hub.trouble = {SECOND: [wrong] * 99}
     line = fails(hub, out)
     assert SECOND in line and message in line
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.bin")}
-    assert len(made) == sum("_000" in name for name in reference)  # the first file's, and nothing of the second's
+    assert len(made) == sum(
+        "_000" in name for name in reference
+    )  # the first file's, and nothing of the second's
     hub.trouble = {}
     hub.asked.clear()
     fetch(hub, out)
     assert_made(out, reference)
-    assert all((out / name).stat().st_mtime_ns == time for name, time in made.items())  # not made twice, nor listed:
+    assert all(
+        (out / name).stat().st_mtime_ns == time for name, time in made.items()
+    )  # not made twice, nor listed:
     assert not any("000_00000" in request or "/api/" in request for request in hub.asked)
 
 
 def test_no_network_is_one_line(hub, tmp_path):
-    assert "offline" in fails(hub, tmp_path / "out", before="import os; os.environ['HF_HUB_OFFLINE'] = '1'").lower()
+    assert (
+        "offline"
+        in fails(
+            hub, tmp_path / "out", before="import os; os.environ['HF_HUB_OFFLINE'] = '1'"
+        ).lower()
+    )
     hub.serving.shutdown()
     hub.serving.server_close()
-    assert "fineweb.py: some/texts: " in fails(hub, tmp_path / "out", before="import time; time.sleep = lambda s: None")
+    assert "fineweb.py: some/texts: " in fails(
+        hub, tmp_path / "out", before="import time; time.sleep = lambda s: None"
+    )
 
 
 def test_mistakes_in_the_command_are_one_line(hub, tmp_path):
@@ -332,14 +420,22 @@ def test_mistakes_in_the_command_are_one_line(hub, tmp_path):
 
 
 def test_mistakes_in_a_dataset_are_one_line(hub, tmp_path):
-    """Each in a home of its own, as all have the same commit, and the clients keep what they got."""
+    """Each in a home of its own, as all have the same commit, and the clients keep what they
+    got.
+    """
     tables, card = tiny("csv"), hub.files["README.md"]
     cut = {name: content[:-100] for name, content in tiny("jsonl.zst").items()}
     cases = {
-        "column": (tables, "no text in the column 'body' among id, text; choose with --text_column"),
+        "column": (
+            tables,
+            "no text in the column 'body' among id, text; choose with --text_column",
+        ),
         "damaged": (cut, "sample/tiny/000_00000.jsonl.zst: Compressed file ended before"),
         "script": ({"texts.py": b"raise SystemExit(3)"}, "Dataset scripts are no longer supported"),
-        "card": (tables | {"README.md": b"---\nconfigs: [{\n---\n"}, "some/texts: while parsing a flow"),
+        "card": (
+            tables | {"README.md": b"---\nconfigs: [{\n---\n"},
+            "some/texts: while parsing a flow",
+        ),
         "split": (
             tables | {"README.md": card.replace(b"train", b"test")},
             "'tiny' has no split named train, only test",
@@ -365,14 +461,20 @@ def test_options(capsys):
         with pytest.raises(SystemExit, match="2"):
             fineweb.main(options.split())
         assert message in capsys.readouterr().err
-    cases = {"": "edu_10B", "--name CC-MAIN-2024-10": "edu_CC_MAIN_2024_10", "--pretokenized": "edu_10B"}
+    cases = {
+        "": "edu_10B",
+        "--name CC-MAIN-2024-10": "edu_CC_MAIN_2024_10",
+        "--pretokenized": "edu_10B",
+    }
     cases["--dataset HuggingFaceFW/fineweb --name sample-10BT"] = "10B"
     for options, out in cases.items():
         assert fineweb.parse_arguments(options.split()).out == f"shards/fineweb_{out}"
-    assert fineweb.parse_arguments(["--pretokenized", "--dataset", "a/b-gpt2"]).out == "shards/b_gpt2"
+    assert (
+        fineweb.parse_arguments(["--pretokenized", "--dataset", "a/b-gpt2"]).out == "shards/b_gpt2"
+    )
 
 
-# ---- Ready-made shards -----------------------------------------------------------------------------------------------
+# ---- Ready-made shards ---------------------------------------------------------------------------
 
 
 def ready_made(tokens: np.ndarray) -> bytes:
@@ -401,7 +503,9 @@ def test_ready_made_shards(hub, ready, tmp_path):
     assert all(np.array_equal(data.open_shard(out / name).tokens, ready[name]) for name in names)
     meta = data.read_meta(out)
     assert meta["complete"] and meta["tokenizer"] == "gpt2" and meta["documents"] == 30
-    assert meta["tokens"] == {"train": 2000, "val": 1000} and len(data.open_shards(out, "train")) == 2
+    assert (
+        meta["tokens"] == {"train": 2000, "val": 1000} and len(data.open_shards(out, "train")) == 2
+    )
     assert "max_tokens 3000 -> 4000" in fails(hub, out, "--pretokenized", "--max_tokens", "4000")
 
 
@@ -409,14 +513,18 @@ def test_wrong_published_shards_are_one_line(hub, ready, tmp_path):
     out, missing = tmp_path / "out", "no training shards (..._train_000001.bin) in the first"
     assert f"{missing} 500 tokens" in fails(hub, out, "--pretokenized", "--max_tokens", "500")
     hub.files["edu_train_000002.bin"] = ready_made(np.arange(1000))[:-2]
-    assert "its header promises 1000 tokens, the file holds 999" in fails(hub, out, "--pretokenized")
+    assert "its header promises 1000 tokens, the file holds 999" in fails(
+        hub, out, "--pretokenized"
+    )
     assert not (out / "edu_train_000002.bin").exists()
     hub.files = {"README.md": b""}
     assert missing in fails(hub, tmp_path / "none", "--pretokenized")
 
 
 def test_hellaswag_comes_from_the_hub_where_github_does_not_answer(hub, tmp_path):
-    task = dict(ctx="She bends down", endings=["and", "lifts", "a weight", "over her head"], label="3")
+    task = dict(
+        ctx="She bends down", endings=["and", "lifts", "a weight", "over her head"], label="3"
+    )
     hub.files.clear()
     hub.files["data/validation-00000-of-00001.jsonl"] = (2 * f"{json.dumps(task)}\n").encode()
     kept = tmp_path / "kept" / "hellaswag_val.jsonl"

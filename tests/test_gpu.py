@@ -1,4 +1,6 @@
-"""The path over a GPU, on machines without one: whole runs on fake CUDA tensors, and what the compilers make of it."""
+"""The path over a GPU, on machines without one: whole runs on fake CUDA tensors, and what the
+compilers make of it.
+"""
 
 import json
 import subprocess
@@ -44,12 +46,16 @@ from parts import loss as head_loss
 fake_cuda.main(*{arguments!r})
 """
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=clean_environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("run", ["bf16", "fp16", "fp32", "muon", "resumed", "sample", "one prompt", "hellaswag"])
+@pytest.mark.parametrize(
+    "run", ["bf16", "fp16", "fp32", "muon", "resumed", "sample", "one prompt", "hellaswag"]
+)
 def test_no_run_mixes_devices(results, run):
     """Training, watching, checkpoints, resuming, and the commands."""
     assert results[run]["error"] is None, results[run]["error"]
@@ -70,28 +76,40 @@ def test_what_is_broken_on_purpose_is_seen(results, run, error):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "muon"])
 def test_a_step_reads_two_values(results, dtype):
-    """The norm of the gradient and the loss. Each read makes the CPU wait until the GPU has nothing left to do."""
+    """The norm of the gradient and the loss. Each read makes the CPU wait until the GPU has nothing
+    left to do.
+    """
     reads = dict(results[dtype]["reads"])[1]  # a step that follows no evaluation
     assert len(reads) <= 2, reads
 
 
 def test_a_token_takes_one_graph_and_two_reads(results):
-    """40 tokens behind 9, in a context of 32: a prefill, 23 from the graph, and then a prefill each."""
+    """40 tokens behind 9, in a context of 32: a prefill, 23 from the graph, and then a prefill
+    each.
+    """
     assert results["one prompt"]["replays"] == 23
     assert results["one prompt"]["reads_after"] <= 2 * 40
 
 
-@pytest.mark.parametrize("dtype, chosen", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+@pytest.mark.parametrize(
+    "dtype, chosen", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")]
+)
 def test_metrics_of_a_run(results, folder, dtype, chosen):
     """What `auto` chose on a GPU with and without bf16, and a record of each thing."""
     starts = [0, 2] if dtype == "fp16" else [0]  # it was resumed
-    expected = dict(run=starts, train=[0, 1, 2], val=[0, 3], hellaswag=[3], sample=[3], checkpoint=[2, 3])
-    assert {kind: [r["step"] for r in metrics(folder / dtype, kind)] for kind in expected} == expected
+    expected = dict(
+        run=starts, train=[0, 1, 2], val=[0, 3], hellaswag=[3], sample=[3], checkpoint=[2, 3]
+    )
+    assert {
+        kind: [r["step"] for r in metrics(folder / dtype, kind)] for kind in expected
+    } == expected
     assert metrics(folder / dtype, "run")[-1]["dtype"] == chosen
 
 
 def test_a_mac(shards, tmp_path):
-    """Training, watching, checkpoints and the commands on mps, which has no float64, no pinned memory and no scaler."""
+    """Training, watching, checkpoints and the commands on mps, which has no float64, no pinned
+    memory and no scaler.
+    """
     results = results_of("mps", shards, tmp_path)
     assert "MPS has no float64" in results.pop("float64")["error"]
     assert not [found["error"] for found in results.values() if found["error"]]
@@ -100,7 +118,7 @@ def test_a_mac(shards, tmp_path):
     assert metrics(tmp_path / "fp32")[-1]["loss"] is not None
 
 
-# ---- What the compilers make of it -----------------------------------------------------------------------------------
+# ---- What the compilers make of it ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -129,7 +147,9 @@ def test_the_compiled_loss_is_the_loss():
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo")
 def test_the_compiled_head_moves_no_more_bytes_than_cross_entropy(monkeypatch):
-    """By Inductor's count for forward and backward, products and all. Nothing is built or computed."""
+    """By Inductor's count for forward and backward, products and all. Nothing is built or
+    computed.
+    """
     moved = []
 
     def count_bytes(graph: GraphLowering):
@@ -137,7 +157,10 @@ def test_the_compiled_head_moves_no_more_bytes_than_cross_entropy(monkeypatch):
         graph._update_scheduler()
         moved.append(graph.count_bytes()[0])
         values = [node and node.meta["val"] for node in graph.module.graph.output_node().args[0]]
-        zeros = [None if value is None else torch.zeros(value.shape, dtype=value.dtype) for value in values]
+        zeros = [
+            None if value is None else torch.zeros(value.shape, dtype=value.dtype)
+            for value in values
+        ]
         return SimpleNamespace(call=lambda inputs: zeros, __file__="", key="")
 
     def ours(x, weight, targets):

@@ -1,4 +1,6 @@
-"""The HellaSwag score against one that is as plain as can be; in a run; and with files as they come."""
+"""The HellaSwag score against one that is as plain as can be; in a run; and with files as they
+come.
+"""
 
 import dataclasses
 import json
@@ -29,14 +31,28 @@ ROOT = Path(__file__).parent.parent
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
 TASKS = [
-    Example("A man is sitting on a roof. he", ("is using wrap.", "rips level tiles off.", "holds a cube.", "x"), 3),
-    Example("She bends down", ("and", "x", "and lifts the weight over her head, slowly.", "and lets go."), 0),
-    Example("[header] Wie man Äpfel schält [title] 漢字 ☃\n", ("naïve", "é", "日本語のテキスト", "…"), 1),
+    Example(
+        "A man is sitting on a roof. he",
+        ("is using wrap.", "rips level tiles off.", "holds a cube.", "x"),
+        3,
+    ),
+    Example(
+        "She bends down",
+        ("and", "x", "and lifts the weight over her head, slowly.", "and lets go."),
+        0,
+    ),
+    Example(
+        "[header] Wie man Äpfel schält [title] 漢字 ☃\n", ("naïve", "é", "日本語のテキスト", "…"), 1
+    ),
     Example("", ("no context", "at all", "is here", "to go on from"), 2),
     Example("word " * 300, ("a " * 40, "b " * 7, "c", "the end."), 0),  # longer than the window
     Example("A short one", ("x" * 500, "word " * 200, "y", "z"), 3),  # an ending that is
     *(
-        Example(f"The number {i} is", tuple(f"{(i * k) % 13} and" + " more" * k for k in range(4)), i % 4)
+        Example(
+            f"The number {i} is",
+            tuple(f"{(i * k) % 13} and" + " more" * k for k in range(4)),
+            i % 4,
+        )
         for i in range(30)
     ),
 ]
@@ -63,7 +79,9 @@ def plain_losses(model: GPT, task: Example, tokenizer: Tokenizer) -> list[float]
     for ending in endings:
         row = torch.tensor([context + ending])
         logp = F.log_softmax(model(row[:, :-1]), dim=-1)
-        sums.append(-sum(logp[0, len(context) - 1 + i, token].item() for i, token in enumerate(ending)))
+        sums.append(
+            -sum(logp[0, len(context) - 1 + i, token].item() for i, token in enumerate(ending))
+        )
     return sums
 
 
@@ -79,15 +97,26 @@ def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens, mon
         np.testing.assert_allclose(sums, expected[batch], rtol=1e-5, atol=1e-4)
     labels = np.array([task.label for task in TASKS])
     lengths = np.array([[len(ending) for ending in one.endings] for one in rendered])
-    right, right_norm = (expected.argmin(1) == labels).sum(), ((expected / lengths).argmin(1) == labels).sum()
+    right, right_norm = (
+        (expected.argmin(1) == labels).sum(),
+        ((expected / lengths).argmin(1) == labels).sum(),
+    )
     result = hellaswag.evaluate(model, tokens, CPU, TASKS)
-    assert (result["n"], result["acc"], result["acc_norm"]) == (len(TASKS), right / len(TASKS), right_norm / len(TASKS))
+    assert (result["n"], result["acc"], result["acc_norm"]) == (
+        len(TASKS),
+        right / len(TASKS),
+        right_norm / len(TASKS),
+    )
     p = result["acc_norm"]
     assert result["acc_norm_stderr"] == pytest.approx((p * (1 - p) / len(TASKS)) ** 0.5)
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 9), min_size=4, max_size=4)), max_size=20), st.data()
+    st.lists(
+        st.tuples(st.integers(1, 30), st.lists(st.integers(1, 9), min_size=4, max_size=4)),
+        max_size=20,
+    ),
+    st.data(),
 )
 def test_batches_take_each_task_once_and_keep_the_budget(sizes, draw):
     rendered = [Rendered(np.zeros(n), tuple(np.zeros(k) for k in ends)) for n, ends in sizes]
@@ -110,30 +139,82 @@ def test_bf16_and_both_attentions_agree():
     np.testing.assert_allclose(hellaswag.ending_losses(model, rendered, CPU), exact, rtol=1e-5)
 
 
-# ---- The harness style -----------------------------------------------------------------------------------------------
+# ---- The harness style ---------------------------------------------------------------------------
 
 
 def line(activity_label: str, ctx_a: str, ctx_b: str, label: int, *endings: str) -> dict:
     """A task in the official file's fields."""
     ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
-    return dict(activity_label=activity_label, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, label=label, endings=endings)
+    return dict(
+        activity_label=activity_label,
+        ctx_a=ctx_a,
+        ctx_b=ctx_b,
+        ctx=ctx,
+        label=label,
+        endings=endings,
+    )
 
 
 LINES = [
-    line("Roofing", "A man sits on a roof.", "he", 3, "is using wrap.", "rips level tiles off.", "holds a cube.", "x"),
+    line(
+        "Roofing",
+        "A man sits on a roof.",
+        "he",
+        3,
+        "is using wrap.",
+        "rips level tiles off.",
+        "holds a cube.",
+        "x",
+    ),
     line(
         *("Home and Garden", "[header] How to peel [title] Wash it.  [step] Use water.", "", 0),
-        *("[step] Rub it. [title] Cut it. [step] Eat.", " [substeps] Go on.", "[title] No mark", "a  b"),
+        *(
+            "[step] Rub it. [title] Cut it. [step] Eat.",
+            " [substeps] Go on.",
+            "[title] No mark",
+            "a  b",
+        ),
     ),
-    line(" Canoeing", "It rains   hard.", "the OLD lady", 1, " runs.", "Runs  far   away.", "RUNS", "waits [for"),
+    line(
+        " Canoeing",
+        "It rains   hard.",
+        "the OLD lady",
+        1,
+        " runs.",
+        "Runs  far   away.",
+        "RUNS",
+        "waits [for",
+    ),
     line("Health", "Eat well. [title]", "[step]", 2, "[header]", "…", "日本語", "☃"),
-    line("Äpfel", "漢字 [x [y] z]", "", 0, "one [a]\n two", "[a] [b] three", "\tfour", "日本語 [title]"),
+    line(
+        "Äpfel",
+        "漢字 [x [y] z]",
+        "",
+        0,
+        "one [a]\n two",
+        "[a] [b] three",
+        "\tfour",
+        "日本語 [title]",
+    ),
     line("", "", "", 1, "and sleep.", "日本語 is longer in bytes.", "日本語のテキスト", "éééé"),
 ]
-# What lm-evaluation-harness 0.4.13 makes of them: the context, which may end in a space, and the endings.
+# What lm-evaluation-harness 0.4.13 makes of them: the context, which may end in a space, and the
+# endings.
 CLEAN = [
-    ("Roofing: A man sits on a roof. He", "is using wrap.", "rips level tiles off.", "holds a cube.", "x"),
-    ("Home and Garden: How to peel. Wash it.  Use water.", " Rub it.. Cut it. Eat.", " Go on.", " No mark", "a b"),
+    (
+        "Roofing: A man sits on a roof. He",
+        "is using wrap.",
+        "rips level tiles off.",
+        "holds a cube.",
+        "x",
+    ),
+    (
+        "Home and Garden: How to peel. Wash it.  Use water.",
+        " Rub it.. Cut it. Eat.",
+        " Go on.",
+        " No mark",
+        "a b",
+    ),
     ("Canoeing: It rains  hard. The old lady", "runs.", "Runs far  away.", "RUNS", "waits [for"),
     ("Health: Eat well.. ", "", "…", "日本語", "☃"),
     ("Äpfel: 漢字 z]", "one \n two", " three", "four", "日本語. "),
@@ -154,7 +235,8 @@ def test_the_harness_cleans_the_texts(tmp_path):
 
 @torch.no_grad()
 def harness_sum(model: GPT, context: str, ending: str, tokenizer: Tokenizer) -> float:
-    """The definition: context, space and ending are encoded together. What follows the context's tokens is judged.
+    """The definition: context, space and ending are encoded together. What follows the context's
+    tokens is judged.
 
     White space at the end of the context counts as the ending's.
     """
@@ -169,7 +251,12 @@ def test_the_harness_style_equals_its_definition(tokenizer, tmp_path):
     """acc_norm divides by the characters of the ending alone; an empty one is never chosen."""
     tasks = hellaswag.examples(write_lines(tmp_path / "tasks.jsonl", LINES), style="harness")
     model, tokens = toy(tokenizer).eval(), get_tokenizer(tokenizer)
-    expected = np.array([[harness_sum(model, context, ending, tokens) for ending in ends] for context, *ends in CLEAN])
+    expected = np.array(
+        [
+            [harness_sum(model, context, ending, tokens) for ending in ends]
+            for context, *ends in CLEAN
+        ]
+    )
     means = [
         [each / len(ending) if ending else np.inf for each, ending in zip(row, ends)]
         for row, (_, *ends) in zip(expected, CLEAN)
@@ -180,32 +267,43 @@ def test_the_harness_style_equals_its_definition(tokenizer, tmp_path):
     for task, sums, mean in zip(tasks, expected, means):
         for name, chosen in (("acc", np.argmin(sums)), ("acc_norm", np.argmin(mean))):
             scores = [
-                hellaswag.evaluate(model, tokens, CPU, [dataclasses.replace(task, label=label)])[name]
+                hellaswag.evaluate(model, tokens, CPU, [dataclasses.replace(task, label=label)])[
+                    name
+                ]
                 for label in range(4)
             ]
             assert scores == [float(label == chosen) for label in range(4)]
     result = hellaswag.evaluate(model, tokens, CPU, tasks)
     labels = [task.label for task in tasks]
     right, right_norm = (np.sum(np.argmin(each, axis=1) == labels) for each in (expected, means))
-    assert (result["style"], result["acc"], result["acc_norm"]) == ("harness", right / 6, right_norm / 6)
+    assert (result["style"], result["acc"], result["acc_norm"]) == (
+        "harness",
+        right / 6,
+        right_norm / 6,
+    )
 
 
 @pytest.mark.parametrize(
     "change, message", [({}, "KeyError: 'ctx_a'"), (dict(ctx_a="a", ctx_b=None), "AttributeError")]
 )
 def test_the_harness_needs_its_fields(tmp_path, change, message):
-    record = {name: value for name, value in LINES[0].items() if name not in ("ctx_a", "ctx_b")} | change
+    record = {
+        name: value for name, value in LINES[0].items() if name not in ("ctx_a", "ctx_b")
+    } | change
     path = write_lines(tmp_path / "tasks.jsonl", [record])
     assert len(hellaswag.examples(path)) == 1
     with pytest.raises(ValueError, match=f"line 1: not a HellaSwag task .{message}"):
         hellaswag.examples(path, style="harness")
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def write_tasks(path: Path, tasks=TASKS, label=int) -> Path:
-    records = [dict(ind=i, ctx=t.context, label=label(t.label), endings=list(t.endings)) for i, t in enumerate(tasks)]
+    records = [
+        dict(ind=i, ctx=t.context, label=label(t.label), endings=list(t.endings))
+        for i, t in enumerate(tasks)
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -233,8 +331,15 @@ def test_a_broken_line_is_named(tmp_path, capsys, line, message):
     with pytest.raises(SystemExit) as exit_:
         hellaswag.main(["--data", str(path), "--model", "out/none", "--device", "cpu"])
     error = capsys.readouterr().err
-    start = f"hellaswag.py: {path}, line 2: not a HellaSwag task" if line else f"hellaswag.py: {path}: "
-    assert exit_.value.code == 2 and error.startswith(start) and message in error and error.count("\n") == 1
+    start = (
+        f"hellaswag.py: {path}, line 2: not a HellaSwag task" if line else f"hellaswag.py: {path}: "
+    )
+    assert (
+        exit_.value.code == 2
+        and error.startswith(start)
+        and message in error
+        and error.count("\n") == 1
+    )
 
 
 class Server(BaseHTTPRequestHandler):
@@ -260,7 +365,9 @@ def server(monkeypatch, tmp_path):
     handler = type("ThisServer", (Server,), dict(content=content, wrong=None, asked=0))
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{http.server_address[1]}/hellaswag_val.jsonl")
+    monkeypatch.setattr(
+        hellaswag, "URL", f"http://127.0.0.1:{http.server_address[1]}/hellaswag_val.jsonl"
+    )
     monkeypatch.setattr(hellaswag, "SHA256", sha256(tmp_path / "source.jsonl"))
     monkeypatch.setattr(hellaswag, "FILE", tmp_path / "kept" / "hellaswag_val.jsonl")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -274,15 +381,20 @@ def test_the_file_is_fetched_once(server):
     assert hellaswag.examples(limit=5) == TASKS[:5] and server.asked == 1
 
 
-@pytest.mark.parametrize("wrong, message", [(404, "404"), ("corrupt", "SHA-256"), ("drop", "IncompleteRead")])
+@pytest.mark.parametrize(
+    "wrong, message", [(404, "404"), ("corrupt", "SHA-256"), ("drop", "IncompleteRead")]
+)
 def test_what_cannot_be_fetched_is_one_line(server, wrong, message):
     server.wrong = wrong
-    with pytest.raises(ValueError, match=f"HellaSwag could not be fetched from http.*{message}.*{hellaswag.HUB}.*copy"):
+    with pytest.raises(
+        ValueError,
+        match=f"HellaSwag could not be fetched from http.*{message}.*{hellaswag.HUB}.*copy",
+    ):
         hellaswag.examples()
     assert not hellaswag.FILE.exists()
 
 
-# ---- The command, and a run ------------------------------------------------------------------------------------------
+# ---- The command, and a run ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -304,12 +416,21 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hellaswag, "fetch", lambda: path)
     hellaswag.main(arguments)
     out = capsys.readouterr().out
-    assert f"acc_norm {result['acc_norm']:.4f} +- {result['acc_norm_stderr']:.4f}  (lowest mean a token)" in out
-    assert "HellaSwag, completion style, 36 tasks" in out and "published: 0.2955" in out and "tasks/s" in out
+    assert (
+        f"acc_norm {result['acc_norm']:.4f} +- {result['acc_norm_stderr']:.4f}  (lowest mean a token)"
+        in out
+    )
+    assert (
+        "HellaSwag, completion style, 36 tasks" in out
+        and "published: 0.2955" in out
+        and "tasks/s" in out
+    )
     path = write_lines(tmp_path / "tasks.jsonl", LINES)
     hellaswag.main([*arguments, "--style", "harness"])
     out = capsys.readouterr().out
-    assert "harness style, 6 tasks" in out and "(lowest mean a character)   published: 0.3114" in out
+    assert (
+        "harness style, 6 tasks" in out and "(lowest mean a character)   published: 0.3114" in out
+    )
     for partly in (["--limit", "3"], ["--data", str(path)]):
         hellaswag.main([*arguments, *partly])
         assert "published" not in capsys.readouterr().out
@@ -325,9 +446,18 @@ def test_a_model_without_numbers_has_no_score():
 def test_ranks_share_the_tasks_and_agree(folder, tmp_path):
     """36 tasks in batches that do not divide; the counts are those of one process."""
     path = write_tasks(tmp_path / "tasks.jsonl")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "hellaswag.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=3",
+        "hellaswag.py",
+    ]
     command += ["--model", folder, "--data", str(path), "--dtype", "fp32", "--json"]
-    run = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("{")]
     expected = hellaswag.evaluate(toy("bytes"), get_tokenizer("bytes"), CPU, TASKS)
@@ -349,8 +479,12 @@ def test_a_run_scores_itself_and_is_not_disturbed(config, tmp_path):
 
 
 def test_a_run_scores_in_the_style_of_its_setting(config, tmp_path):
-    scoring = dict(hellaswag_every=4, hellaswag_data=str(write_lines(tmp_path / "tasks.jsonl", LINES)))
-    train.train(config(max_steps=4, checkpoint_every=4, report=True, hellaswag_style="harness", **scoring))
+    scoring = dict(
+        hellaswag_every=4, hellaswag_data=str(write_lines(tmp_path / "tasks.jsonl", LINES))
+    )
+    train.train(
+        config(max_steps=4, checkpoint_every=4, report=True, hellaswag_style="harness", **scoring)
+    )
     (score,) = metrics(tmp_path / "run", "hellaswag")
     model = GPT.from_pretrained(tmp_path / "run" / "step_0000004")
     tasks = hellaswag.examples(scoring["hellaswag_data"], style="harness")
@@ -361,9 +495,18 @@ def test_a_run_scores_in_the_style_of_its_setting(config, tmp_path):
 def test_a_run_goes_on_where_the_tasks_cannot_be_fetched(config, server, tmp_path, capsys):
     server.wrong = 404
     train.train(config(hellaswag_every=2, max_steps=4))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hellaswag: ")]
-    assert len(lines) == 1 and "off" in lines[0] and "404" in lines[0] and "set hellaswag_data" in lines[0]
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("hellaswag: ")
+    ]
+    assert (
+        len(lines) == 1
+        and "off" in lines[0]
+        and "404" in lines[0]
+        and "set hellaswag_data" in lines[0]
+    )
     assert len(metrics(tmp_path / "run")) == 4 and metrics(tmp_path / "run", "hellaswag") == []
-    with pytest.raises(SystemExit) as exit_:  # but a file that was named and is not there is a mistake
+    with pytest.raises(
+        SystemExit
+    ) as exit_:  # but a file that was named and is not there is a mistake
         train.main(flags(config(hellaswag_every=2, hellaswag_data="nowhere.jsonl", resume="never")))
     assert exit_.value.code == 2 and "nowhere.jsonl" in capsys.readouterr().err

@@ -16,12 +16,52 @@ TOP = {
     "model": {"loss", "pretrained"},
     "prepare": {"console", "documents", "files", "sharding", "tokenizer"},
     "fineweb": {"console", "data", "documents", "files", "sharding", "tokenizer"},
-    "hellaswag": {"model", "auto", "console", "files", "metrics", "pretrained", "runtime", "tokenizer"},
-    "sample": {"configurator", "model", "auto", "console", "inference", "page", "pretrained", "runtime", "tokenizer"},
+    "hellaswag": {
+        "model",
+        "auto",
+        "console",
+        "files",
+        "metrics",
+        "pretrained",
+        "runtime",
+        "tokenizer",
+    },
+    "sample": {
+        "configurator",
+        "model",
+        "auto",
+        "console",
+        "inference",
+        "page",
+        "pretrained",
+        "runtime",
+        "tokenizer",
+    },
     "plot": {"model", "console", "metrics", "pretrained", "report"},
-    "train": {"configurator", "model", "hellaswag", "plot", "auto", "checkpoint", "console", "data", "files"}
+    "train": {
+        "configurator",
+        "model",
+        "hellaswag",
+        "plot",
+        "auto",
+        "checkpoint",
+        "console",
+        "data",
+        "files",
+    }
     | {"inference", "metrics", "optimizer", "pretrained", "runtime", "tokenizer"},
-    "bench": {"model", "train", "hellaswag", "auto", "console", "data", "documents", "inference", "loss", "metrics"}
+    "bench": {
+        "model",
+        "train",
+        "hellaswag",
+        "auto",
+        "console",
+        "data",
+        "documents",
+        "inference",
+        "loss",
+        "metrics",
+    }
     | {"runtime", "sharding", "tokenizer"},
 }
 PARTS = {
@@ -44,7 +84,16 @@ PARTS = {
 }
 HOUSE = TOP | {f"parts.{name}": below for name, below in PARTS.items()}
 SCRIPTS = {"prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench"}
-HEAVY = {"tiktoken", "transformers", "datasets", "matplotlib", "safetensors", "huggingface_hub", "wandb", "tensorboard"}
+HEAVY = {
+    "tiktoken",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "safetensors",
+    "huggingface_hub",
+    "wandb",
+    "tensorboard",
+}
 HEAVY |= {"tokenizers", "pyarrow", "flask", "werkzeug"}
 
 
@@ -80,7 +129,9 @@ def test_no_part_imports_what_stands_at_the_top(room):
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    """In a new process: no socket is made, no file opened for writing, no process started, nothing heavy loaded."""
+    """In a new process: no socket is made, no file opened for writing, no process started, nothing
+    heavy loaded.
+    """
     script = f"""
 import importlib, sys
 import torch, numpy, concurrent.futures, torch.nn.parallel, torch.distributed  # their own effects are not ours
@@ -98,7 +149,11 @@ for name in {list(HOUSE)!r}:
         raise SystemExit(f"import of {{name}} loads {{heavy}}")
 """
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     assert not list(tmp_path.iterdir())
@@ -128,5 +183,9 @@ def test_functions_are_short_and_scripts_have_a_main(name):
 def test_the_quickstart_is_what_readme_promises():
     """`make -n` reads the Makefile without doing anything."""
     run = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True)
-    for command in ("prepare.py", "train.py config/quickstart.py", "sample.py --model out/quickstart"):
+    for command in (
+        "prepare.py",
+        "train.py config/quickstart.py",
+        "sample.py --model out/quickstart",
+    ):
         assert command in run.stdout

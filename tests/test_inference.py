@@ -1,4 +1,6 @@
-"""Generation: cached equals uncached, packed equals plain, and the filters equal those of transformers."""
+"""Generation: cached equals uncached, packed equals plain, and the filters equal those of
+transformers.
+"""
 
 import pytest
 import torch
@@ -29,12 +31,23 @@ from parts.inference import (
 )
 
 GPU = f"cuda:{max(torch.cuda.device_count(), 1) - 1}"  # the last one, where the current one is the first
-DEVICES = ["cpu", pytest.param(GPU, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        GPU, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+    ),
+]
 
 
 @torch.no_grad()
 def generate_plainly(
-    model: GPT, prompt: list[int], n: int, seed: int, stop_token=None, repetition_penalty=1.0, **options
+    model: GPT,
+    prompt: list[int],
+    n: int,
+    seed: int,
+    stop_token=None,
+    repetition_penalty=1.0,
+    **options,
 ) -> list[int]:
     """One row, no cache: the whole context through the network for each token."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +77,9 @@ SAMPLERS = [
 @pytest.mark.parametrize("options", SAMPLERS, ids=str)
 @pytest.mark.parametrize("flash", [True, False])
 def test_cached_equals_uncached(options, flash):
-    """Prompts of several lengths in one batch, one as long as the context, and 40 tokens: far past the window of 16."""
+    """Prompts of several lengths in one batch, one as long as the context, and 40 tokens: far past
+    the window of 16.
+    """
     model = make_toy(flash=flash)
     prompts = [ids(n, seed=n).tolist() for n in (1, 3, 3, 16, 9)]
     together = generate(model, prompts, 40, seeds=[5, 6, 7, 8, 9], **options)
@@ -79,14 +94,18 @@ def test_rows_end_at_the_stop_token_each_on_its_own(toy):
     stop = free[0][4]
     for completion, row in zip(generate(toy, prompts, 12, seeds=range(6), stop_token=stop), free):
         assert completion == (row[: row.index(stop) + 1] if stop in row else row)
-    assert len(list(stream(toy, prompts[:1], 12, seeds=[0], stop_token=stop))) == 5  # and nothing is computed after it
+    assert (
+        len(list(stream(toy, prompts[:1], 12, seeds=[0], stop_token=stop))) == 5
+    )  # and nothing is computed after it
 
 
 def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone():
     toy = make_toy(dropout=0.5)
     steps = list(stream(toy, [[1, 2], [3]], 5, seeds=[0, 1]))
     rows = [list(row) for row in zip(*(step.tokens for step in steps))]
-    assert rows == generate(toy.train(), [[1, 2], [3]], 5)  # the seeds are 0, 1, ... where none are given
+    assert rows == generate(
+        toy.train(), [[1, 2], [3]], 5
+    )  # the seeds are 0, 1, ... where none are given
     assert toy.training
     # The logits that come with a token are the model's own.
     expected = toy.eval()(torch.tensor([[1, 2, *rows[0]]]))[0, 1:-1]
@@ -103,7 +122,10 @@ def test_greedy_text_equals_transformers(tmp_path, size, penalty):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     prompt, options = ids(1, 4), dict(do_sample=False, pad_token_id=0, eos_token_id=None)
     expected = theirs.generate(prompt, max_new_tokens=12, repetition_penalty=penalty, **options)
-    assert generate(ours, prompt.tolist(), 12, temperature=0, repetition_penalty=penalty) == expected[:, 4:].tolist()
+    assert (
+        generate(ours, prompt.tolist(), 12, temperature=0, repetition_penalty=penalty)
+        == expected[:, 4:].tolist()
+    )
 
 
 @pytest.mark.parametrize("length", [0, 17])
@@ -113,7 +135,9 @@ def test_a_prompt_must_fit_the_context(toy, length):
 
 
 def test_several_tokens_onto_a_filled_cache(toy):
-    """`is_causal` with more keys than queries lets the first query see the first key only: a mask is needed there."""
+    """`is_causal` with more keys than queries lets the first query see the first key only: a mask
+    is needed there.
+    """
     x = ids(2, 16)
     cache = KVCache(toy.config.n_layer, capacity=16)
     parts = [forward_cached(toy, part, cache) for part in x.split([5, 1, 7, 3], dim=1)]
@@ -124,7 +148,9 @@ def test_several_tokens_onto_a_filled_cache(toy):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("lengths", [(5, 5), (2, 7, 4)])
 def test_a_token_as_a_graph_is_that_token(device, lengths):
-    """The full capacity behind a mask against the filled part alone; on a GPU really captured and replayed."""
+    """The full capacity behind a mask against the filled part alone; on a GPU really captured and
+    replayed.
+    """
     toy = pack(make_toy().to(device), torch.float32)
     rows = [ids(n, seed=n).tolist() for n in lengths]
     (plain, _), (graphed, _) = (prefill(toy, rows, 16) for _ in range(2))
@@ -132,7 +158,9 @@ def test_a_token_as_a_graph_is_that_token(device, lengths):
     tokens = [ids(len(lengths), 1, seed=n).to(device) for n in range(16 - max(lengths))]
     expected = [forward_cached(toy, token, plain) for token in tokens]
     # All before the first is looked at: a call must not overwrite what an earlier one returned.
-    assert torch.allclose(torch.stack([step(token) for token in tokens]), torch.stack(expected), atol=1e-4)
+    assert torch.allclose(
+        torch.stack([step(token) for token in tokens]), torch.stack(expected), atol=1e-4
+    )
     assert graphed.length == 16
 
 
@@ -158,16 +186,26 @@ def test_packed_is_autocast_made_ready(device):
     cache = KVCache(packed.config.n_layer, 16, dtype=torch.float32 if device == "cpu" else None)
     parts = [forward_cached(packed, part, cache) for part in x.split([9, 1, 1, 5], dim=1)]
     last = exact[:, [8, 9, 10, 15]]
-    assert torch.allclose(torch.stack(parts, dim=1).float(), last, atol=3 * (expected - exact).abs().max().item())
+    assert torch.allclose(
+        torch.stack(parts, dim=1).float(), last, atol=3 * (expected - exact).abs().max().item()
+    )
     assert cache.layers[0].dtype == (cache.dtype or torch.bfloat16)
     assert next(stream(packed, [[1]], 1)).logits.dtype == torch.float32
 
 
 def test_draws_are_distributed_as_the_softmax_says():
-    """Draws spread evenly over [0, 1) must hit each token in proportion to its probability, to within one draw."""
+    """Draws spread evenly over [0, 1) must hit each token in proportion to its probability, to
+    within one draw.
+    """
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).expand(5000, 20)
     draws = (torch.arange(5000) + 0.5) / 5000
-    cases = [(1.0, {}), (0.5, {}), (1.0, dict(top_k=4)), (2.0, dict(top_k=1)), (3.0, dict(top_p=0.6, min_p=0.4))]
+    cases = [
+        (1.0, {}),
+        (0.5, {}),
+        (1.0, dict(top_k=4)),
+        (2.0, dict(top_k=1)),
+        (3.0, dict(top_p=0.6, min_p=0.4)),
+    ]
     for temperature, options in cases:
         kept = restrict(logits[:1] / temperature, **options)[0]
         counts = sample(logits, draws, temperature, **options).bincount(minlength=20)
@@ -184,9 +222,14 @@ def test_draws_are_distributed_as_the_softmax_says():
     st.sampled_from([0.3, 1.0, 4.0]),
 )
 def test_the_tokens_left_are_those_of_transformers(seed, top_k, top_p, min_p, penalty, temperature):
-    """Penalty, temperature, top-k, top-p and min-p in this order, against the same of transformers."""
+    """Penalty, temperature, top-k, top-p and min-p in this order, against the same of
+    transformers.
+    """
     generator = torch.Generator().manual_seed(seed)
-    logits, seen = torch.randn(2, 300, generator=generator) * 3, ids(2, 7, vocab_size=300, seed=seed)
+    logits, seen = (
+        torch.randn(2, 300, generator=generator) * 3,
+        ids(2, 7, vocab_size=300, seed=seed),
+    )
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits)
     theirs = TemperatureLogitsWarper(temperature)(seen, theirs)
     theirs = TopKLogitsWarper(top_k)(seen, theirs) if top_k else theirs
@@ -205,7 +248,9 @@ def test_the_tokens_left_are_those_of_transformers(seed, top_k, top_p, min_p, pe
     st.integers(0, 70),
 )
 def test_only_tokens_that_may_be_drawn_are_drawn(logits, draw, temperature, top_k):
-    """Also at the edges: a draw of 0, of nearly 1, and logits so far apart that most probabilities round to 0."""
+    """Also at the edges: a draw of 0, of nearly 1, and logits so far apart that most probabilities
+    round to 0.
+    """
     logits = torch.tensor([logits])
     token = sample(logits, torch.tensor([draw]), temperature, top_k=top_k).item()
     scaled = (logits / max(temperature, 1e-6))[0]
@@ -219,4 +264,6 @@ def test_no_id_of_the_padding_is_ever_sampled():
     model = make_toy()
     model.transformer.wte.weight.data[257:] = 100.0
     for temperature in (0, 100.0):
-        assert max(max(row) for row in generate(model, [[1], [2]], 200, temperature=temperature)) < 257
+        assert (
+            max(max(row) for row in generate(model, [[1], [2]], 200, temperature=temperature)) < 257
+        )

@@ -1,4 +1,6 @@
-"""The network against references: transformers' GPT-2, spelled-out loops, and arithmetic done another way."""
+"""The network against references: transformers' GPT-2, spelled-out loops, and arithmetic done
+another way.
+"""
 
 import math
 import subprocess
@@ -18,14 +20,18 @@ from parts.pretrained import is_conv1d
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")),
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+    ),
 ]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("flash", [True, False])
 def test_logits_and_gradients_equal_transformers(tmp_path, bias, flash):
-    """The erf-GELU, a forgotten transpose, a wrong scale: all of them show here and nowhere else so clearly."""
+    """The erf-GELU, a forgotten transpose, a wrong scale: all of them show here and nowhere else so
+    clearly.
+    """
     ours = make_toy(bias=bias, flash=flash)
     ours.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -43,8 +49,8 @@ def test_logits_and_gradients_equal_transformers(tmp_path, bias, flash):
 
 
 def test_loss_at_initialisation_is_that_of_knowing_nothing():
-    """At GPT-2's shape. A final norm of length sqrt(C) against rows of N(0, 0.02) gives logits of variance 0.0004 C,
-    and those cost half their variance above ln V: 10.825 + 0.154."""
+    """At GPT-2's shape. A final norm of length sqrt(C) against rows of N(0, 0.02) gives logits of
+    variance 0.0004 C, and those cost half their variance above ln V: 10.825 + 0.154."""
     torch.manual_seed(0)
     model = GPT(GPTConfig())
     with torch.no_grad():
@@ -57,7 +63,9 @@ def test_loss_at_initialisation_is_that_of_knowing_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pad_vocab", [True, False])
 def test_the_loss_in_pieces_is_the_loss(monkeypatch, device, dtype, pad_vocab):
-    """Loss and all gradients, against cross_entropy over the whole logits; pieces that do not divide the rows."""
+    """Loss and all gradients, against cross_entropy over the whole logits; pieces that do not
+    divide the rows.
+    """
     monkeypatch.setattr(head, "ROWS", 10)
     model = make_toy(pad_vocab=pad_vocab).to(device)
     monkeypatch.setattr(head, "CACHE_BYTES", 3 * 4 * model.config.padded_vocab_size)
@@ -66,7 +74,11 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch, device, dtype, pad_vocab):
     for in_pieces in (True, False):
         model.zero_grad()
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-            loss = model(x, y) if in_pieces else F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
+            loss = (
+                model(x, y)
+                if in_pieces
+                else F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
+            )
         (loss / 3).backward()
         found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
     (loss, grads), (expected, expected_grads) = found
@@ -106,7 +118,12 @@ def test_head_and_embedding_are_one_tensor(toy):
 
 @pytest.mark.parametrize(
     "name, parameters",
-    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
 )
 def test_parameters_of_the_four_sizes(name, parameters):
     with torch.device("meta"):
@@ -114,7 +131,9 @@ def test_parameters_of_the_four_sizes(name, parameters):
 
 
 def test_flops_per_token_is_what_torch_counts():
-    """Counted by torch over forward and backward; our 6N has norms and biases, which are no products: 3 % here."""
+    """Counted by torch over forward and backward; our 6N has norms and biases, which are no
+    products: 3 % here.
+    """
     model = make_toy(block_size=64, n_embd=64, flash=False, pad_vocab=False)
     with FlopCounterMode(display=False) as counter:
         model(ids(2, 64), ids(2, 64)).backward()
@@ -144,7 +163,9 @@ def test_the_future_does_not_change_the_past(flash):
 
 
 def test_padding_the_vocabulary_changes_nothing():
-    """257 tokens become 320 rows: the same initial weights, loss and gradients, and nothing flows into the padding."""
+    """257 tokens become 320 rows: the same initial weights, loss and gradients, and nothing flows
+    into the padding.
+    """
     plain, padded = make_toy(pad_vocab=False), make_toy(pad_vocab=True)
     assert padded.transformer.wte.weight.shape[0] == 320
     x, y = ids(2, 16), ids(2, 16, seed=1)
@@ -179,7 +200,9 @@ def test_impossible_shapes(changes, message):
 
 
 def test_the_heads_gradient_does_not_overflow_in_fp16():
-    """Thousands of rows with one target: their sum is beyond fp16's largest number, the mean is not."""
+    """Thousands of rows with one target: their sum is beyond fp16's largest number, the mean is
+    not.
+    """
     x, targets = torch.full((4096, 8), 30.0, dtype=torch.float16), torch.full((4096,), 3)
     weight = torch.zeros(64, 8, requires_grad=True)
     HeadLoss.apply(x, weight, targets, 64, True).backward()

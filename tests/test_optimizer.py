@@ -1,4 +1,6 @@
-"""Muon's update against singular values and torch's own Muon, and its groups. (test_train.py has its trajectory.)"""
+"""Muon's update against singular values and torch's own Muon, and its groups. (test_train.py has
+its trajectory.)
+"""
 
 from types import SimpleNamespace
 
@@ -8,14 +10,18 @@ from conftest import ids, make_toy
 
 from parts.optimizer import Muon, build_optimizer, describe, orthogonalise
 
-CONFIG = SimpleNamespace(optimizer="muon", learning_rate=1e-3, muon_learning_rate=2e-2, muon_momentum=0.9)
+CONFIG = SimpleNamespace(
+    optimizer="muon", learning_rate=1e-3, muon_learning_rate=2e-2, muon_momentum=0.9
+)
 vars(CONFIG).update(weight_decay=0.1, beta1=0.9, beta2=0.95, fused=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 64), (3, 64, 64), (256, 64), (64, 256)])
 def test_an_update_is_nearly_orthogonal(shape, dtype):
-    """Singular values from 1 to 1/100 become 0.7 to 1.2, as the paper says, and the singular vectors stay."""
+    """Singular values from 1 to 1/100 become 0.7 to 1.2, as the paper says, and the singular
+    vectors stay.
+    """
     torch.manual_seed(0)
     U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.logspace(0, -2, 64)
@@ -35,7 +41,9 @@ def test_a_matrix_is_updated_as_torch_does():
     group = dict(params=[ours], rule="muon", weight_decay=0.1, lr=1e-2)
     rest = dict(params=[torch.nn.Parameter(torch.ones(2))], rule="adamw")
     muon = Muon([group, rest], 0.95, torch.bfloat16)
-    reference = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        [theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(5):
         ours.grad = torch.randn(64, 256)
         theirs.grad = ours.grad.clone()
@@ -50,7 +58,9 @@ def test_every_parameter_is_in_one_group():
     listed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(map(id, listed)) == sorted(map(id, model.parameters()))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    muon, embeddings, vectors = ([names[p] for p in group["params"]] for group in optimizer.param_groups)
+    muon, embeddings, vectors = (
+        [names[p] for p in group["params"]] for group in optimizer.param_groups
+    )
     assert len(muon) == 4 * 2 and all(
         name.endswith((".c_attn.weight", ".c_fc.weight", ".c_proj.weight")) for name in muon
     )
@@ -64,5 +74,11 @@ def test_every_parameter_is_in_one_group():
     model(ids(2, 16), ids(2, 16)).backward()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer.step()
-    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
-    assert [group["rule"] for group in optimizer.param_groups] == ["muon", "adamw", "adamw"]  # all of them again
+    assert not [
+        name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])
+    ]
+    assert [group["rule"] for group in optimizer.param_groups] == [
+        "muon",
+        "adamw",
+        "adamw",
+    ]  # all of them again

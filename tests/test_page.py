@@ -21,17 +21,32 @@ from parts import page as room
 pytest.importorskip("flask")
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = dict(max_tokens=9, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1337)
+SETTINGS = dict(
+    max_tokens=9, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1337
+)
 ASKED = SETTINGS | dict(prompt="x", stop="", checkpoint="step_0000300", taken=[])
-LIMITS = dict.fromkeys(SETTINGS, (0, 2**62)) | dict(max_tokens=(1, 2**62), top_p=(0, 1), min_p=(0, 1))
-FORM = dict(about="a <b>toy</b>", settings=SETTINGS, limits=LIMITS, prompts=["import os", "x"], stop=[], pinned=False)
+LIMITS = dict.fromkeys(SETTINGS, (0, 2**62)) | dict(
+    max_tokens=(1, 2**62), top_p=(0, 1), min_p=(0, 1)
+)
+FORM = dict(
+    about="a <b>toy</b>",
+    settings=SETTINGS,
+    limits=LIMITS,
+    prompts=["import os", "x"],
+    stop=[],
+    pinned=False,
+)
 FORM |= dict(end_of_text=0, title="small", checkpoint="step_0000300")
 RUN = dict(checkpoints=["step_0000100", "step_0000200", "step_0000300"])
-RUN |= dict(train=[(step, 4 - step / 100) for step in range(0, 301, 10)], val=[(0, 4.25), (100, 3.25), (300, 1.25)])
+RUN |= dict(
+    train=[(step, 4 - step / 100) for step in range(0, 301, 10)],
+    val=[(0, 4.25), (100, 3.25), (300, 1.25)],
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
-# sample.py's part, in another process. The prompt says what comes; "closed" is printed when an answer ends. A prompt of
-# numbers is counted on from there, modulo 10, by tokens whose ids are their digits plus 1; 0 is the end of text.
+# sample.py's part, in another process. The prompt says what comes; "closed" is printed when an
+# answer ends. A prompt of numbers is counted on from there, modulo 10, by tokens whose ids are
+# their digits plus 1; 0 is the end of text.
 SERVER = """
 import json, pathlib, signal, sys, time
 from parts import page
@@ -96,7 +111,7 @@ def parsed(response) -> list[dict]:
     return [json.loads(line) for line in response.get_data(as_text=True).splitlines()]
 
 
-# ---- The application -------------------------------------------------------------------------------------------------
+# ---- The application -----------------------------------------------------------------------------
 
 
 def test_the_page_what_fills_it_and_its_answers():
@@ -142,7 +157,7 @@ def test_only_the_page_itself_may_ask(host, origin, status):
         assert response.status_code == status
 
 
-# ---- The server, in another process ----------------------------------------------------------------------------------
+# ---- The server, in another process --------------------------------------------------------------
 
 
 class Server:
@@ -151,7 +166,9 @@ class Server:
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), **pipes)
         self.lines = queue.Queue()
-        threading.Thread(target=lambda: [self.lines.put(line) for line in self.process.stdout], daemon=True).start()
+        threading.Thread(
+            target=lambda: [self.lines.put(line) for line in self.process.stdout], daemon=True
+        ).start()
         self.url = self.line()
         self.port = int(self.url.rpartition(":")[2])
 
@@ -190,7 +207,9 @@ def server(run_file):
 def test_it_listens_on_this_computer_only_and_says_where(server):
     assert server.url == f"http://127.0.0.1:{server.port}"
     with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.2", server.port))  # where a server on 0.0.0.0 listens too
+        socket.create_connection(
+            ("127.0.0.2", server.port)
+        )  # where a server on 0.0.0.0 listens too
     for port in (server.port, 70000):
         with pytest.raises(ValueError, match=rf"^--port {port}: .* 0 for any free one\)$"):
             room.serve(words, dict, FORM, port)
@@ -201,7 +220,9 @@ def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):
         connection, response = server.ask("forever")
         assert json.loads(response.readline())["text"] == " word"
         if how == "abruptly":
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )  # a reset
         response.close()
         connection.close()
         assert server.line() == "closed"
@@ -227,7 +248,7 @@ def test_a_second_connection_waits(server):
     assert [event["text"] for event in events if "text" in event] == [" end"]
 
 
-# ---- The page in a browser -------------------------------------------------------------------------------------------
+# ---- The page in a browser -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +271,9 @@ def page(browser, server):
     page, asked, wrong = context.new_page(), [], []
     context.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console", lambda message: wrong.append(message.text) if message.type == "error" else None
+    )
     page.goto(server.url)
     page.wait_for_selector("#generate:enabled")
     yield page
@@ -269,7 +292,9 @@ def ask(page, prompt: str) -> None:
 
 
 def status(page, text: str) -> None:
-    page.wait_for_function("text => document.getElementById('status').textContent === text", arg=text)
+    page.wait_for_function(
+        "text => document.getElementById('status').textContent === text", arg=text
+    )
 
 
 def shows(page, text: str) -> None:
@@ -310,7 +335,9 @@ def test_text_streams_and_stops(page, server):
 def test_continue_writes_on_from_the_end(page):
     ask(page, "3")
     shows(page, "3456789012")
-    page.get_by_label("Prompt", exact=True).fill("what it continues is the text, whatever stands here")
+    page.get_by_label("Prompt", exact=True).fill(
+        "what it continues is the text, whatever stands here"
+    )
     page.get_by_label("Tokens").fill("3")
     for text in ("3456789012345", "3456789012345678"):
         press(page, "Continue")
@@ -341,7 +368,12 @@ def test_another_token_begins_a_branch(page):
     point_at(page, 8)  # a sister of the first, which stands before it
     alternative(page, "∎")
     shows(page, "345678901∎012345678")
-    assert branches(page) == ["456789012", "↳ 45678901∎012345678", "↳ 450123456789", "↳ 450121234567890"]
+    assert branches(page) == [
+        "456789012",
+        "↳ 45678901∎012345678",
+        "↳ 450123456789",
+        "↳ 450121234567890",
+    ]
     page.locator("#branches button").nth(3).click()
     shows(page, "3450121234567890")
     assert page.locator("[aria-current=true]").all_inner_texts() == ["↳ 450121234567890"]
@@ -364,7 +396,9 @@ def test_a_branch_ends_the_text_that_is_being_written(page, server):
     page.wait_for_function("() => document.querySelectorAll('#branches button').length === 2")
     press(page, "Stop")
     status(page, "Stopped.")
-    assert page.locator("#out").text_content().startswith("forever word")  # this server ignores what was taken
+    assert (
+        page.locator("#out").text_content().startswith("forever word")
+    )  # this server ignores what was taken
 
 
 def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
@@ -376,11 +410,16 @@ def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
     assert server.line() == "closed"
     slider.press("ArrowLeft")
     shows(page, f"whostep_0000200 {seed}")
-    assert page.locator("#at").text_content() == "step 200 of 300, loss 2.00"  # in training, for want of a validation's
+    assert (
+        page.locator("#at").text_content() == "step 200 of 300, loss 2.00"
+    )  # in training, for want of a validation's
     assert server.line() == "closed"
     slider.fill("30")
     shows(page, f"whostep_0000100 {seed}")
-    assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == ("100", "step 100 of 300, loss 3.25")
+    assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == (
+        "100",
+        "step 100 of 300, loss 3.25",
+    )
     assert server.line() == "closed"
     slider.press("ArrowRight")
     shows(page, f"whostep_0000200 {seed}")  # as it was written before: the server has nothing to do
@@ -399,7 +438,9 @@ def test_a_checkpoint_that_is_gone(page, run_file):
     run_file.write_text(json.dumps(RUN | dict(checkpoints=RUN["checkpoints"][1:])))
     page.get_by_label("Trained up to").fill("100")
     status(page, "there is no such checkpoint")
-    page.wait_for_function("() => run.checkpoints.length === 2")  # the page has asked for the list again
+    page.wait_for_function(
+        "() => run.checkpoints.length === 2"
+    )  # the page has asked for the list again
     page.get_by_label("Trained up to").fill("90")
     status(page, "Done.")
     assert page.locator("#at").text_content().startswith("step 200 of 300")
@@ -426,13 +467,21 @@ def test_keys(page, server):
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
     assert page.evaluate("() => document.activeElement === document.querySelectorAll('.token')[1]")
-    assert page.get_by_role("group", name="What else was likely: choose one to go on with it").is_visible()
+    assert page.get_by_role(
+        "group", name="What else was likely: choose one to go on with it"
+    ).is_visible()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowRight")
-    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "Enter"):  # the second, 0, in the place of 5
+    for key in (
+        "ArrowDown",
+        "ArrowDown",
+        "ArrowDown",
+        "ArrowUp",
+        "Enter",
+    ):  # the second, 0, in the place of 5
         page.keyboard.press(key)
     shows(page, "340123456789")
     page.keyboard.press("Backspace")
@@ -455,21 +504,34 @@ def test_what_else_was_likely(page):
     assert page.locator("#tip .head").count() == 3 and bars.count() == 15
     press(page, "Copy")
     status(page, "Copied.")
-    assert page.evaluate("() => navigator.clipboard.readText()") == "pieces \N{LLAMA}\n\ndef"  # without the end's mark
+    assert (
+        page.evaluate("() => navigator.clipboard.readText()") == "pieces \N{LLAMA}\n\ndef"
+    )  # without the end's mark
     page.mouse.move(0, 0)
     page.wait_for_selector("#tip", state="hidden")
-    assert [tokens.nth(i).get_attribute("class").split()[1] for i in range(3)] == ["heat2", "heat3", "heat0"]
+    assert [tokens.nth(i).get_attribute("class").split()[1] for i in range(3)] == [
+        "heat2",
+        "heat3",
+        "heat0",
+    ]
 
 
 def test_text_is_never_html(page):
     ask(page, "html")
     status(page, "Done.")
-    assert page.locator("#out").text_content().startswith("html<script>window.broken = 1</script><img")
+    assert (
+        page.locator("#out").text_content().startswith("html<script>window.broken = 1</script><img")
+    )
     point_at(page, 0)
     assert "<script>" in page.locator("#tip").text_content()
     alternative(page, "·<i>a</i>")
     page.wait_for_selector("#branches")
-    assert page.locator("#out script, #out img, #tip script, #tip i, #about b, #branches i, #branches img").count() == 0
+    assert (
+        page.locator(
+            "#out script, #out img, #tip script, #tip i, #about b, #branches i, #branches img"
+        ).count()
+        == 0
+    )
     assert page.evaluate("() => window.broken") is None
 
 
@@ -525,7 +587,9 @@ def test_each_text_has_a_fresh_seed_unless_it_is_kept(page):
     assert seed(lambda: ask(page, "who")) == kept
     page.get_by_label("Keep the seed").uncheck()
     field.fill("42")  # who types one means it
-    assert seed(lambda: ask(page, "who")) == "42" and page.get_by_label("Keep the seed").is_checked()
+    assert (
+        seed(lambda: ask(page, "who")) == "42" and page.get_by_label("Keep the seed").is_checked()
+    )
 
 
 def test_prompts_to_try(page):

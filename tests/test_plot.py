@@ -18,17 +18,29 @@ matplotlib = pytest.importorskip("matplotlib")
 
 def started(step: int = 0, batch: int = 1000, data_dir="shards/fineweb", **facts) -> dict:
     settings = dict(total_batch_size=batch, data_dir=data_dir, init_from="scratch", max_steps=9)
-    usual = dict(tokenizer="bytes", data={}, parameters=1, flops_per_token=1, device="cpu", world_size=1, command="")
+    usual = dict(
+        tokenizer="bytes",
+        data={},
+        parameters=1,
+        flops_per_token=1,
+        device="cpu",
+        world_size=1,
+        command="",
+    )
     return dict(step=step, kind="run", settings=settings) | usual | facts
 
 
 def test_runs_with_other_vocabularies_are_compared_in_bits_per_byte(tmp_path):
     records = [trained(0, 3.0), validated(1, 2.0)]
-    one = write(tmp_path / "a", started(tokenizer="gpt2"), *records, validated(2, 1.5) | dict(val_bpb=0.75))
+    one = write(
+        tmp_path / "a", started(tokenizer="gpt2"), *records, validated(2, 1.5) | dict(val_bpb=0.75)
+    )
     two = write(tmp_path / "b", started(), *records, validated(2, 1.0) | dict(val_bpb=1.25))
     [axes] = loss_axes(one, two)
     assert axes.get_ylabel() == "loss, bits per byte"
-    assert line(axes, f"{one}: training")[:, 1].tolist() == [1.5] and line(axes, f"{two}: training")[:, 1] == [3.75]
+    assert line(axes, f"{one}: training")[:, 1].tolist() == [1.5] and line(
+        axes, f"{two}: training"
+    )[:, 1] == [3.75]
     assert line(axes, f"{one}: validation, last 0.750")[:, 1].tolist() == [1.0, 0.75]
     assert line(axes, f"{two}: validation, last 1.250")[:, 1].tolist() == [2.5, 1.25]
     unknown = write(tmp_path / "c", started(tokenizer="gpt2"), *records)  # an older run
@@ -68,26 +80,46 @@ def line(axes, label: str) -> np.ndarray:
 
 def dots(axes) -> np.ndarray:
     """The training values of the one run: (n, 2)."""
-    [dots] = [line for line in axes.lines if line.get_linestyle() == "None" and line.get_mfc() != "none"]
+    [dots] = [
+        line for line in axes.lines if line.get_linestyle() == "None" and line.get_mfc() != "none"
+    ]
     return dots.get_xydata()
 
 
-# ---- From records to curves ------------------------------------------------------------------------------------------
+# ---- From records to curves ----------------------------------------------------------------------
 
 
 def test_each_loss_is_at_the_tokens_seen_before_it(tmp_path):
-    """Step 9's train record comes after its update, the tenth; its validation loss before. Then the batch grows."""
-    records = [validated(0, 2.5), trained(0), trained(9), validated(10), started(10, 3000), trained(10), trained(19)]
+    """Step 9's train record comes after its update, the tenth; its validation loss before. Then the
+    batch grows.
+    """
+    records = [
+        validated(0, 2.5),
+        trained(0),
+        trained(9),
+        validated(10),
+        started(10, 3000),
+        trained(10),
+        trained(19),
+    ]
     [axes] = loss_axes(write(tmp_path / "run", started(), *records, validated(20, 2.3)))
     assert dots(axes).tolist() == [[1000, 2], [10_000, 2], [13_000, 2], [40_000, 2]]
     assert line(axes, "run: training (smoothed)").tolist() == dots(axes).tolist()
-    assert line(axes, "run: validation, last 2.300").tolist() == [[0, 2.5], [10_000, 2], [40_000, 2.3]]
+    assert line(axes, "run: validation, last 2.300").tolist() == [
+        [0, 2.5],
+        [10_000, 2],
+        [40_000, 2.3],
+    ]
 
 
 def test_cut_lines_and_nulls_are_left_out(tmp_path):
-    run = write(tmp_path / "run", started(), trained(0), trained(1, None), trained(2), validated(2, None))
+    run = write(
+        tmp_path / "run", started(), trained(0), trained(1, None), trained(2), validated(2, None)
+    )
     with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b'\x00\xff\xfe{garbage\n{"step": 10, "kind": "train", "lo')  # a kill, or a run that is still going
+        file.write(
+            b'\x00\xff\xfe{garbage\n{"step": 10, "kind": "train", "lo'
+        )  # a kill, or a run that is still going
     axes = loss_axes(run)[0]
     assert dots(axes).tolist() == line(axes, "run: training").tolist() == [[1000, 2], [3000, 2]]
     assert not any("validation" in str(drawn.get_label()) for drawn in axes.lines)
@@ -98,27 +130,43 @@ def test_smoothing_is_the_mean_of_the_neighbours(values):
     reach = [min(5, i // 4) for i in range(len(values))]
     means = [np.mean(values[i - near : i + near + 1]) for i, near in enumerate(reach)]
     np.testing.assert_allclose(plot.smooth(np.array(values)), means, rtol=1e-12, atol=1e-12)
-    assert plot.smooth(np.arange(2000.0) ** 2)[1000] == pytest.approx((np.arange(980.0, 1021) ** 2).mean())  # 1 %
+    assert plot.smooth(np.arange(2000.0) ** 2)[1000] == pytest.approx(
+        (np.arange(980.0, 1021) ** 2).mean()
+    )  # 1 %
 
 
-# ---- What is in the picture ------------------------------------------------------------------------------------------
+# ---- What is in the picture ----------------------------------------------------------------------
 
-COMPARABLE = dict(tokenizer="gpt2"), dict(tokenizer="gpt2", data_dir="x", data=dict(source=dict(dataset="a/fineweb")))
+COMPARABLE = (
+    dict(tokenizer="gpt2"),
+    dict(tokenizer="gpt2", data_dir="x", data=dict(source=dict(dataset="a/fineweb"))),
+)
 
 
-@pytest.mark.parametrize("facts", [*COMPARABLE, dict(tokenizer="gpt2", data_dir="books"), dict(tokenizer="bytes")])
+@pytest.mark.parametrize(
+    "facts", [*COMPARABLE, dict(tokenizer="gpt2", data_dir="books"), dict(tokenizer="bytes")]
+)
 def test_published_losses_are_drawn_only_where_they_can_be_compared(tmp_path, facts):
     comparable = facts in COMPARABLE
     records = [*(trained(step, 4.0) for step in range(9)), scored(9, 0.26)]
     axes = loss_axes(write(tmp_path / "run", started(**facts), *records))
     assert axes[1].lines[0].get_xydata().tolist() == [[9000, 0.26]]
-    levels = [[line.get_ydata()[0] for line in each.lines if list(line.get_xdata()) == [0, 1]] for each in axes]
-    assert levels == [[3.292] * comparable, [0.2955, 0.337]]  # horizontal lines through the whole picture
+    levels = [
+        [line.get_ydata()[0] for line in each.lines if list(line.get_xdata()) == [0, 1]]
+        for each in axes
+    ]
+    assert levels == [
+        [3.292] * comparable,
+        [0.2955, 0.337],
+    ]  # horizontal lines through the whole picture
     assert [text.get_text() for text in axes[0].texts] == ["GPT-2 124M\n3.292"] * comparable
     assert any("llm.c" in str(drawn.get_label()) for drawn in axes[0].lines) == comparable
     if comparable:
         assert axes[0].get_ylim()[0] < 3.292 and axes[0].get_xlim() == (0, 1.01 * 9000)
-        assert line(axes[0], "llm.c")[[0, -1]].tolist() == [[250 * 524_288, 6.171], [19_560 * 524_288, 3.272]]
+        assert line(axes[0], "llm.c")[[0, -1]].tolist() == [
+            [250 * 524_288, 6.171],
+            [19_560 * 524_288, 3.272],
+        ]
 
 
 def test_a_score_stands_beside_the_published_one_of_its_style(tmp_path):
@@ -130,7 +178,11 @@ def test_a_score_stands_beside_the_published_one_of_its_style(tmp_path):
 def falling(n: int) -> list[dict]:
     """Training that falls fast from 10.9, then slowly to 3, with five validation losses."""
     losses = 3 + 7.9 / (1 + np.arange(n)) ** 0.5
-    return [record(step, losses[step]) for step in range(n) for record in (validated, trained)[step % (n // 5) > 0 :]]
+    return [
+        record(step, losses[step])
+        for step in range(n)
+        for record in (validated, trained)[step % (n // 5) > 0 :]
+    ]
 
 
 def test_the_first_losses_of_a_long_run_are_cut_off_and_the_title_says_so(tmp_path):
@@ -144,13 +196,25 @@ def test_the_first_losses_of_a_long_run_are_cut_off_and_the_title_says_so(tmp_pa
 
 
 def test_training_has_a_panel_for_each_quantity(tmp_path):
-    values = [dict(lr=1e-3 / (s + 1), grad_norm=9.0 / (s + 1), tokens_per_s=1e5 + s) for s in range(5)]
-    cpu = write(tmp_path / "cpu", started(), *(trained(step, **each) for step, each in enumerate(values)))
+    values = [
+        dict(lr=1e-3 / (s + 1), grad_norm=9.0 / (s + 1), tokens_per_s=1e5 + s) for s in range(5)
+    ]
+    cpu = write(
+        tmp_path / "cpu", started(), *(trained(step, **each) for step, each in enumerate(values))
+    )
     rows = plot.training_figure(plot.read_runs([cpu])).axes
     assert [axes.get_ylabel() for axes in rows] == ["learning rate", "gradient norm", "tokens/s"]
-    assert [plot.in_words(n) for n in (0, 0.0005, 500, 2_500_000, 10e9)] == ["0", "0.0005", "500", "2.5M", "10B"]
+    assert [plot.in_words(n) for n in (0, 0.0005, 500, 2_500_000, 10e9)] == [
+        "0",
+        "0.0005",
+        "500",
+        "2.5M",
+        "10B",
+    ]
     for axes, key in zip(rows, values[0]):
-        assert dots(axes).tolist() == [[1000 * (step + 1), each[key]] for step, each in enumerate(values)]
+        assert dots(axes).tolist() == [
+            [1000 * (step + 1), each[key]] for step, each in enumerate(values)
+        ]
 
 
 def test_pictures_are_transparent_and_the_same_input_gives_the_same_bytes(tmp_path, capsys):
@@ -172,8 +236,14 @@ def test_pictures_are_transparent_and_the_same_input_gives_the_same_bytes(tmp_pa
 def assert_legible(figure) -> None:
     """No text is too small, or outside the picture."""
     figure.draw_without_rendering()
-    numbers = [text for axes in figure.axes for text in axes.get_xticklabels() + axes.get_yticklabels()]
-    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text not in numbers]
+    numbers = [
+        text for axes in figure.axes for text in axes.get_xticklabels() + axes.get_yticklabels()
+    ]
+    texts = [
+        text
+        for text in figure.findobj(matplotlib.text.Text)
+        if text.get_text() and text not in numbers
+    ]
     assert texts
     for text in texts:
         box, page = text.get_window_extent(), figure.bbox
@@ -181,28 +251,40 @@ def assert_legible(figure) -> None:
         assert text.get_fontsize() >= 9 and inside, text.get_text()
 
 
-@pytest.mark.parametrize("name", ["a_name_of_19_letter", "a_name_that_is_so_long_that_it_needs_a_line_of_its_own"])
+@pytest.mark.parametrize(
+    "name", ["a_name_of_19_letter", "a_name_that_is_so_long_that_it_needs_a_line_of_its_own"]
+)
 def test_text_is_legible_and_inside_the_picture(tmp_path, name):
     run = write(tmp_path / "run", started(tokenizer="gpt2"), *falling(50), scored(49))
     with matplotlib.rc_context(plot.STYLE):
-        runs = [each._replace(name=f"{i}{name[1:]}") for i, each in enumerate(plot.read_runs([run] * 3))]
+        runs = [
+            each._replace(name=f"{i}{name[1:]}") for i, each in enumerate(plot.read_runs([run] * 3))
+        ]
         for figure in (plot.loss_figure(runs), plot.training_figure(runs)):
             assert_legible(figure)
 
 
 def test_weights_are_those_of_the_newest_checkpoint(tmp_path, monkeypatch, capsys):
-    """Untrained positions are noise, smooth ones a band along the diagonal; padding rows are not drawn."""
+    """Untrained positions are noise, smooth ones a band along the diagonal; padding rows are not
+    drawn.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=100, block_size=48, n_layer=1, n_head=2, n_embd=64))
     positions = model.transformer.wpe.weight
     figures = []
-    monkeypatch.setattr(plot, "save", lambda figure, path: assert_legible(figure) or figures.append(figure) or path)
+    monkeypatch.setattr(
+        plot, "save", lambda figure, path: assert_legible(figure) or figures.append(figure) or path
+    )
     for step in (1, 2):
         model.save_pretrained(tmp_path / f"step_{step:07}")
-        positions.data = torch.sin(torch.outer(torch.arange(48) / 48, torch.arange(64) / 8) + torch.arange(64))
+        positions.data = torch.sin(
+            torch.outer(torch.arange(48) / 48, torch.arange(64) / 8) + torch.arange(64)
+        )
     for name in ("step_0000001", ""):
         plot.main(["--weights", str(tmp_path / name)])
-    assert capsys.readouterr().out.splitlines() == 2 * [str(tmp_path / "weights.png")]  # beside a checkpoint
+    assert capsys.readouterr().out.splitlines() == 2 * [
+        str(tmp_path / "weights.png")
+    ]  # beside a checkpoint
     images = [np.asarray(figure.axes[1].images[0].get_array()) for figure in figures]
     assert abs(np.diagonal(images[0], 1).mean()) < 0.1 and np.diagonal(images[1], 1).mean() > 0.98
     wanted = torch.nn.functional.cosine_similarity(positions[3], positions[40], dim=0).item()
@@ -211,13 +293,18 @@ def test_weights_are_those_of_the_newest_checkpoint(tmp_path, monkeypatch, capsy
     for drawn, channel in zip(figures[1].axes[0].lines, (12, 16, 20), strict=True):
         assert drawn.get_label() == f"channel {channel}"
         np.testing.assert_array_equal(drawn.get_ydata(), positions[:, channel].detach())
-    assert plot.HOW_TO_READ in figures[1].get_suptitle() and "step_0000002" in figures[1].get_suptitle()
+    assert (
+        plot.HOW_TO_READ in figures[1].get_suptitle()
+        and "step_0000002" in figures[1].get_suptitle()
+    )
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
-def test_pictures_of_several_runs_go_beside_them_and_reports_into_them(tmp_path, capsys, monkeypatch):
+def test_pictures_of_several_runs_go_beside_them_and_reports_into_them(
+    tmp_path, capsys, monkeypatch
+):
     """Runs of the same name are told apart by their folders."""
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure) or path)
@@ -225,7 +312,10 @@ def test_pictures_of_several_runs_go_beside_them_and_reports_into_them(tmp_path,
     runs = [str(write(Path(folder) / "run", started(), trained(0))) for folder in ("a", "b")]
     plot.main(["--report", *runs])
     pictures = [f"a/{name}" for name in ("loss.svg", "loss.png", "training.svg", "training.png")]
-    assert capsys.readouterr().out.splitlines() == [*pictures, *(f"report: {run}/report.md" for run in runs)]
+    assert capsys.readouterr().out.splitlines() == [
+        *pictures,
+        *(f"report: {run}/report.md" for run in runs),
+    ]
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == [f"{run}: training (smoothed)" for run in runs]
 

@@ -48,7 +48,9 @@ def fails(capsys, *argv: str, code=2) -> str:
     """Run prepare.py, which must end with this exit code and one line; return the line."""
     with pytest.raises(SystemExit) as exit_:
         prepare.main(list(argv))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare.py: ")]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare.py: ")
+    ]
     assert exit_.value.code == code and len(lines) == 1
     return lines[0]
 
@@ -64,7 +66,7 @@ def documents_of(out: Path, split: str) -> list[str]:
     return [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
 
 
-# ---- Shards and split ------------------------------------------------------------------------------------------------
+# ---- Shards and split ----------------------------------------------------------------------------
 
 
 @given(st.integers(1, 500), st.sampled_from([0.01, 0.05, 0.1, 0.3, 0.5]))
@@ -72,12 +74,17 @@ def test_one_document_of_each_block_is_for_validation(n, fraction):
     split = Split(round(1 / fraction))
     drawn = [i for i in range(n) if split.ends(b"x", i) == {"val": 1}]
     blocks = [i // split.stride for i in drawn]
-    assert blocks in (list(range(n // split.stride)), list(range(-(-n // split.stride))))  # the last one is not whole
+    assert blocks in (
+        list(range(n // split.stride)),
+        list(range(-(-n // split.stride))),
+    )  # the last one is not whole
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 def test_shards_decode_back_to_the_documents(tmp_path, tokenizer):
-    """Every document of both splits, each after an end of text, in the order of the file names; shards of one size."""
+    """Every document of both splits, each after an end of text, in the order of the file names;
+    shards of one size.
+    """
     files = {f"{i:02d}.txt": f"Document {i}: naïve ☃\n" * (i + 1) for i in range(24)}
     options = ("--tokenizer", tokenizer, "--val_fraction", "0.25", "--shard_tokens", "200")
     out = make(tmp_path, files | {"empty.txt": ""}, *options)
@@ -85,7 +92,9 @@ def test_shards_decode_back_to_the_documents(tmp_path, tokenizer):
     for split, n in (("train", 18), ("val", 6)):
         documents = documents_of(out, split)
         assert len(documents) == n and documents == sorted(documents, key=len)  # their order
-        assert meta["tokens"][split] == sum(len(shard.tokens) for shard in data.open_shards(out, split))
+        assert meta["tokens"][split] == sum(
+            len(shard.tokens) for shard in data.open_shards(out, split)
+        )
         found += documents
     assert sorted(found) == sorted(files.values())
     assert meta["documents"] == 24 and meta["complete"] is True
@@ -103,7 +112,12 @@ def test_few_documents_give_their_tails(tmp_path):
     files = {"book.txt": "abcdefghij" * 10, "empty.txt": ""}
     out = make(tmp_path, files, "--tokenizer", "bytes", "--val_fraction", "0.1")
     train, val = (documents_of(out, split) for split in ("train", "val"))
-    assert [head + tail for head, tail in zip(train, [*val, ""])] == [files["book.txt"], rows[0], rows[3], "字"]
+    assert [head + tail for head, tail in zip(train, [*val, ""])] == [
+        files["book.txt"],
+        rows[0],
+        rows[3],
+        "字",
+    ]
     # A tenth; it begins at white space if there is some, else at a character.
     assert val == ["abcdefghij", " cd ef gh " + "ab cd ef gh " * 4, "漢字" * 9]
     assert data.read_meta(out)["documents"] == 4
@@ -116,24 +130,40 @@ ROWS = [f"Row {i}: naïve ☃\n" * (i % 7) for i in range(200)]  # every seventh
 def tables(folder: Path) -> list[str]:
     """The same rows as .jsonl, .jsonl.gz and .parquet, and a text file."""
     folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps({"n": i, "body": text or None}) + "\n" * (1 + i % 2) for i, text in enumerate(ROWS))
+    lines = "".join(
+        json.dumps({"n": i, "body": text or None}) + "\n" * (1 + i % 2)
+        for i, text in enumerate(ROWS)
+    )
     (folder / "a.jsonl").write_text(lines)
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    pq.write_table(pa.table({"n": range(200), "body": [text or None for text in ROWS]}), folder / "c.parquet", 30)
+    pq.write_table(
+        pa.table({"n": range(200), "body": [text or None for text in ROWS]}),
+        folder / "c.parquet",
+        30,
+    )
     (folder / "d.txt").write_text("a text file\n" * 5000)
     return [str(folder / name) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt")]
 
 
 def test_rows_are_documents(tmp_path):
     paths = tables(tmp_path / "tables")
-    prepare.main([*paths, "--out", str(tmp_path / "out"), "--text_column", "body", "--val_fraction", "0"])
+    prepare.main(
+        [*paths, "--out", str(tmp_path / "out"), "--text_column", "body", "--val_fraction", "0"]
+    )
     texts = [text for text in ROWS if text]
-    assert documents_of(tmp_path / "out", "train") == [*texts, *texts, *texts, "a text file\n" * 5000]
+    assert documents_of(tmp_path / "out", "train") == [
+        *texts,
+        *texts,
+        *texts,
+        "a text file\n" * 5000,
+    ]
     assert data.read_meta(tmp_path / "out")["source"]["text_column"] == "body"
 
 
 # By documents, and by tails.
-@pytest.mark.parametrize("val_fraction, tokenizer", [("0.1", "bytes"), ("0.001", "bytes"), ("0.1", "300")])
+@pytest.mark.parametrize(
+    "val_fraction, tokenizer", [("0.1", "bytes"), ("0.001", "bytes"), ("0.1", "300")]
+)
 def test_any_number_of_workers_makes_the_same_bytes(tmp_path, val_fraction, tokenizer, monkeypatch):
     paths = tables(tmp_path / "tables")
     small_pieces(monkeypatch, 4000)
@@ -148,7 +178,10 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, val_fraction, toke
 
 def test_text_that_is_not_utf8(tmp_path):
     """GPT-2's tokens are of text: invalid bytes become U+FFFD. The bytes tokenizer keeps them."""
-    latin, column = b"na\xefve caf\xe9 " * 40, pa.array([b"caf\xe9", "ünïcode".encode()], pa.binary())
+    latin, column = (
+        b"na\xefve caf\xe9 " * 40,
+        pa.array([b"caf\xe9", "ünïcode".encode()], pa.binary()),
+    )
     (tmp_path / "text").mkdir()
     pq.write_table(pa.table({"text": column.view(pa.string())}), tmp_path / "text" / "a.parquet")
     files = {"b.jsonl": r'{"text": "a lone surrogate: \ud800"}', "c.txt": latin}
@@ -159,15 +192,19 @@ def test_text_that_is_not_utf8(tmp_path):
     assert bytes(data.open_shards(out, "train")[0].tokens[1:].tolist()) == latin
 
 
-# ---- Interruptions ---------------------------------------------------------------------------------------------------
+# ---- Interruptions -------------------------------------------------------------------------------
 
 FILES = {f"{i:02d}.txt": "".join(f"{i},{k}\n" for k in range(i * 37 % 180 + 2)) for i in range(60)}
 OPTIONS = ("--shard_tokens", "1500", "--val_fraction", "0.25", "--tokenizer")
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "300"])
-def test_interrupted_at_every_write_and_run_again_ends_with_the_same_bytes(tmp_path, monkeypatch, tokenizer):
-    """Law 8: stopped at the first file that is written, then at the second, and so on, all in one folder."""
+def test_interrupted_at_every_write_and_run_again_ends_with_the_same_bytes(
+    tmp_path, monkeypatch, tokenizer
+):
+    """Law 8: stopped at the first file that is written, then at the second, and so on, all in one
+    folder.
+    """
     small_pieces(monkeypatch, 700)
     out = make(tmp_path, FILES, *OPTIONS, tokenizer)
     whole, write, left = contents(out), write_whole, 0
@@ -197,7 +234,9 @@ def test_interrupted_at_every_write_and_run_again_ends_with_the_same_bytes(tmp_p
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
-    """A run that continues tokenises at most one shard and one piece again, and writes no shard again."""
+    """A run that continues tokenises at most one shard and one piece again, and writes no shard
+    again.
+    """
     small_pieces(monkeypatch, 500)
     files = {"a.txt": "some text\n" * 1999 + "some text"}
     options = ("--tokenizer", "bytes", "--shard_tokens", "2000", "--val_fraction", "0")
@@ -216,25 +255,46 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.bin")}
     make(tmp_path, files, *options)
     assert 20_000 - 15_000 < sum(seen) <= 20_000 - 15_000 + 2000 + 2 * 500
-    assert len(before) == 7 and all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert [row["tokens"] for row in data.read_meta(tmp_path / "out")["shards"]["train"]] == [2000] * 10  # no empty one
+    assert len(before) == 7 and all(
+        path.stat().st_mtime_ns == time for path, time in before.items()
+    )
+    assert [row["tokens"] for row in data.read_meta(tmp_path / "out")["shards"]["train"]] == [
+        2000
+    ] * 10  # no empty one
 
 
 def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("some text\n" * 900)
     monkeypatch.setattr(sharding, "start_worker", os._exit)
     options = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "2"]
-    assert "a worker process was killed (out of memory?)" in fails(capsys, str(tmp_path / "a.txt"), *options)
+    assert "a worker process was killed (out of memory?)" in fails(
+        capsys, str(tmp_path / "a.txt"), *options
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
-@pytest.mark.parametrize("how, seconds", [(signal.SIGINT, 0.0), (signal.SIGINT, 0.1), (signal.SIGKILL, 0.5)])
+@pytest.mark.parametrize(
+    "how, seconds", [(signal.SIGINT, 0.0), (signal.SIGINT, 0.1), (signal.SIGKILL, 0.5)]
+)
 def test_workers_end_with_their_parent(tmp_path, how, seconds):
-    """Ctrl-C is one line, also while the workers start: a terminal sends it to them too. kill -9 leaves none behind."""
+    """Ctrl-C is one line, also while the workers start: a terminal sends it to them too. kill -9
+    leaves none behind.
+    """
     (tmp_path / "a.txt").write_text("some text\n" * 5_000_000)
     script = "import signal, sys, prepare; signal.signal(2, signal.default_int_handler); prepare.main(sys.argv[1:])"
-    command = [sys.executable, "-c", script, str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--workers", "2"]
-    options = dict(env=clean_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(tmp_path / "a.txt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "2",
+    ]
+    options = dict(
+        env=clean_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     with subprocess.Popen(command, **options) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while len(children.read_text().split()) < 3:  # the resource tracker is one
@@ -242,26 +302,41 @@ def test_workers_end_with_their_parent(tmp_path, how, seconds):
         time.sleep(seconds)
         (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
         err = process.communicate(timeout=20)[1].strip()  # it ends when the last worker has
-        assert how == signal.SIGKILL or (err, process.returncode) == ("prepare.py: interrupted", 130)
+        assert how == signal.SIGKILL or (err, process.returncode) == (
+            "prepare.py: interrupted",
+            130,
+        )
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
 def test_no_file_of_the_user_is_deleted(tmp_path, capsys):
-    """--out that is the input folder, or any folder with something in it, is refused and stays as it was."""
+    """--out that is the input folder, or any folder with something in it, is refused and stays as
+    it was.
+    """
     notes = tmp_path / "notes"
     notes.mkdir()
     for name in ("notes_2024.txt", "notes_train_000001.bin"):
         (notes / name).write_text("my notes\n" * 50)
     for out in (notes, tmp_path):
         line = fails(capsys, str(notes / "notes_2024.txt"), "--out", str(out))
-        assert "choose a new folder" in line or "no files match" in line  # what lies in --out is no input
+        assert (
+            "choose a new folder" in line or "no files match" in line
+        )  # what lies in --out is no input
     assert len(list(notes.iterdir())) == 2
 
 
 def test_which_files_are_taken(tmp_path):
-    names = ["a.py", "b.txt", "deep/er/c.py", "tests/d.py", "deep/tests/e.py", ".git/f.py", "deep/test_g.py"]
+    names = [
+        "a.py",
+        "b.txt",
+        "deep/er/c.py",
+        "tests/d.py",
+        "deep/tests/e.py",
+        ".git/f.py",
+        "deep/test_g.py",
+    ]
     make(tmp_path, dict.fromkeys(names, "some text\n" * 9), "--tokenizer", "bytes")
     out = tmp_path / "text" / "out"
     (out / "deep").mkdir(parents=True)
@@ -280,22 +355,34 @@ def test_wrong_rows_are_named(tmp_path, capsys):
     middle = len(whole) // 2
     no_object = "not a JSON object with text in the column 'body' (choose with --text_column)"
     cases = {
-        "a.jsonl": (b'{"body": "x"}\n\n{"body": \n', f'a.jsonl: line 3: {no_object}: b\'{{"body": '),
+        "a.jsonl": (
+            b'{"body": "x"}\n\n{"body": \n',
+            f'a.jsonl: line 3: {no_object}: b\'{{"body": ',
+        ),
         "b.jsonl": (b'{"body": "x"}\n[1]\n', f"b.jsonl: line 2: {no_object}"),
         "c.jsonl": (b'{"text": "x", "n": 1}\n', f"c.jsonl: line 1: {no_object}"),
         "d.jsonl": (b'{"body": 5}\n', f"d.jsonl: line 1: {no_object}"),
         "deep.jsonl": (b'{"body": ' + b"[" * 100_000, f"deep.jsonl: line 1: {no_object}"),
-        "e.jsonl.gz": (gzip.compress(b'{"body": "x"}\n' * 1000)[:-9], "e.jsonl.gz: Compressed file ended before"),
+        "e.jsonl.gz": (
+            gzip.compress(b'{"body": "x"}\n' * 1000)[:-9],
+            "e.jsonl.gz: Compressed file ended before",
+        ),
         "f.jsonl.gz": (b"junk", "f.jsonl.gz: Not a gzipped file"),
         "g.parquet": (b"PAR1 junk", "g.parquet: Parquet"),
-        "i.parquet": (whole[: middle - 80] + bytes(80) + whole[middle:], "i.parquet: "),  # its index is intact
+        "i.parquet": (
+            whole[: middle - 80] + bytes(80) + whole[middle:],
+            "i.parquet: ",
+        ),  # its index is intact
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
         assert message in fails(capsys, str(tmp_path / name), *out, "--text_column", "body")
     for column in ("text", "n"):
         line = fails(capsys, str(tmp_path / "whole.parquet"), *out, "--text_column", column)
-        assert f"whole.parquet: no text in the column '{column}' among n (int64), body (string)" in line
+        assert (
+            f"whole.parquet: no text in the column '{column}' among n (int64), body (string)"
+            in line
+        )
 
 
 def test_only_the_same_command_continues_and_at_the_end_does_nothing(tmp_path, capsys, monkeypatch):
@@ -307,7 +394,10 @@ def test_only_the_same_command_continues_and_at_the_end_does_nothing(tmp_path, c
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for where, name in ((sharding, "tokenise"), (np, "savez")):  # before the first shard, and after it
+    for where, name in (
+        (sharding, "tokenise"),
+        (np, "savez"),
+    ):  # before the first shard, and after it
         with monkeypatch.context() as patch:
             patch.setattr(where, name, interrupted)
             fails(capsys, *options, "1000", code=130)
@@ -348,10 +438,16 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\0\0binary")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "file").touch()
-    assert "nowhere.txt: no such file or folder" in fails(capsys, str(tmp_path / "nowhere.txt"), *out)
-    assert "photo.jpg: binary (NUL bytes), not text; leave it out with --exclude" in fails(capsys, str(tmp_path), *out)
+    assert "nowhere.txt: no such file or folder" in fails(
+        capsys, str(tmp_path / "nowhere.txt"), *out
+    )
+    assert "photo.jpg: binary (NUL bytes), not text; leave it out with --exclude" in fails(
+        capsys, str(tmp_path), *out
+    )
     assert "no files match '*.md'" in fails(capsys, str(tmp_path), *out, "--glob", "*.md")
-    assert "Not a directory" in fails(capsys, str(tmp_path / "a.txt"), "--out", str(tmp_path / "file" / "out"))
+    assert "Not a directory" in fails(
+        capsys, str(tmp_path / "a.txt"), "--out", str(tmp_path / "file" / "out")
+    )
     for name in ("empty.txt", "a.txt"):  # nothing at all, and nothing for validation
         assert f"{name}: too little text" in fails(capsys, str(tmp_path / name), *out)
     for option in (

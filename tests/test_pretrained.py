@@ -1,4 +1,6 @@
-"""Models as files: Hugging Face folders in every form, other people's checkpoints, and files that do not fit."""
+"""Models as files: Hugging Face folders in every form, other people's checkpoints, and files that
+do not fit.
+"""
 
 import dataclasses
 import json
@@ -31,10 +33,18 @@ def test_save_and_load_is_exact(tmp_path, toy):
 
 
 def test_loads_the_hubs_old_names(tmp_path, toy):
-    """The hub's gpt2 has no leading "transformer." and carries attention's triangle of ones as a buffer."""
+    """The hub's gpt2 has no leading "transformer." and carries attention's triangle of ones as a
+    buffer.
+    """
     toy.save_pretrained(tmp_path)
-    state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(tmp_path / WEIGHTS).items()}
-    state["h.0.attn.bias"], state["h.0.attn.masked_bias"] = torch.ones(1, 1, 16, 16).tril(), torch.tensor(-1e4)
+    state = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in load_file(tmp_path / WEIGHTS).items()
+    }
+    state["h.0.attn.bias"], state["h.0.attn.masked_bias"] = (
+        torch.ones(1, 1, 16, 16).tril(),
+        torch.tensor(-1e4),
+    )
     state["lm_head.weight"] = state["wte.weight"].clone()
     save_file(state, tmp_path / WEIGHTS)
     assert torch.equal(GPT.from_pretrained(tmp_path).eval()(ids(1, 16)), toy(ids(1, 16)))
@@ -61,7 +71,10 @@ def reconfigure(folder, change) -> None:
         (dict(activation_function=["gelu"]), "activation_function is .*; this model has"),
         (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
         (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"),
-        (dict(n_embd=64), "ln_f.weight is .32,., but a GPT-2 of this config has it with the shape .64,."),
+        (
+            dict(n_embd=64),
+            "ln_f.weight is .32,., but a GPT-2 of this config has it with the shape .64,.",
+        ),
         (dict(n_layer=10**9), "n_layer is 1000000000, but"),  # at once, before anything is built
     ],
 )
@@ -85,9 +98,18 @@ def test_biases_are_as_config_json_says(tmp_path, toy):
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 def test_both_forms_of_gelu_are_read_written_and_computed(tmp_path, activation):
-    """The two differ by 2e-4 at most; all ways to compute the model must have the form that config.json names."""
+    """The two differ by 2e-4 at most; all ways to compute the model must have the form that
+    config.json names.
+    """
     torch.manual_seed(1)
-    shape = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, activation_function=activation)
+    shape = GPT2Config(
+        vocab_size=257,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        activation_function=activation,
+    )
     theirs = GPT2LMHeadModel(shape).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -103,13 +125,19 @@ def test_both_forms_of_gelu_are_read_written_and_computed(tmp_path, activation):
     assert not torch.allclose(other(x), logits, atol=1e-4)
 
     ours.save_pretrained(tmp_path / "ours")
-    assert json.loads((tmp_path / "ours/config.json").read_text())["activation_function"] == activation
+    assert (
+        json.loads((tmp_path / "ours/config.json").read_text())["activation_function"] == activation
+    )
     with torch.no_grad():
-        assert torch.allclose(GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()(x).logits, logits, atol=2e-5)
+        assert torch.allclose(
+            GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()(x).logits, logits, atol=2e-5
+        )
 
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     assert torch.allclose(ours(x[:, :-1], x[:, 1:]), loss, atol=2e-5)
-    packed, _, _ = prepare_for_inference(ours, Runtime(torch.device("cpu"), torch.float32), "fp32", rows=2)
+    packed, _, _ = prepare_for_inference(
+        ours, Runtime(torch.device("cpu"), torch.float32), "fp32", rows=2
+    )
     for token_graph in (False, True):  # the graph's arithmetic, without a GPU to capture it
         cache, _ = inference.prefill(packed, x[:, :-1].tolist(), 2)
         step = inference.TokenGraph(packed, cache) if token_graph else None
@@ -124,7 +152,9 @@ def test_half_copied_folders(tmp_path, toy):
 
     toy.save_pretrained(tmp_path)
     weights, state = tmp_path / WEIGHTS, load_file(tmp_path / WEIGHTS)
-    save_file({name: state[name] for name in state if "h.1.mlp.c_fc.weight" not in name}, weights)  # a part is missing
+    save_file(
+        {name: state[name] for name in state if "h.1.mlp.c_fc.weight" not in name}, weights
+    )  # a part is missing
     refused(r"transformer.h.1.mlp.c_fc.weight is missing, but")
     weights.write_bytes(weights.read_bytes()[:-1000])
     refused(r"model.safetensors: not a file of weights \(damaged, or half copied")
@@ -133,23 +163,34 @@ def test_half_copied_folders(tmp_path, toy):
     for content in ([1, 2], {1: torch.zeros(1)}, {"wte.weight": "text"}):
         torch.save(content, tmp_path / "pytorch_model.bin")
         refused(r"not a table of names and tensors")
-    for text in ("{", "[]", '{"vocab_size": null}', (tmp_path / "config.json").read_text().replace("32", '"32"')):
+    for text in (
+        "{",
+        "[]",
+        '{"vocab_size": null}',
+        (tmp_path / "config.json").read_text().replace("32", '"32"'),
+    ):
         (tmp_path / "config.json").write_text(text)
         refused(r"config.json: not the config.json of a GPT-2")
     (tmp_path / "config.json").unlink()
     refused(r"no config.json in this folder")
 
 
-@pytest.mark.parametrize("form, dtype", [("whole", torch.float32), ("parts", torch.bfloat16), ("bin", torch.float16)])
+@pytest.mark.parametrize(
+    "form, dtype", [("whole", torch.float32), ("parts", torch.bfloat16), ("bin", torch.float16)]
+)
 def test_folders_of_all_forms_are_read(tmp_path, form, dtype):
-    """distilgpt2's shape in small: six layers, other contexts and vocabularies; in one file, in parts, as a pickle."""
+    """distilgpt2's shape in small: six layers, other contexts and vocabularies; in one file, in
+    parts, as a pickle.
+    """
     torch.manual_seed(1)
     shape = GPT2Config(vocab_size=300, n_positions=24, n_embd=32, n_layer=6, n_head=4)
     theirs = GPT2LMHeadModel(shape).to(dtype).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="50KB" if form == "parts" else "5GB")
     if form == "bin":
         (tmp_path / WEIGHTS).unlink()
-        triangles = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(6)}  # of old files
+        triangles = {
+            f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(6)
+        }  # of old files
         torch.save(theirs.state_dict() | triangles, tmp_path / "pytorch_model.bin")
     assert (len(list(tmp_path.glob("model-*.safetensors"))) > 1) == (form == "parts")
     ours, x = GPT.from_pretrained(tmp_path).eval(), ids(2, 24, vocab_size=300)
@@ -158,14 +199,26 @@ def test_folders_of_all_forms_are_read(tmp_path, form, dtype):
 
 
 def nanogpt(model: GPT, path, prefix="", vocab_size=257) -> None:
-    """Save as nanoGPT's train.py does: PyTorch's orientation, the tied head twice, padded rows included."""
+    """Save as nanoGPT's train.py does: PyTorch's orientation, the tied head twice, padded rows
+    included.
+    """
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = torch.zeros(vocab_size, model.config.n_embd)
     rows[: model.config.vocab_size] = state["transformer.wte.weight"][: model.config.vocab_size]
     state["transformer.wte.weight"] = state["lm_head.weight"] = rows
     shape = vars(model.config) | dict(vocab_size=vocab_size)
-    shape = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")}
-    torch.save(dict(model={prefix + name: value for name, value in state.items()}, model_args=shape, iter_num=5), path)
+    shape = {
+        name: shape[name]
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    }
+    torch.save(
+        dict(
+            model={prefix + name: value for name, value in state.items()},
+            model_args=shape,
+            iter_num=5,
+        ),
+        path,
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -176,9 +229,13 @@ def test_nanogpts_checkpoints_are_read(tmp_path, bias):
     assert again.config.dropout == 0.25
     assert torch.equal(again(ids(2, 16)), ours(ids(2, 16))) and again.config.bias == bias
     old = torch.load(tmp_path / "ckpt.pt")
-    if old["model_args"].pop("bias"):  # before nanoGPT could leave them out, all models had them, and the tanh form
+    if old["model_args"].pop(
+        "bias"
+    ):  # before nanoGPT could leave them out, all models had them, and the tanh form
         torch.save(old, tmp_path / "old.pt")
-        assert torch.equal(GPT.from_pretrained(tmp_path / "old.pt").eval()(ids(2, 16)), make_toy()(ids(2, 16)))
+        assert torch.equal(
+            GPT.from_pretrained(tmp_path / "old.pt").eval()(ids(2, 16)), make_toy()(ids(2, 16))
+        )
     padded = make_toy(vocab_size=50257, exact_gelu=True)
     nanogpt(padded, tmp_path / "padded.pt", vocab_size=50304)
     again = GPT.from_pretrained(tmp_path / "padded.pt").eval()
@@ -199,7 +256,9 @@ def test_pickles_that_run_code_are_refused_and_not_run(tmp_path, toy, name):
     (tmp_path / "model.safetensors").unlink()
     torch.save(dict(model={}, model_args=Malicious(tmp_path / "executed")), tmp_path / name)
     where = tmp_path / name if name == "ckpt.pt" else tmp_path
-    with pytest.raises(ValueError, match=rf"{name}: not a file of weights \(\w*.?open in it could run code\)"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: not a file of weights \(\w*.?open in it could run code\)"
+    ):
         GPT.from_pretrained(where)
     assert not (tmp_path / "executed").exists()
 
@@ -209,7 +268,10 @@ def test_pickles_that_run_code_are_refused_and_not_run(tmp_path, toy, name):
     [
         ({"wte.weight": torch.zeros(9, 8)}, "not nanoGPT's ckpt.pt .*name their folder"),
         ([1, 2], "holds a list, not a table"),
-        (dict(model={"lm_head.weight": None}, model_args=SHAPE | dict(vocab_size=50304)), "not nanoGPT's ckpt.pt"),
+        (
+            dict(model={"lm_head.weight": None}, model_args=SHAPE | dict(vocab_size=50304)),
+            "not nanoGPT's ckpt.pt",
+        ),
         (dict(model={"wte.weight": "text"}, model_args=SHAPE), "not a table of names and tensors"),
         (dict(model={}, model_args=SHAPE | dict(n_layer="2")), "n_layer is 2, but the file has"),
     ],
@@ -239,13 +301,21 @@ def test_build_nanogpts_checkpoint_is_read(tmp_path, toy):
         "config.__dict__ = c['model_args']; torch.save(dict(model=c['model'], config=config, step=9), 'model_00009.pt')"
     )
     subprocess.run([sys.executable, "-c", save], cwd=tmp_path, check=True)
-    assert torch.equal(GPT.from_pretrained(tmp_path / "model_00009.pt").eval()(ids(1, 9)), toy(ids(1, 9)))
+    assert torch.equal(
+        GPT.from_pretrained(tmp_path / "model_00009.pt").eval()(ids(1, 9)), toy(ids(1, 9))
+    )
 
 
 def llmc(model: GPT, path, version: int, header=None, rows=384) -> None:
-    """Save as llm.c does: 256 int32, then the parameters, each kind of all layers together, without names."""
+    """Save as llm.c does: 256 int32, then the parameters, each kind of all layers together, without
+    names.
+    """
     shape, state = model.config, model.weights()
-    numbers = dict(enumerate([20240326, version, shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head]))
+    numbers = dict(
+        enumerate(
+            [20240326, version, shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head]
+        )
+    )
     numbers |= {6: shape.n_embd, 7: rows} | (header or {})
     names = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
     kinds = "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias ln_2.weight"
@@ -254,7 +324,11 @@ def llmc(model: GPT, path, version: int, header=None, rows=384) -> None:
     tensors = [state[f"transformer.{name}"] for name in names]
     tensors[0] = torch.nn.functional.pad(tensors[0], (0, 0, 0, rows - shape.vocab_size))
     whole = torch.cat([tensor.flatten() for tensor in tensors])
-    content = whole.numpy().tobytes() if version == 3 else whole.bfloat16().view(torch.int16).numpy().tobytes()
+    content = (
+        whole.numpy().tobytes()
+        if version == 3
+        else whole.bfloat16().view(torch.int16).numpy().tobytes()
+    )
     path.write_bytes(struct.pack("<256i", *(numbers.get(i, 0) for i in range(256))) + content)
 
 
@@ -280,7 +354,10 @@ def test_llmcs_checkpoints_are_read(tmp_path, version):
         ({2: -1, 7: 401}, "damaged, or half copied"),  # the size is right
         ({3: 385}, "damaged, or half copied"),  # more tokens than rows
         ({5: 5}, "n_embd 32 is not divisible by n_head 5"),
-        ({0: 20240520}, r"not a file of weights \(damaged"),  # a shard of tokens, and so not llm.c's model
+        (
+            {0: 20240520},
+            r"not a file of weights \(damaged",
+        ),  # a shard of tokens, and so not llm.c's model
     ],
 )
 def test_llmcs_files_that_do_not_fit(tmp_path, toy, header, message):

@@ -1,4 +1,6 @@
-"""A run's report and a checkpoint's card say what metrics.jsonl says, and their command makes the same run."""
+"""A run's report and a checkpoint's card say what metrics.jsonl says, and their command makes the
+same run.
+"""
 
 import json
 import re
@@ -17,9 +19,17 @@ from parts.metrics import evenly
 from parts.pretrained import checkpoints
 from parts.report import card, report
 
-RESULTS = [file.parent for file in (Path(__file__).parent.parent / "results").glob("*/metrics.jsonl")]
+RESULTS = [
+    file.parent for file in (Path(__file__).parent.parent / "results").glob("*/metrics.jsonl")
+]
 
-SETTINGS = dict(data_dir="shards/tale", init_from="scratch", total_batch_size=1000, max_steps=30, sample_prompt="Once")
+SETTINGS = dict(
+    data_dir="shards/tale",
+    init_from="scratch",
+    total_batch_size=1000,
+    max_steps=30,
+    sample_prompt="Once",
+)
 RUN = dict(
     step=0,
     kind="run",
@@ -48,7 +58,10 @@ def a_run(folder: Path, *records: dict) -> Path:
 
 
 def test_a_report_says_what_the_metrics_say(tmp_path):
-    val = [dict(step=step, kind="val", loss=loss) for step, loss in ((0, 9.0), (10, 3.25), (20, 3.5), (21, None))]
+    val = [
+        dict(step=step, kind="val", loss=loss)
+        for step, loss in ((0, 9.0), (10, 3.25), (20, 3.5), (21, None))
+    ]
     score = dict(step=20, kind="hellaswag", acc_norm=0.2612)
     text = report(a_run(tmp_path / "tale", RUN, *TRAIN, *val, score)).read_text()
     for line in (
@@ -75,7 +88,9 @@ def test_a_report_says_what_the_metrics_say(tmp_path):
 def test_each_record_stands_for_the_steps_since_the_last_one(tmp_path):
     """The run continues another's step 100; from step 110 the batch is half as large."""
     again = RUN | dict(step=110, settings=SETTINGS | dict(total_batch_size=500))
-    steps = [trained(step, 1.0, seconds) for step, seconds in ((100, 60), (109, 6), (110, 60), (119, 6))]
+    steps = [
+        trained(step, 1.0, seconds) for step, seconds in ((100, 60), (109, 6), (110, 60), (119, 6))
+    ]
     text = report(a_run(tmp_path, RUN | dict(step=100), *steps[:2], again, *steps[2:])).read_text()
     assert f"| tokens | {110 * 1000 + 10 * 500:,} |" in text and "| 0:03:48 on" in text
 
@@ -92,16 +107,28 @@ def test_long_lists_are_thinned_and_keep_both_ends():
 
 
 def test_no_text_of_a_sample_ends_its_block(tmp_path):
-    text = report(a_run(tmp_path, RUN, dict(step=1, kind="sample", text="```\n# x\r``` \x1b\udce9"))).read_text()
+    text = report(
+        a_run(tmp_path, RUN, dict(step=1, kind="sample", text="```\n# x\r``` \x1b\udce9"))
+    ).read_text()
     assert "\n    ```\n    # x\n    ``` \ufffd?\n" in text
 
 
 def test_a_card_is_read_by_the_hub_and_ends_at_its_checkpoint(tmp_path):
-    scores = [dict(step=step, kind="hellaswag", acc_norm=score) for step, score in ((10, 0.25), (20, 0.5))]
+    scores = [
+        dict(step=step, kind="hellaswag", acc_norm=score) for step, score in ((10, 0.25), (20, 0.5))
+    ]
     tuned = RUN | dict(settings=SETTINGS | dict(init_from="gpt2-medium"))
     read = ModelCard(card(a_run(tmp_path / "tale", tuned, *TRAIN, *scores), 10))
-    assert read.data.datasets == ["someone/tales"] and read.data.base_model == "openai-community/gpt2-medium"
-    for line in ("| steps | 10 of 30 |", "| tokens | 10,000 |", "| training loss | 9.0000 (step 0) |", "0.2500"):
+    assert (
+        read.data.datasets == ["someone/tales"]
+        and read.data.base_model == "openai-community/gpt2-medium"
+    )
+    for line in (
+        "| steps | 10 of 30 |",
+        "| tokens | 10,000 |",
+        "| training loss | 9.0000 (step 0) |",
+        "0.2500",
+    ):
         assert line in read.text
     assert "0.5000" not in read.text and "('Once')" in read.text
 
@@ -114,14 +141,24 @@ def test_committed_reports_are_those_of_their_metrics(tmp_path, folder):
 
 
 def test_a_run_ends_with_its_report_and_its_checkpoints_have_cards(config, capsys):
-    c = config(report=True, eval_every=4, sample_every=6, checkpoint_every=4, keep_checkpoints=0, log_every=5)
+    c = config(
+        report=True,
+        eval_every=4,
+        sample_every=6,
+        checkpoint_every=4,
+        keep_checkpoints=0,
+        log_every=5,
+    )
     train.train(c)
     out_dir = Path(c.out_dir)
     assert f"report: {out_dir}/report.md" in capsys.readouterr().out
     text = (out_dir / "report.md").read_text()
     shown = re.findall(r"!\[.*\]\((.*)\)", text)
     assert len(shown) == 2 and all((out_dir / picture).stat().st_size > 1000 for picture in shown)
-    assert f"* step 12: {metrics(c.out_dir, 'val')[-1]['loss']:.4f}" in text and "## Sample after 6 steps" in text
+    assert (
+        f"* step 12: {metrics(c.out_dir, 'val')[-1]['loss']:.4f}" in text
+        and "## Sample after 6 steps" in text
+    )
     for folder, n_steps in zip(checkpoints(out_dir), (4, 8, 12)):
         assert f"| steps | {n_steps} of 12 |" in (folder / "README.md").read_text()
 
@@ -136,7 +173,9 @@ def test_a_report_or_card_that_fails_does_not_fail_the_run(config, monkeypatch, 
 
 
 def test_the_bars_time_left_is_trainings(monkeypatch):
-    """Validation of 100 s, beside steps of 1 s, counts neither in the time passed nor in the time left."""
+    """Validation of 100 s, beside steps of 1 s, counts neither in the time passed nor in the time
+    left.
+    """
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with Console(10, 0, 1, is_main=True) as console:
         clock = [console.bar.start_t]

@@ -15,14 +15,18 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretend that this machine has so many GPUs of a name, and a PyTorch with kernels from the T4 (7.5) on."""
+    """Pretend that this machine has so many GPUs of a name, and a PyTorch with kernels from the T4
+    (7.5) on.
+    """
 
     def pretend(count: int, name: str = "NVIDIA A100-SXM4-80GB", capability=(8, 0)) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_90"])
+        monkeypatch.setattr(
+            torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_90"]
+        )
 
     return pretend
 
@@ -31,7 +35,9 @@ def test_a_gpu_is_taken_where_there_is_one(gpus):
     gpus(0)
     assert choose_device("auto")[0] == CPU
     gpus(2)
-    assert choose_device("auto", world_size=2, local_rank=1, local_size=2)[0] == torch.device("cuda", 1)
+    assert choose_device("auto", world_size=2, local_rank=1, local_size=2)[0] == torch.device(
+        "cuda", 1
+    )
     assert choose_device("cuda:1")[0] == torch.device("cuda", 1)
     assert choose_device("cpu")[0] == CPU
 
@@ -50,16 +56,22 @@ def test_devices_that_are_not_there(gpus):
     with pytest.raises(ValueError, match="device=cuda:1: GPUs on this machine, counted from 0: 1"):
         choose_device("cuda:1")
     for rank in (0, 1):
-        with pytest.raises(ValueError, match="2 processes, but GPUs on this machine: 1; use --nproc_per_node=1"):
+        with pytest.raises(
+            ValueError, match="2 processes, but GPUs on this machine: 1; use --nproc_per_node=1"
+        ):
             choose_device("auto", world_size=2, local_rank=rank, local_size=2)
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_an_error_and_not_a_slow_run(gpus, monkeypatch):
-    """A driver that is too old, and a GPU that is: `auto` used to train on the CPU, or to fail in the first kernel."""
+    """A driver that is too old, and a GPU that is: `auto` used to train on the CPU, or to fail in
+    the first kernel.
+    """
     gpus(0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(runtime.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
-    with pytest.raises(ValueError, match=r"for CUDA 13.0 cannot use this GPU; install a newer driver"):
+    with pytest.raises(
+        ValueError, match=r"for CUDA 13.0 cannot use this GPU; install a newer driver"
+    ):
         choose_device("auto")
     assert choose_device("cpu")[0] == CPU
     gpus(1, "Tesla V100-SXM2-16GB", capability=(7, 0))
@@ -89,9 +101,13 @@ def test_peak_flops_by_name(gpus):
 def test_restarts_over_several_machines_need_a_store_for_each(monkeypatch):
     for name, value in (("RESTART_COUNT", "1"), ("MAX_RESTARTS", "3")):
         monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-    monkeypatch.setattr(runtime, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 1)]))
+    monkeypatch.setattr(
+        runtime, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 1)])
+    )
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.raises(ValueError, match="put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+    with pytest.raises(
+        ValueError, match="put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+    ):
         runtime.meeting_place(world_size=4, local_size=2)
     assert isinstance(runtime.meeting_place(2, 2), torch.distributed.PrefixStore)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
@@ -112,5 +128,7 @@ def test_glibc_is_told_to_keep_what_is_freed(monkeypatch):
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=spy))
     runtime.start("cpu")
     assert told == {-4: (0, 1), -1: (-1, 1)}
-    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace())  # no such function, as elsewhere
+    monkeypatch.setattr(
+        runtime.ctypes, "CDLL", lambda _: SimpleNamespace()
+    )  # no such function, as elsewhere
     runtime.start("cpu")

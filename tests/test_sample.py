@@ -67,7 +67,7 @@ def toy(tmp_path_factory) -> str:
     return str(folder)
 
 
-# ---- Prompts, seeds, models ------------------------------------------------------------------------------------------
+# ---- Prompts, seeds, models ----------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_text_whatever_the_batch(toy, capsys, monkeypatch):
@@ -86,32 +86,50 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batch(toy, capsys, monke
     assert [len(call.args[1]) for call in stream.call_args_list] == [3, 1]
 
 
-def test_prompts_come_from_arguments_files_and_the_standard_input(toy, tmp_path, capsys, monkeypatch):
+def test_prompts_come_from_arguments_files_and_the_standard_input(
+    toy, tmp_path, capsys, monkeypatch
+):
     def prompts(*argv: str) -> list[str]:
         out, _ = run(capsys, "--model", toy, "-m", "2", "--json", *argv)
         return [json.loads(line)["prompt"] for line in out.splitlines()]
 
     assert prompts("ab", "-p", "c", "--seed", "2", "d", "-p", "") == ["ab", "d", "c", ""]
     (tmp_path / "prompts.txt").write_text("first\n \nsecond\n")
-    (tmp_path / "prompts.jsonl").write_text('\ufeff{"prompt": "third\\nline"}\n{"prompt": "fourth\u2028"}\n')
+    (tmp_path / "prompts.jsonl").write_text(
+        '\ufeff{"prompt": "third\\nline"}\n{"prompt": "fourth\u2028"}\n'
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
-    assert prompts("--file", str(tmp_path / "prompts.txt"), "-p", "-") == ["from a pipe\n", "first", "second"]
+    assert prompts("--file", str(tmp_path / "prompts.txt"), "-p", "-") == [
+        "from a pipe\n",
+        "first",
+        "second",
+    ]
     assert prompts("--file", str(tmp_path / "prompts.jsonl")) == ["third\nline", "fourth\u2028"]
     wrong = 'bad.jsonl, line 2: not a JSON object with a text as "prompt"'
-    for content, says in (('\n{"text": ""}', wrong), ('\n{"prompt": 1}', wrong), ("\n", "bad.jsonl: no prompts in")):
+    for content, says in (
+        ('\n{"text": ""}', wrong),
+        ('\n{"prompt": 1}', wrong),
+        ("\n", "bad.jsonl: no prompts in"),
+    ):
         (tmp_path / "bad.jsonl").write_text(content)
         assert says in fails(capsys, "--model", toy, "--file", str(tmp_path / "bad.jsonl"))
     assert "nowhere.txt" in fails(capsys, "--model", toy, "--file", "nowhere.txt")
 
 
-def test_the_newest_checkpoint_and_its_prompt_are_the_default(config, tmp_path, capsys, monkeypatch):
+def test_the_newest_checkpoint_and_its_prompt_are_the_default(
+    config, tmp_path, capsys, monkeypatch
+):
     """Without any, an untrained model says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "GPTConfig", lambda: GPTConfig(vocab_size=257, **TOY_MODEL))
     out, err = run(capsys, "-m", "2")
     assert "UNTRAINED" in err and out.startswith(sample.HELLO)
     for age, name, steps in ((100, "older", 3), (0, "newer", 2)):
-        train.train(config(out_dir=f"out/{name}", max_steps=steps, checkpoint_every=1, sample_prompt=f"{name} "))
+        train.train(
+            config(
+                out_dir=f"out/{name}", max_steps=steps, checkpoint_every=1, sample_prompt=f"{name} "
+            )
+        )
         folder = Path(f"out/{name}/step_000000{steps}")
         os.utime(folder, (folder.stat().st_mtime - age,) * 2)
     capsys.readouterr()
@@ -138,20 +156,30 @@ class Hub(SimpleHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     """It has one model: a toy with GPT-2's vocabulary, named openai-community/gpt2."""
     torch.manual_seed(0)
-    folder, about = (tmp_path / part for part in ("openai-community/gpt2/resolve", "api/models/openai-community/gpt2"))
+    folder, about = (
+        tmp_path / part
+        for part in ("openai-community/gpt2/resolve", "api/models/openai-community/gpt2")
+    )
     GPT(GPTConfig(**TOY_MODEL | dict(n_layer=1, n_embd=16))).save_pretrained(folder / ("0" * 40))
     files = [dict(rfilename=file.name) for file in folder.glob("*/*")]
     for name, content in (
         ("revision/main", dict(id="openai-community/gpt2", sha="0" * 40, siblings=files)),
-        ("tree/" + "0" * 40, [dict(type="file", path=file["rfilename"], size=1, oid="0" * 40) for file in files]),
+        (
+            "tree/" + "0" * 40,
+            [dict(type="file", path=file["rfilename"], size=1, oid="0" * 40) for file in files],
+        ),
     ):
         (about / name).parent.mkdir(parents=True)
         (about / name).write_text(json.dumps(content))
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    constants = dict(ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=url + "/{repo_id}/resolve/{revision}/{filename}")
-    constants |= dict(HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_DISABLE_XET=True, HF_HUB_OFFLINE=False)
+    constants = dict(
+        ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    constants |= dict(
+        HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_DISABLE_XET=True, HF_HUB_OFFLINE=False
+    )
     for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
@@ -164,36 +192,54 @@ def test_gpt2_comes_from_the_hub_once(hub, capsys, monkeypatch):
     first, _ = run(capsys, "--model", "gpt2", "-m", "8")
     assert first.startswith(sample.HELLO)
     line = fails(capsys, "--model", "nobody/nothing")
-    assert line.startswith("sample.py: nobody/nothing: not a folder here, and not fetched from the Hugging Face hub")
+    assert line.startswith(
+        "sample.py: nobody/nothing: not a folder here, and not fetched from the Hugging Face hub"
+    )
     hub.shutdown()
     hub.server_close()
     assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first  # from the cache
-    with socket.create_server(hub.server_address):  # a network that takes questions and never answers
+    with socket.create_server(
+        hub.server_address
+    ):  # a network that takes questions and never answers
         monkeypatch.setattr(pretrained.fetch, "__defaults__", (0.1,))
         assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first
         assert "ReadTimeout" in fails(capsys, "--model", "nobody/nothing")
 
 
-# ---- What is wrong is one line ---------------------------------------------------------------------------------------
+# ---- What is wrong is one line -------------------------------------------------------------------
 
 
 def test_bad_models_and_prompts_are_one_line(toy, capsys, tmp_path, monkeypatch):
     run(capsys, "--model", toy, "-p", "x" * 32, "-m", "3")  # a full window is not too long
     line = fails(capsys, "--model", toy, "-p", "short", "-p", "long " * 20)
     assert "a prompt of 100 tokens: this model takes 1 to 32; shorten it" in line
-    assert "gpt2-mediun: no such model; name gpt2, gpt2-medium" in fails(capsys, "--model", "gpt2-mediun")
+    assert "gpt2-mediun: no such model; name gpt2, gpt2-medium" in fails(
+        capsys, "--model", "gpt2-mediun"
+    )
     assert "no config.json in this folder" in fails(capsys, "--model", str(tmp_path))
     GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path)
-    assert "tokenizer.json: not there, and neither gpt2 nor bytes fits" in fails(capsys, "--model", str(tmp_path))
+    assert "tokenizer.json: not there, and neither gpt2 nor bytes fits" in fails(
+        capsys, "--model", str(tmp_path)
+    )
     model = GPT.from_pretrained(toy)
     model.transformer.ln_f.weight.data[3] = float("nan")
     model.save_pretrained(tmp_path)
-    assert "logits are NaN: it is damaged, or its training diverged" in fails(capsys, "--model", str(tmp_path))
+    assert "logits are NaN: it is damaged, or its training diverged" in fails(
+        capsys, "--model", str(tmp_path)
+    )
     monkeypatch.setattr(inference, "stream", Mock(side_effect=torch.OutOfMemoryError))
     assert "out of memory; fewer --samples" in fails(capsys, "--model", toy)
 
 
-EXCLUDE_EACH_OTHER = "-i -n 2", "-i --json", "-i --web", "-i --file x", "-i --logprobs", "--web -n 2", "--web --json"
+EXCLUDE_EACH_OTHER = (
+    "-i -n 2",
+    "-i --json",
+    "-i --web",
+    "-i --file x",
+    "-i --logprobs",
+    "--web -n 2",
+    "--web --json",
+)
 BAD_OPTIONS = dict.fromkeys(EXCLUDE_EACH_OTHER, "exclude each other") | {
     "--temperature nan": "temperature must be 0 or more",
     "--top_p 1.5": "top_p must be at most 1",
@@ -207,13 +253,18 @@ def test_bad_options_are_one_line(capsys, options):
     assert BAD_OPTIONS[options] in fails(capsys, *options.split())
 
 
-# ---- What is shown: characters, stops, streams, JSON, colours --------------------------------------------------------
+# ---- What is shown: characters, stops, streams, JSON, colours ------------------------------------
 
 
 def grow(tokens: list[bytes], stops: list[str], end=None) -> tuple[Text, list[str]]:
-    """A text that grew by tokens of these bytes, number `end` ending it, and what it showed after each."""
+    """A text that grew by tokens of these bytes, number `end` ending it, and what it showed after
+    each.
+    """
     tokenizer = BytesTokenizer()
-    tokenizer.end_of_text, tokenizer.decode_bytes = end, lambda ids: b"".join(tokens[i] for i in ids)
+    tokenizer.end_of_text, tokenizer.decode_bytes = (
+        end,
+        lambda ids: b"".join(tokens[i] for i in ids),
+    )
     text = Text(tokenizer, "x", 0, stops)
     shown = [text.add(i) for i in range(len(tokens)) if not text.done]
     return text, shown if text.done else [*shown, text.add(None)]
@@ -221,7 +272,9 @@ def grow(tokens: list[bytes], stops: list[str], end=None) -> tuple[Text, list[st
 
 @given(st.text(max_size=20), st.lists(st.text(max_size=3), max_size=3), st.data())
 def test_what_is_shown_is_the_text_up_to_the_first_stop(text, stops, draw):
-    """However the text's bytes are cut into tokens: never half a character, never a part of a stop."""
+    """However the text's bytes are cut into tokens: never half a character, never a part of a
+    stop.
+    """
     raw = text.encode("utf-8", errors="replace")
     text = raw.decode()
     stops = [stop for stop in stops if stop.encode("utf-8", errors="replace").decode() == stop]
@@ -236,7 +289,12 @@ def test_what_is_shown_is_the_text_up_to_the_first_stop(text, stops, draw):
 
 
 def test_what_ends_a_text():
-    assert grow([b"a\xe6\xbc", b"\xa2b", b"\xe6"], [])[1] == ["a", "漢b", "", "\ufffd"]  # half a character at the end
+    assert grow([b"a\xe6\xbc", b"\xa2b", b"\xe6"], [])[1] == [
+        "a",
+        "漢b",
+        "",
+        "\ufffd",
+    ]  # half a character at the end
     assert grow([b"a", b"<|endoftext|>"], ["ab"], end=1)[1] == ["", "a"]  # is no part of it
     assert grow([b"x", b"abc"], ["c", "b"])[1] == ["x", "a"]  # of two stops in a token, the first
     assert grow([b"ab\xe6"], ["b"])[1] == ["a"]  # nor is half a character behind a stop
@@ -261,15 +319,34 @@ def test_a_single_sample_is_shown_as_it_comes(toy, capsys, monkeypatch):
     arguments = ("--model", toy, "-p", "The fox", "-m", "60", "--top_k", "0")
     first = run(capsys, *arguments, "-n", "2")[0].split(RULE)[0]  # several at once would mix
     show = watch(monkeypatch, sample, "show")
-    assert run(capsys, *arguments)[0] == first and sum(call.args[0] != "" for call in show.call_args_list) > 30
+    assert (
+        run(capsys, *arguments)[0] == first
+        and sum(call.args[0] != "" for call in show.call_args_list) > 30
+    )
 
 
 def test_json_is_for_programs(toy, capsys):
-    arguments = ("--model", toy, "-p", "ab", "-p", "The fox", "-n", "2", "-m", "7", "--temperature", "0")
+    arguments = (
+        "--model",
+        toy,
+        "-p",
+        "ab",
+        "-p",
+        "The fox",
+        "-n",
+        "2",
+        "-m",
+        "7",
+        "--temperature",
+        "0",
+    )
     whole, _ = run(capsys, *arguments)
     out, _ = run(capsys, *arguments, "--json", "--logprobs")
     records = [json.loads(line) for line in out.splitlines()]
-    assert RULE.join(f"{record['prompt']}{printable(record['completion'])}\n" for record in records) == whole
+    assert (
+        RULE.join(f"{record['prompt']}{printable(record['completion'])}\n" for record in records)
+        == whole
+    )
     # Against a plain sum over the model's own log-probabilities.
     model, prompt = GPT.from_pretrained(toy), list(b"The fox")
     row = torch.tensor([prompt + generate(model, [prompt], 7, temperature=0)[0]])
@@ -291,9 +368,15 @@ def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
     assert re.sub(r"\033\[[\d;]*m", "", coloured) == whole
     styles = set()
     for row in coloured.splitlines()[-40:]:
-        value, style, likely = re.match(r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m of (.*)$", row).groups()
+        value, style, likely = re.match(
+            r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m of (.*)$", row
+        ).groups()
         likely = [float(other) for other in re.findall(r" (-\d+\.\d\d)(?:  |$)", likely)]
-        assert len(likely) == 5 and likely == sorted(likely, reverse=True) and likely[0] >= float(value) - 0.006
+        assert (
+            len(likely) == 5
+            and likely == sorted(likely, reverse=True)
+            and likely[0] >= float(value) - 0.006
+        )
         p = math.exp(float(value))
         assert style == (sample.LIKELY if p > 0.5 else sample.UNLIKELY if p < 0.05 else sample.BOLD)
         styles.add(style)
@@ -302,7 +385,20 @@ def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
 
 def test_a_pipe_that_lacks_letters_and_closes_early_is_no_error(toy):
     """As with `| head -1`: the reader takes a line and leaves."""
-    command = [sys.executable, "sample.py", "--model", toy, "-p", "漢", "-n", "300", "-m", "1", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "sample.py",
+        "--model",
+        toy,
+        "-p",
+        "漢",
+        "-n",
+        "300",
+        "-m",
+        "1",
+        "--device",
+        "cpu",
+    ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = clean_environment(PYTHONIOENCODING="ascii")
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
@@ -311,35 +407,71 @@ def test_a_pipe_that_lacks_letters_and_closes_early_is_no_error(toy):
         assert "Broken pipe" not in process.stderr.read() and process.wait(60) == 0
 
 
-# ---- Writing together ------------------------------------------------------------------------------------------------
+# ---- Writing together ----------------------------------------------------------------------------
 
 
 def test_writing_together(toy, capsys, monkeypatch):
-    """The text grows by lines of both. Commands change what comes after them, mistakes change nothing."""
-    type_in(monkeypatch, "/temperature 0", "/max_tokens 5", "ab", "/top_p 7", "/seed x", "/hi", "cd", "/reset", "ab")
+    """The text grows by lines of both. Commands change what comes after them, mistakes change
+    nothing.
+    """
+    type_in(
+        monkeypatch,
+        "/temperature 0",
+        "/max_tokens 5",
+        "ab",
+        "/top_p 7",
+        "/seed x",
+        "/hi",
+        "cd",
+        "/reset",
+        "ab",
+    )
     out, err = run(capsys, "--model", toy, "-i")
     tokens, model = get_tokenizer("bytes"), GPT.from_pretrained(toy)
 
     def continued(text: str) -> str:
-        return tokens.decode(generate(model, [list(text.encode())], 5, temperature=0, stop_token=256)[0])
+        return tokens.decode(
+            generate(model, [list(text.encode())], 5, temperature=0, stop_token=256)[0]
+        )
 
     first = continued("ab")
     second = continued(f"ab{first}\ncd")
-    assert out.replace("> ", "") == "".join(printable(text) + "\n" for text in (first, second, first, ""))
+    assert out.replace("> ", "") == "".join(
+        printable(text) + "\n" for text in (first, second, first, "")
+    )
     mistakes = err.splitlines()[-3:]
     assert mistakes[0] == "/top_p 7: top_p must be at most 1"
-    assert mistakes[1].startswith("/seed x: ") and mistakes[2] == "/hi: no such command; /help lists them"
+    assert (
+        mistakes[1].startswith("/seed x: ")
+        and mistakes[2] == "/hi: no such command; /help lists them"
+    )
     type_in(monkeypatch, "/help")
-    assert set(re.findall(r"^  /(\w+)", run(capsys, "--model", toy, "-i")[1], re.M)) == {*SETTINGS, "reset"}
+    assert set(re.findall(r"^  /(\w+)", run(capsys, "--model", toy, "-i")[1], re.M)) == {
+        *SETTINGS,
+        "reset",
+    }
 
 
 def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
     """-p opens the text; the model reads its end. Each answer has its own seed."""
     stream = watch(monkeypatch, inference, "stream")
-    type_in(monkeypatch, "a line of some length, number one", "next", "/max_tokens 30", "/seed 50", "on", "/reset", "")
-    assert run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8", "--seed", "7")[0].startswith("Once ")
+    type_in(
+        monkeypatch,
+        "a line of some length, number one",
+        "next",
+        "/max_tokens 30",
+        "/seed 50",
+        "on",
+        "/reset",
+        "",
+    )
+    assert run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8", "--seed", "7")[0].startswith(
+        "Once "
+    )
     [first], [second], [third], [fourth] = (call.args[1] for call in stream.call_args_list)
-    assert bytes(first) == b"Once a line of some length, number one"[-24:]  # of 32, with room for the answer
+    assert (
+        bytes(first) == b"Once a line of some length, number one"[-24:]
+    )  # of 32, with room for the answer
     assert len(second) == 24 and bytes(second).endswith(b"\nnext")
     assert len(third) == 16  # at least half a window
     assert fourth == [256]  # nothing at all begins a document
@@ -349,13 +481,15 @@ def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
 def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
     monkeypatch.setattr(inference, "stream", Mock(side_effect=KeyboardInterrupt))
     type_in(monkeypatch, "a", "b")
-    assert run(capsys, "--model", toy, "-i")[0] == "> \n> \n> \n"  # two answers and the end of the input
+    assert (
+        run(capsys, "--model", toy, "-i")[0] == "> \n> \n> \n"
+    )  # two answers and the end of the input
     with pytest.raises(SystemExit) as exit_:
         run(capsys, "--model", toy)
     assert exit_.value.code == 130
 
 
-# ---- The page --------------------------------------------------------------------------------------------------------
+# ---- The page ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -400,26 +534,43 @@ def test_the_page_begins_with_the_settings_of_the_command_and_answers_like_it(to
     assert form["limits"]["top_p"] == [0, 1] and not page()[2]["pinned"]
     first, *events = answer(asked(form))
     record = json.loads(run(capsys, "--model", toy, *arguments, "--json")[0])
-    assert first == dict(taken=[]) and "".join(event["text"] for event in events) == record["completion"]
+    assert (
+        first == dict(taken=[])
+        and "".join(event["text"] for event in events) == record["completion"]
+    )
     tokens = [token for event in events for token in event["tokens"]]
-    assert len(tokens) == record["tokens"] and sum(math.log(t["p"]) for t in tokens) == pytest.approx(record["logprob"])
+    assert len(tokens) == record["tokens"] and sum(
+        math.log(t["p"]) for t in tokens
+    ) == pytest.approx(record["logprob"])
     assert bytes(token["id"] for token in tokens).decode(errors="replace") == record["completion"]
     for token in tokens:
         likely = [other["p"] for other in token["likely"]]
-        assert len(likely) == 5 and likely == sorted(likely, reverse=True) and token["p"] <= likely[0] + 1e-9
+        assert (
+            len(likely) == 5
+            and likely == sorted(likely, reverse=True)
+            and token["p"] <= likely[0] + 1e-9
+        )
 
 
 def test_an_answer_goes_on_behind_what_was_taken(page):
     answer, _, form, _ = page("-m", "12", "--seed", "5", "--temperature", "0")
     [_, *events] = answer(asked(form, prompt="The "))
-    ids, texts = [token["id"] for event in events for token in event["tokens"]], [event["text"] for event in events]
+    ids, texts = (
+        [token["id"] for event in events for token in event["tokens"]],
+        [event["text"] for event in events],
+    )
     for n in (1, 7, 12):  # the likeliest again and again: what follows is the same
         first, *rest = answer(asked(form, prompt="The ", taken=ids[:n], max_tokens=12))
         assert "".join(first["taken"]) == "".join(texts[:n])
         assert [token["id"] for event in rest for token in event["tokens"]][: 12 - n] == ids[n:]
     answer = page("-m", "12")[0]
-    runs = [answer(asked(form, prompt="The ", taken=taken, temperature=1.0)) for taken in ([], list(b"The "))]
-    assert len({"".join(event["text"] for event in list(events)[1:]) for events in runs}) == 2  # other draws
+    runs = [
+        answer(asked(form, prompt="The ", taken=taken, temperature=1.0))
+        for taken in ([], list(b"The "))
+    ]
+    assert (
+        len({"".join(event["text"] for event in list(events)[1:]) for events in runs}) == 2
+    )  # other draws
 
 
 def test_taken_tokens_are_shown_whole_whatever_ends_a_text(page):
@@ -436,7 +587,9 @@ def test_what_the_page_may_ask(page):
     answer, _, form, _ = page("-m", "30")
     wrong = dict(temperature=-(10**400), min_p=False, top_k=None, max_tokens=2.5, seed="1")
     for name, value in wrong.items():
-        with pytest.raises(ValueError, match=rf"^{name} must be (a number|a whole number|0 or more)$"):
+        with pytest.raises(
+            ValueError, match=rf"^{name} must be (a number|a whole number|0 or more)$"
+        ):
             list(answer(asked(form, **{name: value})))
     for taken in ([257], [-1], [1.0], ["a"], [None]):
         with pytest.raises(ValueError, match=r"^taken must be the ids of tokens$"):
@@ -447,18 +600,27 @@ def test_what_the_page_may_ask(page):
 
 def test_the_page_opens_the_checkpoints_of_its_run(page, run_folder):
     answer, progress, form, _ = page("-m", "20", "--seed", "3", model=run_folder)
-    assert (form["title"], form["checkpoint"], form["prompts"]) == ("small", "step_0000300", ["ROMEO:"])
+    assert (form["title"], form["checkpoint"], form["prompts"]) == (
+        "small",
+        "step_0000300",
+        ["ROMEO:"],
+    )
     told = progress()
     assert told["checkpoints"] == ["step_0000100", "step_0000200", "step_0000300"]
     assert told["val"] == [(0, 4.2)] and len(told["train"]) == 300
-    assert (told["train"][0], told["train"][-1]) == ((1, 4), (1000, 4 - 0.999))  # a loss stands behind its update
+    assert (told["train"][0], told["train"][-1]) == (
+        (1, 4),
+        (1000, 4 - 0.999),
+    )  # a loss stands behind its update
 
     def text(answer, name: str) -> str:
         return "".join(event.get("text", "") for event in answer(asked(form, checkpoint=name)))
 
     texts = {name: text(answer, name) for name in told["checkpoints"]}
     assert len(set(texts.values())) == 3
-    for name in reversed(texts):  # as if the page had been started with it, and again when another was open
+    for name in reversed(
+        texts
+    ):  # as if the page had been started with it, and again when another was open
         alone = page("-m", "20", "--seed", "3", model=run_folder / name)[0]
         assert text(answer, name) == text(alone, name) == texts[name]
 
@@ -470,7 +632,9 @@ def test_checkpoints_are_opened_by_a_name_on_the_list_only(page, run_folder):
     assert progress()["checkpoints"] == ["step_0000100", "step_0000300"]
     path = str(run_folder / "step_0000100")
     for name in ("other", "step_0000200", path, "./step_0000100", "step_0000100/", "", None, [], 7):
-        with pytest.raises(ValueError, match=r"^there is no checkpoint .* \(any more\); choose another$"):
+        with pytest.raises(
+            ValueError, match=r"^there is no checkpoint .* \(any more\); choose another$"
+        ):
             next(answer(asked(form, checkpoint=name)))
     (run_folder / "step_0000100" / "model.safetensors").write_bytes(b"damaged")
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""Other systems than Linux: Windows, Macs, and the oldest Python. (tests/test_gpu.py has whole runs on mps.)"""
+"""Other systems than Linux: Windows, Macs, and the oldest Python. (tests/test_gpu.py has whole runs
+on mps.)
+"""
 
 import ast
 import json
@@ -25,16 +27,33 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="which files are i
 
 @on_linux
 def test_windows(tmp_path):
-    """From text to a report: a run, its resume, its end, and a new start. Texts without a named encoding are ASCII."""
+    """From text to a report: a run, its resume, its end, and a new start. Texts without a named
+    encoding are ASCII.
+    """
     text, shards, run = tmp_path / "tale.txt", tmp_path / "shards", tmp_path / "run"
     text.write_text("Der süße Fuchs jumps over the lazy dog\n" * 2000, encoding="utf-8")
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps(dict(ctx="Der", endings=["süße", "b", "c", "d"], label=3)))
-    watching = dict(checkpoint_every=3, keep_checkpoints=1, eval_every=3, sample_prompt="Für ", sample_every=6)
-    config = toy_config(shards, run, **watching, hellaswag_every=6, hellaswag_data=str(tasks), log_every=3)
+    watching = dict(
+        checkpoint_every=3, keep_checkpoints=1, eval_every=3, sample_prompt="Für ", sample_every=6
+    )
+    config = toy_config(
+        shards, run, **watching, hellaswag_every=6, hellaswag_data=str(tasks), log_every=3
+    )
     commands = [
-        ["prepare", str(text), "--out", str(shards), "--tokenizer=bytes", "--shard_tokens=20000", "--workers=2"],
-        *(["train", *flags(config), *more] for more in (["--max_steps=6"], ["--resume_anyway=True"], [])),
+        [
+            "prepare",
+            str(text),
+            "--out",
+            str(shards),
+            "--tokenizer=bytes",
+            "--shard_tokens=20000",
+            "--workers=2",
+        ],
+        *(
+            ["train", *flags(config), *more]
+            for more in (["--max_steps=6"], ["--resume_anyway=True"], [])
+        ),
         ["sample", "--model", str(run), "-m", "8"],
         ["hellaswag", "--model", str(run), "--data", str(tasks)],
         ["train", *flags(config), "--max_steps=3", "--resume=never"],
@@ -42,10 +61,14 @@ def test_windows(tmp_path):
     ]
     ascii = clean_environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     command = [sys.executable, fake_windows.__file__, json.dumps(commands)]
-    done = subprocess.run(command, env=ascii, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=ascii, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "is finished: it has 12 steps" in done.stdout
-    assert [folder.name for folder in checkpoints(tmp_path / "run.old1")] == ["step_0000012"]  # the best and the newest
+    assert [folder.name for folder in checkpoints(tmp_path / "run.old1")] == [
+        "step_0000012"
+    ]  # the best and the newest
     assert [folder.name for folder in checkpoints(run)] == ["step_0000003"]
     assert metrics(run)[-1]["memory_gb"] is None
     assert (run / "report.md").exists() and (run / "loss.png").exists()

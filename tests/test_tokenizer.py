@@ -71,12 +71,28 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, LearnedTokenizer]:
-    return {name: LearnedTokenizer(learn_tokenizer([text.encode()], 330)) for name, text in TEXTS.items()}
+    return {
+        name: LearnedTokenizer(learn_tokenizer([text.encode()], 330))
+        for name, text in TEXTS.items()
+    }
 
 
-# ---- Ids -------------------------------------------------------------------------------------------------------------
+# ---- Ids -----------------------------------------------------------------------------------------
 
-SPACE = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\n    ", "\x85", "\xa0", "\u2009", "\u2028", "\u3000"]
+SPACE = [
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "\n    ",
+    "\x85",
+    "\xa0",
+    "\u2009",
+    "\u2028",
+    "\u3000",
+]
 WORDS = [
     "word",
     "def",
@@ -93,7 +109,9 @@ WORDS = [
     "_",
     "<|endoftext|>",
 ]
-some_text = st.one_of(st.text(), st.lists(st.sampled_from([*WORDS, *SPACE, *GENES[:3], *JAPANESE])).map("".join))
+some_text = st.one_of(
+    st.text(), st.lists(st.sampled_from([*WORDS, *SPACE, *GENES[:3], *JAPANESE])).map("".join)
+)
 
 
 @settings(max_examples=300)
@@ -106,7 +124,11 @@ def test_ids_equal_those_of_the_tokenizers_library(tokenizers, text):
         theirs, ids = Tokenizer.from_str(ours.content), ours.encode(text)
         if END_OF_TEXT not in text:  # there it is our token; here, what stands in a text is text
             assert ids.tolist() == theirs.encode(text).ids
-        assert ids.dtype == np.uint16 and (ids < ours.end_of_text).all() and ours.decode(ids.tolist()) == text
+        assert (
+            ids.dtype == np.uint16
+            and (ids < ours.end_of_text).all()
+            and ours.decode(ids.tolist()) == text
+        )
 
 
 @settings(max_examples=30)
@@ -117,11 +139,15 @@ def test_ids_are_equal_for_vocabularies_of_few_characters(draw):
 
     characters = draw.draw(st.sampled_from(["ab", "a ", "=\n a", "AC GT", "あ。\n", "aa aab"]))
     words = st.text(characters, min_size=1, max_size=9)
-    text = "".join(random.Random(0).choices(draw.draw(st.lists(words, min_size=1, max_size=8)), k=4000))
+    text = "".join(
+        random.Random(0).choices(draw.draw(st.lists(words, min_size=1, max_size=8)), k=4000)
+    )
     try:
         content = learn_tokenizer([text.encode()], 330)
     except ValueError as error:
-        content = learn_tokenizer([text.encode()], int(re.search(r"enough for (\d+)", str(error))[1]))
+        content = learn_tokenizer(
+            [text.encode()], int(re.search(r"enough for (\d+)", str(error))[1])
+        )
     ours, theirs = LearnedTokenizer(content), Tokenizer.from_str(content)
     for other in draw.draw(st.lists(st.text(characters, max_size=50), max_size=20)):
         assert ours.encode(other).tolist() == theirs.encode(other).ids
@@ -133,14 +159,25 @@ def test_segments_tokenise_as_the_whole(tokenizers, parts, size):
     text, code = "".join(parts), tokenizers["code"]
     raw, encode = text.encode(), code.encoding.encode_ordinary
     breaks = [match.start() for match in code.breaks.finditer(raw)]
-    signs = [i for i in range(1, len(text)) if text[i] == "\n" and re.fullmatch(r"[!-/:-@\[-`{-~]", text[i - 1])]
-    places = [i for i in range(1, len(text)) if text[i] in " \n" and not text[i - 1].isspace() and i not in signs]
+    signs = [
+        i
+        for i in range(1, len(text))
+        if text[i] == "\n" and re.fullmatch(r"[!-/:-@\[-`{-~]", text[i - 1])
+    ]
+    places = [
+        i
+        for i in range(1, len(text))
+        if text[i] in " \n" and not text[i - 1].isspace() and i not in signs
+    ]
     assert breaks == [len(text[:i].encode()) for i in places]
     for at in breaks:
         assert encode(raw[:at].decode()) + encode(raw[at:].decode()) == encode(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_room, "PIECE_BYTES", 2 * size)
-        pieces, ids = list(segments(raw, 0, len(raw), code.breaks, size)), code.encode(text).tolist()
+        pieces, ids = (
+            list(segments(raw, 0, len(raw), code.breaks, size)),
+            code.encode(text).tolist(),
+        )
     assert b"".join(pieces) == raw and code.decode(ids) == text
     if {sum(map(len, pieces[:n])) for n in range(1, len(pieces))} <= set(breaks):
         assert ids == encode(text)
@@ -151,24 +188,29 @@ def test_segments_tokenise_as_the_whole(tokenizers, parts, size):
 )
 def test_long_runs_neither_panic_nor_stall(tokenizers, run):
     """More than a segment in one run, also with another character at its end."""
-    for text in (run * (1_100_000 // len(run.encode())), run * (1_000_000 // len(run.encode())) + "x"):
+    for text in (
+        run * (1_100_000 // len(run.encode())),
+        run * (1_000_000 // len(run.encode())) + "x",
+    ):
         assert tokenizers["code"].decode(tokenizers["code"].encode(text).tolist()) == text
 
 
 def test_the_same_text_gives_the_same_vocabulary_on_any_number_of_threads(tmp_path):
     (tmp_path / "text").write_text(TEXTS["German"] + TEXTS["code"], encoding="utf-8")
-    script = (
-        "import sys; from parts.tokenizer import *; print(end=learn_tokenizer([open(sys.argv[1], 'rb').read()], 330))"
-    )
+    script = "import sys; from parts.tokenizer import *; print(end=learn_tokenizer([open(sys.argv[1], 'rb').read()], 330))"
     made = set()
     for threads in ("1", "5"):
         environment = clean_environment() | dict(RAYON_NUM_THREADS=threads)
         command = [sys.executable, "-c", script, str(tmp_path / "text")]
-        made.add(subprocess.run(command, env=environment, capture_output=True, check=True).stdout.decode())
+        made.add(
+            subprocess.run(
+                command, env=environment, capture_output=True, check=True
+            ).stdout.decode()
+        )
     assert made == {learn_tokenizer([(tmp_path / "text").read_bytes()], 330)}
 
 
-# ---- What a text becomes ---------------------------------------------------------------------------------------------
+# ---- What a text becomes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["German", "Japanese", "DNA"])
@@ -195,7 +237,7 @@ def test_the_sample_is_even_and_bounded(monkeypatch):
     assert sample_texts(iter(texts[:250]), 1) == texts[:250]
 
 
-# ---- prepare.py ------------------------------------------------------------------------------------------------------
+# ---- prepare.py ----------------------------------------------------------------------------------
 
 
 def shards(tmp_path: Path, *options: str, text=None, name="shards") -> Path:
@@ -220,7 +262,9 @@ def fails(capsys, command, *argv: str) -> str:
 def test_it_is_learned_from_training_documents_only(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
-        prepare, "learn_tokenizer", lambda texts, size: seen.extend(texts) or learn_tokenizer(texts, size)
+        prepare,
+        "learn_tokenizer",
+        lambda texts, size: seen.extend(texts) or learn_tokenizer(texts, size),
     )
     out = shards(tmp_path, "--tokenizer", "320")
     tokenizer = of_folder(out, data.read_meta(out)["tokenizer"])
@@ -238,7 +282,15 @@ def test_a_folder_gives_the_vocabulary_it_has(tmp_path, capsys):
     names = [data.read_meta(out)["tokenizer"] for out in (first, second)]
     assert names[0] == names[1] == data.read_meta(second)["source"]["tokenizer"]
     other = shards(tmp_path, "--tokenizer", "325", name="other")
-    again = [str(tmp_path / "second_text"), "--out", str(second), "--val_fraction", "0.1", "--tokenizer", str(other)]
+    again = [
+        str(tmp_path / "second_text"),
+        "--out",
+        str(second),
+        "--val_fraction",
+        "0.1",
+        "--tokenizer",
+        str(other),
+    ]
     assert f"another source (tokenizer {names[0]} -> bpe325-" in fails(capsys, prepare.main, *again)
 
 
@@ -246,31 +298,57 @@ def test_too_little_text_says_how_many_tokens_it_has(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(CODE * 9)
     command = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer"]
     line = fails(capsys, prepare.main, *command, "5000")
-    found = re.search(r"--tokenizer 5000: the text has enough for (\d+) only; take more text, or --tokenizer \1", line)
+    found = re.search(
+        r"--tokenizer 5000: the text has enough for (\d+) only; take more text, or --tokenizer \1",
+        line,
+    )
     prepare.main([*command, found[1]])  # nothing is made yet, so it may
     assert data.read_meta(tmp_path / "out")["vocab_size"] == int(found[1]) > 300
     (tmp_path / "a.txt").write_text("ab" * 40)
-    line = fails(capsys, prepare.main, command[0], "--out", str(tmp_path / "small"), "--tokenizer", "300")
+    line = fails(
+        capsys, prepare.main, command[0], "--out", str(tmp_path / "small"), "--tokenizer", "300"
+    )
     assert "take more text, or --tokenizer bytes" in line
 
 
 @pytest.mark.parametrize("wanted", ["299", "65536", "50257", "0", "nowhere"])
 def test_what_the_option_takes(tmp_path, capsys, wanted):
     (tmp_path / "a.txt").write_text(CODE * 9)
-    line = fails(capsys, prepare.main, str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", wanted)
+    line = fails(
+        capsys,
+        prepare.main,
+        str(tmp_path / "a.txt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        wanted,
+    )
     assert f"--tokenizer {wanted}: must be gpt2, bytes, a number from 300 to 65535" in line
     assert not (tmp_path / "out").exists()
 
 
-# ---- Into a run, and out of it ---------------------------------------------------------------------------------------
+# ---- Into a run, and out of it -------------------------------------------------------------------
 
 SETTINGS = TOY_MODEL | dict(
-    batch_size=4, total_batch_size=4 * 32, learning_rate=1e-2, min_lr=1e-3, warmup_steps=1, max_steps=4, log_every=1
+    batch_size=4,
+    total_batch_size=4 * 32,
+    learning_rate=1e-2,
+    min_lr=1e-3,
+    warmup_steps=1,
+    max_steps=4,
+    log_every=1,
 )
 SETTINGS |= dict(
-    eval_every=2, eval_tokens=200, hellaswag_every=0, sample_every=4, sample_prompt="def ", sample_tokens=8
+    eval_every=2,
+    eval_tokens=200,
+    hellaswag_every=0,
+    sample_every=4,
+    sample_prompt="def ",
+    sample_tokens=8,
 )
-SETTINGS |= dict(checkpoint_every=2, keep_checkpoints=0, device="cpu", dtype="fp32", compile=False, report=False)
+SETTINGS |= dict(
+    checkpoint_every=2, keep_checkpoints=0, device="cpu", dtype="fp32", compile=False, report=False
+)
 
 
 def flags(**changes) -> list[str]:
@@ -294,11 +372,19 @@ def test_a_checkpoint_opens_in_transformers(trained):
     text = "def f(x):\n\treturn x  # naïve ☃ 𝄞 \x00 don't   stop\n\n    if a:\r\n   x"
     assert theirs(text)["input_ids"] == ours.encode(text).tolist()
     assert theirs.decode(ours.encode(text).tolist()) == text
-    assert theirs.eos_token_id == theirs.bos_token_id == 319 == ours.end_of_text and len(theirs) == 320
+    assert (
+        theirs.eos_token_id == theirs.bos_token_id == 319 == ours.end_of_text and len(theirs) == 320
+    )
     assert theirs.model_max_length == 32
-    written = pipeline("text-generation", model=str(folder))("def ", max_new_tokens=8, do_sample=False)
+    written = pipeline("text-generation", model=str(folder))(
+        "def ", max_new_tokens=8, do_sample=False
+    )
     [text] = [Text(ours, "def ", 0, [])]
-    list(complete(GPT.from_pretrained(folder).eval(), [text], dict(max_tokens=8, temperature=0, seed=0)))
+    list(
+        complete(
+            GPT.from_pretrained(folder).eval(), [text], dict(max_tokens=8, temperature=0, seed=0)
+        )
+    )
     assert written[0]["generated_text"] == "def " + text.text
 
 
@@ -307,7 +393,17 @@ def test_the_commands_take_it_from_the_checkpoint(trained, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("def ")
     task = dict(ctx="def", label=1, endings=["a", "b", "c", "d"])
     (tmp_path / "tasks.jsonl").write_text(json.dumps(task) + "\n")
-    hellaswag.main(["--model", str(trained[1]), "--data", str(tmp_path / "tasks.jsonl"), "--device", "cpu", "--json"])
+    hellaswag.main(
+        [
+            "--model",
+            str(trained[1]),
+            "--data",
+            str(tmp_path / "tasks.jsonl"),
+            "--device",
+            "cpu",
+            "--json",
+        ]
+    )
     assert json.loads(capsys.readouterr().out)["n"] == 1
 
 
@@ -319,22 +415,38 @@ def test_bits_per_byte_are_those_of_the_validation_text(trained, tmp_path):
     predicted = shard.tokens[1 : n + 1].tolist()
     n_bytes = len(tokenizer.decode(predicted).replace(END_OF_TEXT, "").encode())
     for record in of_kind(read_metrics(trained[1] / "metrics.jsonl"), "val"):
-        assert record["val_bpb"] == pytest.approx(record["loss"] * n / n_bytes / np.log(2), rel=1e-6)
-    assert f"| validation, bits a byte | {record['val_bpb']:.4f} (bpe320-" in report(trained[1]).read_text()
+        assert record["val_bpb"] == pytest.approx(
+            record["loss"] * n / n_bytes / np.log(2), rel=1e-6
+        )
+    assert (
+        f"| validation, bits a byte | {record['val_bpb']:.4f} (bpe320-"
+        in report(trained[1]).read_text()
+    )
     for name in TOKENIZERS:
         known = get_tokenizer(name)
         ids = known.encode("naïve ☃\n" * 50)
-        assert known.byte_counts()[[*ids.tolist(), known.end_of_text]].sum() == len(("naïve ☃\n" * 50).encode())
+        assert known.byte_counts()[[*ids.tolist(), known.end_of_text]].sum() == len(
+            ("naïve ☃\n" * 50).encode()
+        )
 
 
 def test_shards_and_model_must_have_the_same_by_content(trained, tmp_path, capsys):
     other = shards(tmp_path, "--tokenizer", "320", text=TEXTS["German"], name="other")
     wrong = dict(out_dir=tmp_path / "fine", init_from=checkpoints(trained[1])[-1])
     line = fails(capsys, train.main, *flags(data_dir=other, **wrong))
-    assert "has 320 other tokens, but the shards in" in line and "make them with the model's tokenizer" in line
-    line = fails(capsys, train.main, *flags(data_dir=other, out_dir=trained[1], max_steps=6, resume_anyway=True))
+    assert (
+        "has 320 other tokens, but the shards in" in line
+        and "make them with the model's tokenizer" in line
+    )
+    line = fails(
+        capsys,
+        train.main,
+        *flags(data_dir=other, out_dir=trained[1], max_steps=6, resume_anyway=True),
+    )
     assert "has 320 other tokens" in line
-    train.main(flags(data_dir=trained[0], **wrong))  # a copy of the shards, another folder: the content counts
+    train.main(
+        flags(data_dir=trained[0], **wrong)
+    )  # a copy of the shards, another folder: the content counts
     assert len(checkpoints(tmp_path / "fine")) == 2
 
 
@@ -354,10 +466,16 @@ def test_a_damaged_or_missing_vocabulary_is_one_line(trained, tmp_path, capsys):
     other = learn_tokenizer([TEXTS["German"].encode()], 320)
     (made / "tokenizer.json").write_text(other, encoding="utf-8")
     line = fails(capsys, train.main, *flags(data_dir=made, out_dir=tmp_path / "x"))
-    assert re.search(r"tokenizer.json: is bpe320-\w+, but what is beside it was made with bpe320-\w+", line)
-    (folder / "tokenizer.json").write_text(learn_tokenizer([TEXTS["German"].encode()], 325), encoding="utf-8")
+    assert re.search(
+        r"tokenizer.json: is bpe320-\w+, but what is beside it was made with bpe320-\w+", line
+    )
+    (folder / "tokenizer.json").write_text(
+        learn_tokenizer([TEXTS["German"].encode()], 325), encoding="utf-8"
+    )
     line = fails(capsys, sample.main, "--model", str(folder))
-    assert re.search(r"tokenizer.json: is bpe325-\w+, but what is beside it was made with 320", line)
+    assert re.search(
+        r"tokenizer.json: is bpe325-\w+, but what is beside it was made with 320", line
+    )
     for command, arguments in (
         (train.main, flags(data_dir=made, out_dir=tmp_path / "x")),
         (sample.main, ["--model", str(folder)]),

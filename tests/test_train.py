@@ -1,5 +1,5 @@
-"""Training: against a loop written with transformers and torch alone, against itself stopped and resumed, and against
-what people and machines do to it."""
+"""Training: against a loop written with transformers and torch alone, against itself stopped and
+resumed, and against what people and machines do to it."""
 
 import functools
 import itertools
@@ -30,15 +30,19 @@ from parts.pretrained import checkpoints
 from parts.runtime import Runtime
 
 ROOT = Path(train.__file__).parent
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="torch.compile needs a C++ compiler"
+)
 
 
 def assert_same_weights(one, two) -> None:
     one, two = weights(one), weights(two)
-    assert one.keys() == two.keys() and not [name for name in one if not torch.equal(one[name], two[name])]
+    assert one.keys() == two.keys() and not [
+        name for name in one if not torch.equal(one[name], two[name])
+    ]
 
 
-# ---- Against references ----------------------------------------------------------------------------------------------
+# ---- Against references --------------------------------------------------------------------------
 
 
 OPTIMIZERS = [("adamw", "cosine"), ("sgd", "constant"), ("muon", "cosine")]
@@ -46,14 +50,19 @@ OPTIMIZERS = [("adamw", "cosine"), ("sgd", "constant"), ("muon", "cosine")]
 
 @pytest.mark.parametrize(("optimizer", "lr_schedule"), OPTIMIZERS)
 def test_trajectory_equals_transformers_and_torch(config, optimizer, lr_schedule):
-    """20 steps with accumulation, clipping, decay groups and a warm-up, against transformers' model and plain torch."""
-    settings = dict(max_steps=20, total_batch_size=256, grad_clip=0.5, weight_decay=0.3, checkpoint_every=20)
+    """20 steps with accumulation, clipping, decay groups and a warm-up, against transformers' model
+    and plain torch.
+    """
+    settings = dict(
+        max_steps=20, total_batch_size=256, grad_clip=0.5, weight_decay=0.3, checkpoint_every=20
+    )
     muon = dict(muon_learning_rate=5e-3, muon_momentum=0.9)
     ours = config(**settings, **muon, optimizer=optimizer, lr_schedule=lr_schedule)
     theirs, expected = reference.repeat(ours, 20)
     assert losses(ours) == pytest.approx(expected, abs=1e-4)
     for name, value in weights(ours.out_dir).items():
-        # The first gradients of queries and keys are hardly more than rounding, which Muon makes as large as the rest.
+        # The first gradients of queries and keys are hardly more than rounding, which Muon makes as
+        # large as the rest.
         atol = 1e-3 if optimizer == "muon" and "c_attn" in name else 1e-4
         assert torch.allclose(value, theirs.state_dict()[name], atol=atol), name
 
@@ -73,7 +82,9 @@ def test_recomputed_blocks_are_those_not_kept(config, tmp_path, monkeypatch):
     """To the last bit, dropout included; each block runs twice a step then."""
     settings = dict(dropout=0.2, checkpoint_every=12)
     forward, calls = Block.forward, []
-    monkeypatch.setattr(Block, "forward", lambda self, *inputs: calls.append(1) or forward(self, *inputs))
+    monkeypatch.setattr(
+        Block, "forward", lambda self, *inputs: calls.append(1) or forward(self, *inputs)
+    )
     kept = losses(config(out_dir=str(tmp_path / "kept"), **settings))
     once = len(calls)
     assert losses(config(out_dir=str(tmp_path / "again"), recompute=True, **settings)) == kept
@@ -87,21 +98,33 @@ def test_the_loss_falls_and_every_line_is_logged(config):
     curve = metrics(run.out_dir)
     assert [record["step"] for record in curve] == list(range(60))
     assert abs(curve[0]["loss"] - math.log(257)) < 0.1 and curve[-1]["loss"] < 3.6
-    assert set(curve[0]) == set("step kind loss lr grad_norm skipped tokens_per_s mfu ms waited_ms memory_gb".split())
+    assert set(curve[0]) == set(
+        "step kind loss lr grad_norm skipped tokens_per_s mfu ms waited_ms memory_gb".split()
+    )
     for kind, steps in dict(val=[0, 20, 40, 60], sample=[30, 60], checkpoint=[30, 60]).items():
         assert [record["step"] for record in metrics(run.out_dir, kind)] == steps
     assert result == dict(step=60, val_loss=metrics(run.out_dir, "val")[-1]["loss"], stopped=None)
     facts = metrics(run.out_dir, "run")[0]
-    assert facts["settings"]["learning_rate"] == 1e-2 and facts["versions"]["torch"] == torch.__version__
+    assert (
+        facts["settings"]["learning_rate"] == 1e-2
+        and facts["versions"]["torch"] == torch.__version__
+    )
 
 
 def test_validation_loss_is_the_mean_over_its_windows(config):
-    """Against one forward pass for each window; 500 tokens are 15 windows, which batches of 4 do not divide."""
+    """Against one forward pass for each window; 500 tokens are 15 windows, which batches of 4 do
+    not divide.
+    """
     run = config(max_steps=0, eval_every=1, eval_tokens=500)
     torch.manual_seed(run.seed)
     model = GPT(GPTConfig(vocab_size=257, **TOY_MODEL))
-    tokens = torch.tensor(data.open_shards(run.data_dir, "val")[0].tokens[: 15 * 32 + 1].astype("int64"))
-    each = [model(tokens[None, i : i + 32], tokens[None, i + 1 : i + 33]).item() for i in range(0, 480, 32)]
+    tokens = torch.tensor(
+        data.open_shards(run.data_dir, "val")[0].tokens[: 15 * 32 + 1].astype("int64")
+    )
+    each = [
+        model(tokens[None, i : i + 32], tokens[None, i + 1 : i + 33]).item()
+        for i in range(0, 480, 32)
+    ]
     assert train.train(run)["val_loss"] == pytest.approx(sum(each) / 15, abs=1e-5)
 
 
@@ -109,7 +132,9 @@ def test_validation_loss_is_the_mean_over_its_windows(config):
 @needs_compiler
 def test_torch_compile_trains_alike(config, tmp_path):
     eager = losses(config(out_dir=str(tmp_path / "eager"), max_steps=4))
-    compiled = config(out_dir=str(tmp_path / "compiled"), max_steps=4, compile=True, eval_every=2, sample_every=2)
+    compiled = config(
+        out_dir=str(tmp_path / "compiled"), max_steps=4, compile=True, eval_every=2, sample_every=2
+    )
     assert losses(compiled) == pytest.approx(eager, abs=1e-4)
 
 
@@ -120,36 +145,54 @@ def test_bf16_trains_nearly_alike(config, tmp_path):
     assert rounded == pytest.approx(exact, abs=0.02) and rounded != exact
 
 
-# ---- Laws 3, 4, 8: nothing disturbs training -------------------------------------------------------------------------
+# ---- Laws 3, 4, 8: nothing disturbs training -----------------------------------------------------
 
-EVERYTHING = dict(dropout=0.2, batch_size=2, eval_every=2, sample_every=3, checkpoint_every=4, keep_checkpoints=0)
+EVERYTHING = dict(
+    dropout=0.2, batch_size=2, eval_every=2, sample_every=3, checkpoint_every=4, keep_checkpoints=0
+)
 
 
 def test_watching_does_not_change_training(config, tmp_path):
-    """Law 4: evaluation, samples, checkpoints and logging on or off; with dropout, which a moved RNG would change."""
+    """Law 4: evaluation, samples, checkpoints and logging on or off; with dropout, which a moved
+    RNG would change.
+    """
     plain = losses(config(out_dir=str(tmp_path / "plain"), dropout=0.2, batch_size=2))
     assert losses(config(out_dir=str(tmp_path / "watched"), **EVERYTHING)) == plain
-    sparse = losses(config(out_dir=str(tmp_path / "sparse"), dropout=0.2, batch_size=2, log_every=5))
+    sparse = losses(
+        config(out_dir=str(tmp_path / "sparse"), dropout=0.2, batch_size=2, log_every=5)
+    )
     assert sparse == [plain[0], plain[5], plain[10], plain[11]]
 
 
 def without_times(out_dir, *but: str) -> list[dict]:
-    """metrics.jsonl without what differs between two equal runs, and without records of these kinds."""
-    records = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    """metrics.jsonl without what differs between two equal runs, and without records of these
+    kinds.
+    """
+    records = [
+        json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     dropped = {"ms", "waited_ms", "tokens_per_s", "mfu", "memory_gb"}
-    return [{k: v for k, v in r.items() if k not in dropped} for r in records if r["kind"] not in ("run", *but)]
+    return [
+        {k: v for k, v in r.items() if k not in dropped}
+        for r in records
+        if r["kind"] not in ("run", *but)
+    ]
 
 
 def straight_and_resumed(config, tmp_path, **settings) -> tuple[Path, Path]:
-    """The folders of a run, and of one that a kill ended in step 10, two after a checkpoint, while a line and a
-    checkpoint were being written, and that was then resumed: the weights are equal."""
+    """The folders of a run, and of one that a kill ended in step 10, two after a checkpoint, while
+    a line and a checkpoint were being written, and that was then resumed: the weights are equal."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train.train(config(out_dir=str(straight), **settings))
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "step_0000012")
     (resumed / ".step_0000012.tmp").mkdir()
     (resumed / ".step_0000012.tmp" / "model.safetensors").write_text("half")
-    lines = [line for line in (straight / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 10]
+    lines = [
+        line
+        for line in (straight / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["step"] <= 10
+    ]
     (resumed / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "ki')
     train.train(config(out_dir=str(resumed), **settings))
     assert_same_weights(straight, resumed)
@@ -157,16 +200,23 @@ def straight_and_resumed(config, tmp_path, **settings) -> tuple[Path, Path]:
 
 
 def test_the_profiler_writes_its_table_and_trace(config):
-    assert "profile 5 starts at the third step, but max_steps is 6" in config(profile=5, max_steps=6).mistakes()
+    assert (
+        "profile 5 starts at the third step, but max_steps is 6"
+        in config(profile=5, max_steps=6).mistakes()
+    )
     c = config(max_steps=6, profile=2)
     train.train(c)
     trace = json.loads((Path(c.out_dir) / "trace.json").read_text())["traceEvents"]
-    assert {"ProfilerStep#2", "ProfilerStep#3"} == {e["name"] for e in trace if e["name"].startswith("ProfilerStep")}
+    assert {"ProfilerStep#2", "ProfilerStep#3"} == {
+        e["name"] for e in trace if e["name"].startswith("ProfilerStep")
+    }
     assert "aten::mm" in (Path(c.out_dir) / "profile.txt").read_text()
 
 
 def test_waiting_is_all_but_the_computing(config, monkeypatch):
-    """On a clock that ticks when it is read, each of two batches, the log, and a checkpoint takes a second."""
+    """On a clock that ticks when it is read, each of two batches, the log, and a checkpoint takes a
+    second.
+    """
     ticks = itertools.count()
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     c = config(max_steps=4, batch_size=2, checkpoint_every=2)
@@ -177,17 +227,23 @@ def test_waiting_is_all_but_the_computing(config, monkeypatch):
 compiled = functools.partial(pytest.param, marks=[pytest.mark.torture, needs_compiler])
 
 
-@pytest.mark.parametrize(("optimizer", "compile"), [("adamw", False), ("muon", False), compiled("adamw", True)])
+@pytest.mark.parametrize(
+    ("optimizer", "compile"), [("adamw", False), ("muon", False), compiled("adamw", True)]
+)
 def test_resumed_equals_straight(config, tmp_path, optimizer, compile):
     """Law 3, bit for bit, and no step stands twice in the metrics."""
-    straight, resumed = straight_and_resumed(config, tmp_path, optimizer=optimizer, compile=compile, **EVERYTHING)
+    straight, resumed = straight_and_resumed(
+        config, tmp_path, optimizer=optimizer, compile=compile, **EVERYTHING
+    )
     assert without_times(straight) == without_times(resumed)
     assert [record["step"] for record in metrics(resumed, "run")] == [0, 8]
     assert not list(resumed.glob(".*"))
 
 
 def test_the_time_of_a_step_ends_after_the_optimizer(config, monkeypatch):
-    """A GPU runs the optimizer's kernels after Python has launched them: the clock is read when they are done."""
+    """A GPU runs the optimizer's kernels after Python has launched them: the clock is read when
+    they are done.
+    """
     seen = []
     hook = register_optimizer_step_post_hook(lambda *_: seen.append("optimizer"))
     monkeypatch.setattr(Runtime, "synchronize", lambda self: seen.append("wait"))
@@ -199,13 +255,25 @@ def test_the_time_of_a_step_ends_after_the_optimizer(config, monkeypatch):
 @pytest.mark.torture
 @pytest.mark.parametrize("compile", [False, compiled(True)])
 def test_the_same_bits_on_a_busy_machine(config, tmp_path, compile):
-    """Two threads, bf16, of a size at which every product is shared; another program takes one of the cores."""
-    size = dict(n_layer=2, n_embd=128, block_size=128, batch_size=16, total_batch_size=2048, max_steps=40)
+    """Two threads, bf16, of a size at which every product is shared; another program takes one of
+    the cores.
+    """
+    size = dict(
+        n_layer=2, n_embd=128, block_size=128, batch_size=16, total_batch_size=2048, max_steps=40
+    )
 
     def run(name: str) -> list[tuple]:
-        settings = config(out_dir=str(tmp_path / name), dtype="bf16", flash=False, compile=compile, **size)
+        settings = config(
+            out_dir=str(tmp_path / name), dtype="bf16", flash=False, compile=compile, **size
+        )
         command = [sys.executable, "train.py", *flags(settings)]
-        subprocess.run(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="2"), check=True, capture_output=True)
+        subprocess.run(
+            command,
+            cwd=ROOT,
+            env=clean_environment(OMP_NUM_THREADS="2"),
+            check=True,
+            capture_output=True,
+        )
         return [(record["loss"], record["grad_norm"]) for record in metrics(tmp_path / name)]
 
     quiet = run("quiet")
@@ -219,26 +287,40 @@ def test_the_same_bits_on_a_busy_machine(config, tmp_path, compile):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_fp16_skips_and_scales_and_resumes(config, tmp_path, monkeypatch, optimizer):
-    """The scale begins so high that the first gradients overflow: those steps are skipped until it fits. From then on
-    losses and gradient norms are fp32's, and a resumed run goes on with the scale it had."""
-    settings = dict(checkpoint_every=8, keep_checkpoints=0, warmup_steps=0, lr_schedule="constant", optimizer=optimizer)
+    """The scale begins so high that the first gradients overflow: those steps are skipped until it
+    fits. From then on losses and gradient norms are fp32's, and a resumed run goes on with the
+    scale it had."""
+    settings = dict(
+        checkpoint_every=8,
+        keep_checkpoints=0,
+        warmup_steps=0,
+        lr_schedule="constant",
+        optimizer=optimizer,
+    )
     train.train(config(out_dir=str(tmp_path / "fp32"), **settings))
     monkeypatch.setattr(auto, "precisions", lambda *_: ["fp16"])  # as on an old GPU
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**20))
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**20)
+    )
     straight, _ = straight_and_resumed(config, tmp_path, **settings)
 
     curve, exact = metrics(straight), metrics(tmp_path / "fp32")
-    scale = torch.load(checkpoints(straight)[-1] / "train_state.pt", weights_only=True)["scaler"]["scale"]
+    scale = torch.load(checkpoints(straight)[-1] / "train_state.pt", weights_only=True)["scaler"][
+        "scale"
+    ]
     assert curve[-1]["skipped"] == 20 - math.log2(scale) > 0
     first = next(n for n, record in enumerate(curve) if record["grad_norm"] is not None)
-    # Skipped steps left the weights alone, so the first that counts has the loss and gradient of the initial ones.
+    # Skipped steps left the weights alone, so the first that counts has the loss and gradient of
+    # the initial ones.
     assert curve[first]["loss"] == pytest.approx(exact[0]["loss"], abs=0.05)
     assert curve[first]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_leads_on(config, tmp_path, monkeypatch, capsys, number):
-    """At step 6, which has no checkpoint of its own. The exit code is the shell's for that signal."""
+    """At step 6, which has no checkpoint of its own. The exit code is the shell's for that
+    signal.
+    """
     straight, stopped = (config(out_dir=str(tmp_path / name), **EVERYTHING) for name in "ab")
     train.train(straight)
     clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
@@ -257,7 +339,9 @@ def test_a_signal_ends_the_step_saves_and_leads_on(config, tmp_path, monkeypatch
     assert checkpoints(stopped.out_dir)[-1].name == "step_0000006"
     train.train(stopped)
     assert_same_weights(straight.out_dir, stopped.out_dir)
-    assert without_times(stopped.out_dir, "checkpoint") == without_times(straight.out_dir, "checkpoint")
+    assert without_times(stopped.out_dir, "checkpoint") == without_times(
+        straight.out_dir, "checkpoint"
+    )
 
 
 def test_a_finished_run_says_so_goes_on_or_is_moved_aside(config, tmp_path, capsys):
@@ -268,7 +352,11 @@ def test_a_finished_run_says_so_goes_on_or_is_moved_aside(config, tmp_path, caps
     assert train.train(run)["step"] == 12
     said = capsys.readouterr().out
     assert "is finished: it has 12 steps, max_steps is 12; best" in said
-    assert f"sample.py --model {run.out_dir}" in said and "--max_steps=24" in said and "--resume=never" in said
+    assert (
+        f"sample.py --model {run.out_dir}" in said
+        and "--max_steps=24" in said
+        and "--resume=never" in said
+    )
     assert files == {path: path.stat().st_mtime_ns for path in Path(run.out_dir).rglob("*")}
     train.train(config(checkpoint_every=6, eval_every=6, max_steps=24, resume_anyway=True))
     assert "changed since then: max_steps 12 -> 24" in capsys.readouterr().out
@@ -282,14 +370,20 @@ def test_a_finished_run_says_so_goes_on_or_is_moved_aside(config, tmp_path, caps
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(config, monkeypatch):
-    scores = iter([9.0, math.nan, 1.0, 2.0, 4.0, 5.0, 6.0])  # at steps 0, 2, 4 ...: the best is step 4's
+    scores = iter(
+        [9.0, math.nan, 1.0, 2.0, 4.0, 5.0, 6.0]
+    )  # at steps 0, 2, 4 ...: the best is step 4's
     monkeypatch.setattr(train, "evaluate", lambda *_: next(scores))
     run = config(eval_every=2, checkpoint_every=2, keep_checkpoints=2)
     train.train(run)
-    assert [folder.name for folder in checkpoints(run.out_dir)] == ["step_0000004", "step_0000010", "step_0000012"]
+    assert [folder.name for folder in checkpoints(run.out_dir)] == [
+        "step_0000004",
+        "step_0000010",
+        "step_0000012",
+    ]
 
 
-# ---- Checkpoints and starting points ---------------------------------------------------------------------------------
+# ---- Checkpoints and starting points -------------------------------------------------------------
 
 
 def test_a_checkpoint_is_a_hugging_face_model(config):
@@ -303,7 +397,9 @@ def test_a_checkpoint_is_a_hugging_face_model(config):
 
 
 def test_fine_tuning_starts_from_a_checkpoint_with_its_shape(config, tmp_path, capsys):
-    """A run folder will do; windows may be shorter than the model's context; settings of the shape give way."""
+    """A run folder will do; windows may be shorter than the model's context; settings of the shape
+    give way.
+    """
     train.train(config(checkpoint_every=12))
     settings = dict(init_from=str(tmp_path / "run"), n_layer=7, block_size=16, checkpoint_every=12)
     tuned = config(out_dir=str(tmp_path / "tuned"), **settings)
@@ -318,14 +414,18 @@ def test_fine_tuning_starts_from_a_checkpoint_with_its_shape(config, tmp_path, c
 def test_optional_settings_of_the_optimizer_hold_after_a_resume(config, monkeypatch):
     """The optimizer's state holds its settings of then; the run's settings of now must win."""
     built, build = [], train.build_optimizer
-    monkeypatch.setattr(train, "build_optimizer", lambda *arguments: built.append(build(*arguments)) or built[-1])
+    monkeypatch.setattr(
+        train, "build_optimizer", lambda *arguments: built.append(build(*arguments)) or built[-1]
+    )
     train.train(config(checkpoint_every=6, max_steps=6, weight_decay=0.0))
-    train.train(config(checkpoint_every=6, max_steps=12, weight_decay=0.5, beta2=0.9, resume_anyway=True))
+    train.train(
+        config(checkpoint_every=6, max_steps=12, weight_decay=0.5, beta2=0.9, resume_anyway=True)
+    )
     group = built[-1].param_groups[0]
     assert group["weight_decay"] == 0.5 and group["betas"] == (0.9, 0.9)
 
 
-# ---- Guards ----------------------------------------------------------------------------------------------------------
+# ---- Guards --------------------------------------------------------------------------------------
 
 
 def fails(capsys, *argv: str) -> str:
@@ -347,18 +447,25 @@ def poison(monkeypatch, *bad_steps: int) -> None:
     monkeypatch.setattr(GPT, "forward", poisoned)
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeypatch, tmp_path, capsys):
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    config, monkeypatch, tmp_path, capsys
+):
     run = config(max_steps=5, checkpoint_every=1, keep_checkpoints=0)
     poison(monkeypatch, 3)
     train.train(run)
     before, after = (load_file(checkpoints(run.out_dir)[i] / "model.safetensors") for i in (2, 3))
-    assert all(torch.equal(before[name], after[name]) for name in before)  # after 3 and after 4 steps
+    assert all(
+        torch.equal(before[name], after[name]) for name in before
+    )  # after 3 and after 4 steps
     final = weights(run.out_dir)
     assert all(value.isfinite().all() for value in final.values())
     assert any(not torch.equal(after[name], final[name]) for name in final)
     assert "step 3 | the gradient is not finite" in capsys.readouterr().out
     assert [record["skipped"] for record in metrics(run.out_dir)] == [0, 0, 0, 1, 1]
-    assert metrics(run.out_dir)[3]["loss"] is None and "NaN" not in (Path(run.out_dir) / "metrics.jsonl").read_text()
+    assert (
+        metrics(run.out_dir)[3]["loss"] is None
+        and "NaN" not in (Path(run.out_dir) / "metrics.jsonl").read_text()
+    )
 
 
 def test_a_run_that_diverges_stops_with_advice(config, monkeypatch, capsys):
@@ -369,7 +476,7 @@ def test_a_run_that_diverges_stops_with_advice(config, monkeypatch, capsys):
     assert all(value.isfinite().all() for value in weights(run.out_dir).values())
 
 
-# ---- Bad input: one line, exit code 2 --------------------------------------------------------------------------------
+# ---- Bad input: one line, exit code 2 ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -382,7 +489,10 @@ def test_a_run_that_diverges_stops_with_advice(config, monkeypatch, capsys):
         (dict(weight_decay=-1.0), "weight_decay is -1.0: it must be at least 0"),
         (dict(max_steps=-1), "max_steps is -1: it must be at least 0"),
         (dict(min_lr=1.0), "min_lr 1.0 is above learning_rate 0.01"),
-        (dict(optimizer="muon", learning_rate=0.0, min_lr=0.0), "with muon, learning_rate must be above 0"),
+        (
+            dict(optimizer="muon", learning_rate=0.0, min_lr=0.0),
+            "with muon, learning_rate must be above 0",
+        ),
         (dict(dtype="fp16"), "fp16 is for CUDA"),
         (dict(device="cuda"), "sees no CUDA GPU here; use --device=cpu"),
         (dict(wandb=True), "wandb"),
@@ -406,19 +516,28 @@ def test_several_mistakes_are_reported_together(capsys):
 def test_out_of_memory_says_what_fits(config, capsys, monkeypatch):
     full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     monkeypatch.setattr(GPT, "forward", full)
-    wanted = "out of memory with batch_size 4: set --batch_size=auto, a smaller one, or --recompute=True"
+    wanted = (
+        "out of memory with batch_size 4: set --batch_size=auto, a smaller one, or --recompute=True"
+    )
     assert wanted in fails(capsys, *flags(config()))
 
 
 def test_checkpoints_that_do_not_fit(config, capsys, text_file, tmp_path):
     other_text = str(tmp_path / "other")
-    prepare.main([str(text_file), "--out", other_text, "--tokenizer", "bytes", "--val_fraction", "0.3"])
+    prepare.main(
+        [str(text_file), "--out", other_text, "--tokenizer", "bytes", "--val_fraction", "0.3"]
+    )
     run = config(checkpoint_every=6, keep_checkpoints=0)
     train.train(run)
     capsys.readouterr()
     line = fails(capsys, *flags(config(n_layer=3)))
-    assert "has other settings (n_layer 2 -> 3): restore them, or use another out_dir; --resume=never" in line
-    assert "(optimizer adamw -> muon): restore them" in fails(capsys, *flags(config(optimizer="muon")))
+    assert (
+        "has other settings (n_layer 2 -> 3): restore them, or use another out_dir; --resume=never"
+        in line
+    )
+    assert "(optimizer adamw -> muon): restore them" in fails(
+        capsys, *flags(config(optimizer="muon"))
+    )
     line = fails(capsys, *flags(config(learning_rate=0.02, grad_clip=0.0, eval_every=1)))
     assert (
         "other settings (grad_clip 1.0 -> 0.0, learning_rate 0.01 -> 0.02): restore them" in line
@@ -426,14 +545,18 @@ def test_checkpoints_that_do_not_fit(config, capsys, text_file, tmp_path):
     )
     shutil.rmtree(checkpoints(run.out_dir)[-1])
     assert "training tokens, but" in fails(capsys, *flags(config(data_dir=other_text)))
-    anyway = config(batch_size=2, log_every=3, checkpoint_every=6, data_dir=other_text, resume_anyway=True)
+    anyway = config(
+        batch_size=2, log_every=3, checkpoint_every=6, data_dir=other_text, resume_anyway=True
+    )
     assert train.train(anyway)["step"] == 12
 
 
 def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
     GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path / "other")
     GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path / "bytes")
-    assert "has 100 tokens, but the shards in" in fails(capsys, *flags(config(init_from=str(tmp_path / "other"))))
+    assert "has 100 tokens, but the shards in" in fails(
+        capsys, *flags(config(init_from=str(tmp_path / "other")))
+    )
     long = config(init_from=str(tmp_path / "bytes"), block_size=64, batch_size=1)
     assert "context; set --block_size=32" in fails(capsys, *flags(long))
 
@@ -445,7 +568,9 @@ def test_an_out_dir_that_cannot_be_written(config, tmp_path, capsys):
 
 
 def test_a_full_disk_while_saving(config, capsys, monkeypatch):
-    """As torch.save reports it: the second checkpoint's fails, the first stays whole, nothing is left over."""
+    """As torch.save reports it: the second checkpoint's fails, the first stays whole, nothing is
+    left over.
+    """
     run, save, calls = config(checkpoint_every=6, max_steps=18), torch.save, itertools.count(1)
 
     def full(state, path):
@@ -455,24 +580,34 @@ def test_a_full_disk_while_saving(config, capsys, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     line = fails(capsys, *flags(run))
-    assert "step_0000012 could not be written" in line and "disk full? Earlier ones are good" in line
+    assert (
+        "step_0000012 could not be written" in line and "disk full? Earlier ones are good" in line
+    )
     assert [path.name for path in Path(run.out_dir).iterdir() if path.is_dir()] == ["step_0000006"]
     monkeypatch.setattr(torch, "save", save)
     assert train.train(run)["step"] == 18
 
 
-# ---- Optional loggers ------------------------------------------------------------------------------------------------
+# ---- Optional loggers ----------------------------------------------------------------------------
 
 
 def test_wandb_gets_the_numbers_and_goes_on_in_the_same_run(config, monkeypatch):
     """A stand-in for the package, which is not a requirement."""
     inits, logged = [], []
-    run = SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: inits.append(settings) or run))
+    run = SimpleNamespace(
+        log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: None
+    )
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **settings: inits.append(settings) or run)
+    )
     train.train(config(wandb=True, max_steps=6, checkpoint_every=6, eval_every=6))
-    train.train(config(wandb=True, max_steps=8, checkpoint_every=6, eval_every=6, resume_anyway=True))
+    train.train(
+        config(wandb=True, max_steps=8, checkpoint_every=6, eval_every=6, resume_anyway=True)
+    )
     train.train(config(wandb=True, max_steps=1, resume="never"))
-    train.train(config(wandb=True, max_steps=1))  # the one before left no checkpoint: this is no continuation
+    train.train(
+        config(wandb=True, max_steps=1)
+    )  # the one before left no checkpoint: this is no continuation
     ids = [settings["id"] for settings in inits]
     assert ids[0] == ids[1] and len(set(ids)) == 3
     assert [step for step, numbers in logged if "train/loss" in numbers] == [*range(8), 0, 0]
@@ -486,22 +621,33 @@ def test_evaluation_off_needs_no_validation_shards(config, shards, tmp_path):
 
 
 def test_a_checkpoint_made_by_the_format_s_description_is_resumed(config, tmp_path):
-    """Written by hand as version 94d11fd described it, so that checkpoints of earlier versions stay readable."""
+    """Written by hand as version 94d11fd described it, so that checkpoints of earlier versions stay
+    readable.
+    """
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2))
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    )
     folder = tmp_path / "run" / "step_0000005"
     theirs.save_pretrained(folder)
     parameters = GPT.from_pretrained(folder).param_groups(0.1)
     numbered = enumerate(parameter for group in parameters for parameter in group["params"])
     moments = {
-        i: dict(step=torch.tensor(5.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.ones_like(p)) for i, p in numbered
+        i: dict(step=torch.tensor(5.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.ones_like(p))
+        for i, p in numbered
     }
     torch.save(dict(optimizer=moments, scaler={}), folder / "train_state.pt")
     c = config(max_steps=7, log_every=1)
-    settings = {name: value for name, value in vars(c).items() if name != "profile"}  # a setting that came later
-    (folder / "settings.json").write_text(json.dumps(dict(step=5, val_loss=None, settings=settings)))
+    settings = {
+        name: value for name, value in vars(c).items() if name != "profile"
+    }  # a setting that came later
+    (folder / "settings.json").write_text(
+        json.dumps(dict(step=5, val_loss=None, settings=settings))
+    )
     found = losses(c)
     windows = data.Windows(data.open_shards(c.data_dir, "train"), 32, 257)
     batch = torch.from_numpy(data.Batches(windows, 4, 4, 1, c.seed).batch(5))
-    expected = F.cross_entropy(theirs.eval()(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+    expected = F.cross_entropy(
+        theirs.eval()(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()
+    )
     assert len(found) == 2 and found[0] == pytest.approx(expected.item(), abs=1e-5)

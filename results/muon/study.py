@@ -1,6 +1,7 @@
 """The model and the batch of the study of Muon, for train.py; run.sh has the commands.
 
-A GPT-2 of 2.7M parameters in six blocks and 0.8M in the embeddings, a share like GPT-2's own, on English books.
+A GPT-2 of 2.7M parameters in six blocks and 0.8M in the embeddings, a share like GPT-2's own, on
+English books.
 """
 
 data_dir = "shards/books_4096"

@@ -17,11 +17,15 @@ def read(folder: Path) -> dict:
     val = [record for record in records if record["kind"] == "val"]
     ms = statistics.median(record["ms"] for record in records if record["kind"] == "train")
     settings = next(record["settings"] for record in records if record["kind"] == "run")
-    return dict(settings=settings, steps=[r["step"] for r in val], losses=[r["loss"] for r in val], ms=ms)
+    return dict(
+        settings=settings, steps=[r["step"] for r in val], losses=[r["loss"] for r in val], ms=ms
+    )
 
 
 def crossing(steps: list[int], losses: list[float], target: float) -> float:
-    """The step at which the losses, joined by straight lines, first reach the target; NaN if they do not."""
+    """The step at which the losses, joined by straight lines, first reach the target; NaN if they
+    do not.
+    """
     for i in range(1, len(steps)):
         if losses[i] <= target:
             share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
@@ -31,7 +35,9 @@ def crossing(steps: list[int], losses: list[float], target: float) -> float:
 
 def main() -> None:
     runs = {path.parent.name: read(path.parent) for path in sorted(HERE.glob("*/metrics.jsonl"))}
-    print("| run | learning rate | Muon's | momentum | beta2 | seed | steps | validation loss | ms a step |")
+    print(
+        "| run | learning rate | Muon's | momentum | beta2 | seed | steps | validation loss | ms a step |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, run in runs.items():
         settings, muon = run["settings"], run["settings"]["optimizer"] == "muon"
@@ -48,15 +54,21 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     shares = []
     for seed in (1, 2, 3):
-        adamw, muon, half = (runs.get(f"final_{run}_{seed}") for run in ("adamw_1000", "muon_1000", "muon_500"))
+        adamw, muon, half = (
+            runs.get(f"final_{run}_{seed}") for run in ("adamw_1000", "muon_1000", "muon_500")
+        )
         if adamw and muon:
             steps, target = adamw["steps"][-1], adamw["losses"][-1]
             there = crossing(muon["steps"], muon["losses"], target)
             shares.append(there / steps)
             last = f"{half['losses'][-1]:.4f}" if half else ""
-            print(f"| {seed} | {target:.4f} | {steps} | {there:.0f} | {there / steps:.3f} | {last} |")
+            print(
+                f"| {seed} | {target:.4f} | {steps} | {there:.0f} | {there / steps:.3f} | {last} |"
+            )
     if shares:
-        print(f"\nMuon needs {statistics.mean(shares):.3f} of the tokens, from {min(shares):.3f} to {max(shares):.3f}.")
+        print(
+            f"\nMuon needs {statistics.mean(shares):.3f} of the tokens, from {min(shares):.3f} to {max(shares):.3f}."
+        )
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@
     python results/peers/measure.py nanoGPT build-nanogpt documents.parquet hellaswag_val.jsonl > results/peers/cpu.json
     python bench.py show results/peers/cpu.json
 
-Each program runs in processes of its own. A round has all of them in turn. The table has the medians of the rounds;
-`spread` in the file has the lowest and the highest.
+Each program runs in processes of its own. A round has all of them in turn. The table has the
+medians of the rounds; `spread` in the file has the lowest and the highest.
 
-The others run in copies of their folders, changed where EDITS says: sizes that are constants there, evaluations (and
-with them build-nanogpt's save), files instead of downloads, and in one row the precision. transformers is its Trainer
-with defaults. docs/speed.md lists what differs.
+The others run in copies of their folders, changed where EDITS says: sizes that are constants there,
+evaluations (and with them build-nanogpt's save), files instead of downloads, and in one row the
+precision. transformers is its Trainer with defaults. docs/speed.md lists what differs.
 
-Columns: a step of 1,024 tokens; seconds from the start of the process to the end of its first step, new and from a
-checkpoint; the most memory in training; greedy generation of 64 tokens after 16; HellaSwag; from text to token files.
+Columns: a step of 1,024 tokens; seconds from the start of the process to the end of its first step,
+new and from a checkpoint; the most memory in training; greedy generation of 64 tokens after 16;
+HellaSwag; from text to token files.
 """
 
 import json
@@ -38,7 +39,9 @@ from parts import data, runtime
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 B, STEPS, ROUNDS, NEW, TASKS = 1, 4, 3, 64, 40
-VOCABULARY = {'tiktoken.get_encoding("gpt2")': '__import__("parts.tokenizer").tokenizer.get_tokenizer("gpt2").encoding'}
+VOCABULARY = {
+    'tiktoken.get_encoding("gpt2")': '__import__("parts.tokenizer").tokenizer.get_tokenizer("gpt2").encoding'
+}
 PARQUET = '"parquet", data_files=os.environ["TEXT"], '
 EDITS = {
     "nanoGPT": {
@@ -47,23 +50,28 @@ EDITS = {
     },
     "build-nanogpt": {
         "train_gpt2.py": VOCABULARY
-        | {"= 524288": f"= {B * 1024}", "B = 64 ": f"B = {B} ", "max_steps = 19073": f"max_steps = {STEPS}"}
+        | {
+            "= 524288": f"= {B * 1024}",
+            "B = 64 ": f"B = {B} ",
+            "max_steps = 19073": f"max_steps = {STEPS}",
+        }
         | {"step % 250 == 0": "False", "or last_step": ""},
         "hellaswag.py": VOCABULARY,
         "fineweb.py": VOCABULARY | {'"HuggingFaceFW/fineweb-edu", name=remote_name, ': PARQUET},
     },
 }
-BF16 = {"train.py": EDITS["nanoGPT"]["train.py"] | {"nullcontext() if device_type == 'cpu' else ": ""}}
+BF16 = {
+    "train.py": EDITS["nanoGPT"]["train.py"] | {"nullcontext() if device_type == 'cpu' else ": ""}
+}
 EDITS["nanoGPT, bf16"] = EDITS["nanoGPT"] | BF16
 
 # What is timed besides training and tokenising: set-up, then the code that counts.
 OURS = "import hellaswag; from parts import inference, runtime; from parts.auto import prepare_for_inference; "
 OURS += "from parts.tokenizer import get_tokenizer; from model import GPT, GPTConfig; import os, torch\n"
-OURS += (
-    "model, machine, _ = prepare_for_inference(GPT(GPTConfig()).eval(), runtime.start('cpu'), 'auto', rows={rows})\n"
-)
+OURS += "model, machine, _ = prepare_for_inference(GPT(GPTConfig()).eval(), runtime.start('cpu'), 'auto', rows={rows})\n"
 GENERATE = {
-    "ours": OURS.format(rows=1) + f"# timed\ninference.generate(model, [list(range(16))], {NEW}, temperature=0)",
+    "ours": OURS.format(rows=1)
+    + f"# timed\ninference.generate(model, [list(range(16))], {NEW}, temperature=0)",
     "nanoGPT": "import torch; from model import GPT, GPTConfig; model = GPT(GPTConfig(bias=True)).eval()"
     f"\n# timed\nmodel.generate(torch.arange(16)[None], {NEW}, top_k=1)",
     "transformers": "import torch; from transformers import GPT2Config, GPT2LMHeadModel\n"
@@ -101,11 +109,17 @@ def copied(name: str, source: Path, folder: Path) -> Path:
 
 
 def watch(command: list, folder: Path, line: str = "took ([0-9.]+) ms") -> dict:
-    """Run Python in this folder: the ms in lines that match, seconds to the first of them and in all, GB at most."""
+    """Run Python in this folder: the ms in lines that match, seconds to the first of them and in
+    all, GB at most.
+    """
     ms, first, said, begin = [], 0.0, "", time.perf_counter()
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", HF_HOME=str(folder / "hf"))
+    environment = os.environ | dict(
+        PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", HF_HOME=str(folder / "hf")
+    )
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, env=environment, **pipes)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, **pipes
+    )
     for said in process.stdout:
         if found := re.search(line, said):
             first = first or time.perf_counter() - begin
@@ -113,7 +127,9 @@ def watch(command: list, folder: Path, line: str = "took ([0-9.]+) ms") -> dict:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise ValueError(f"{command[0]} ended with {status}: {said}")
-    return dict(ms=ms, first=first, seconds=time.perf_counter() - begin, gb=usage.ru_maxrss * 1024 / 1e9)
+    return dict(
+        ms=ms, first=first, seconds=time.perf_counter() - begin, gb=usage.ru_maxrss * 1024 / 1e9
+    )
 
 
 def timed(code: str, folder: Path) -> float:
@@ -126,23 +142,49 @@ def timed(code: str, folder: Path) -> float:
 
 def training(start: list, resume: list, folder: Path, line: str) -> dict:
     run = watch(start, folder, line)
-    row = {"ms a step": statistics.median(run["ms"][1:STEPS]), "start s": run["first"], "GB": run["gb"]}
+    row = {
+        "ms a step": statistics.median(run["ms"][1:STEPS]),
+        "start s": run["first"],
+        "GB": run["gb"],
+    }
     return row | ({"resume s": watch(resume, folder, line)["first"]} if resume else {})
 
 
 def ours(folder: Path) -> dict:
-    command = [ROOT / "train.py", "--data_dir=shards", "--out_dir=out", f"--batch_size={B}", "--warmup_steps=1"]
+    command = [
+        ROOT / "train.py",
+        "--data_dir=shards",
+        "--out_dir=out",
+        f"--batch_size={B}",
+        "--warmup_steps=1",
+    ]
     command += [f"--total_batch_size={B * 1024}", "--report=False"]
     command += ["--eval_every=0", "--hellaswag_every=0", "--sample_every=0"]
     longer = [*command, f"--max_steps={STEPS + 1}", "--checkpoint_every=0", "--resume_anyway=True"]
-    return training([*command, f"--max_steps={STEPS}"], longer, folder, r"^step \d+/.* ([\d,]+) ms ")
+    return training(
+        [*command, f"--max_steps={STEPS}"], longer, folder, r"^step \d+/.* ([\d,]+) ms "
+    )
 
 
 def nanogpt(folder: Path) -> dict:
-    command = ["train.py", "--dataset=random", "--device=cpu", "--compile=False", f"--batch_size={B}", "--bias=True"]
-    command += ["--gradient_accumulation_steps=1", "--eval_iters=1", f"--max_iters={STEPS}", "--dtype=bfloat16"]
+    command = [
+        "train.py",
+        "--dataset=random",
+        "--device=cpu",
+        "--compile=False",
+        f"--batch_size={B}",
+        "--bias=True",
+    ]
+    command += [
+        "--gradient_accumulation_steps=1",
+        "--eval_iters=1",
+        f"--max_iters={STEPS}",
+        "--dtype=bfloat16",
+    ]
     resume = [*command, "--init_from=resume", "--eval_interval=1000"]
-    return training([*command, f"--eval_interval={STEPS}"], resume, folder, r"^iter \d+: .* time ([\d.]+)ms")
+    return training(
+        [*command, f"--eval_interval={STEPS}"], resume, folder, r"^iter \d+: .* time ([\d.]+)ms"
+    )
 
 
 def trainer(folder: Path) -> dict:
@@ -165,7 +207,9 @@ def round_of(peers: dict[str, Path], megabytes: float, folder: Path) -> dict[str
         for split in ("train", "val"):
             tokens.tofile(places[name] / f"data/random/{split}.bin")
     build = places["build-nanogpt"]
-    (build / "gpt.py").write_text((build / "train_gpt2.py").read_text().split("# simple launch:")[0])
+    (build / "gpt.py").write_text(
+        (build / "train_gpt2.py").read_text().split("# simple launch:")[0]
+    )
     (build / "edu_fineweb10B").mkdir()
     for split in ("train", "val"):
         np.save(build / f"edu_fineweb10B/{split}.npy", tokens)
@@ -198,12 +242,29 @@ def main(nanogpt: str, build_nanogpt: str, text: str, tasks: str) -> None:
             rounds.append(round_of(peers, megabytes, Path(folder)))
         print(json.dumps(rounds[-1]), file=sys.stderr)
     each = {name: {c: [r[name][c] for r in rounds] for c in row} for name, row in rounds[0].items()}
-    rows = {name: {c: statistics.median(v) for c, v in columns.items()} for name, columns in each.items()}
-    spread = {name: {c: [min(v), max(v)] for c, v in columns.items()} for name, columns in each.items()}
-    commits = {name: subprocess.getoutput(f"git -C {path} rev-parse --short HEAD") for name, path in peers.items()}
-    settings = dict(batch=B, steps=STEPS, rounds=ROUNDS, new_tokens=NEW, tasks=TASKS, megabytes=round(megabytes, 1))
+    rows = {
+        name: {c: statistics.median(v) for c, v in columns.items()}
+        for name, columns in each.items()
+    }
+    spread = {
+        name: {c: [min(v), max(v)] for c, v in columns.items()} for name, columns in each.items()
+    }
+    commits = {
+        name: subprocess.getoutput(f"git -C {path} rev-parse --short HEAD")
+        for name, path in peers.items()
+    }
+    settings = dict(
+        batch=B,
+        steps=STEPS,
+        rounds=ROUNDS,
+        new_tokens=NEW,
+        tasks=TASKS,
+        megabytes=round(megabytes, 1),
+    )
     result = dict(bench="peers", device=runtime.start("cpu").device_name(), torch=torch.__version__)
-    print(json.dumps(result | dict(settings=settings | commits, rows=rows, ratios={}, spread=spread)))
+    print(
+        json.dumps(result | dict(settings=settings | commits, rows=rows, ratios={}, spread=spread))
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""transformers' Trainer with its defaults on random tokens, GPT-2 124M: trainer.py FOLDER SEQUENCES STEPS [resume]"""
+"""transformers' Trainer with its defaults on random tokens, GPT-2 124M: trainer.py FOLDER SEQUENCES
+STEPS [resume]
+"""
 
 import sys
 import time
@@ -19,9 +21,13 @@ def main(folder: str, sequences: int, steps: int, resume: bool) -> None:
     tokens = torch.randint(50257, (sequences * (steps + 2), 1024))
     rows = [dict(input_ids=row, labels=row) for row in tokens]
     model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    options = dict(per_device_train_batch_size=sequences, max_steps=steps, save_steps=steps, report_to="none")
+    options = dict(
+        per_device_train_batch_size=sequences, max_steps=steps, save_steps=steps, report_to="none"
+    )
     arguments = TrainingArguments(folder, **options, disable_tqdm=True)
-    Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train(resume_from_checkpoint=resume)
+    Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train(
+        resume_from_checkpoint=resume
+    )
 
 
 if __name__ == "__main__":
