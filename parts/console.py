@@ -1,83 +1,115 @@
-"""What a terminal shows and which signals it sends: exit codes, lines, the progress bar, Ctrl-C,
+"""What a terminal shows, and which signals it sends: exit codes, lines, the progress bar, Ctrl-C,
 the profiler.
+
+A run says something in one of two ways, and both take a text: `print_lines` before and after
+training, `Console.line` during it, because a plain print would tear the progress bar.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
 
+# They could move a terminal's cursor or ring its bell. Tab, line feed and carriage return may stay.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def command(program: str) -> Iterator[None]:
-    """Decorates main of a script: what a person, a file or the machine got wrong is one line, and
-    exit code 2.
+    """Decorate the main of a script: a mistake of the user, or a fault of a file or of the machine,
+    becomes one line and exit code 2, without a traceback; Ctrl-C becomes exit code 130.
     """
-    with contextlib.suppress(AttributeError):  # stdout is no terminal, file or pipe
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a character that cannot be encoded must not end the program
+    # A character that the terminal cannot encode must not end the program. (What replaces stdout
+    # in a notebook may have no such method.)
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader has closed the pipe, like head; Python must not write to it at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        discard_stdout()
     except (ValueError, OSError, ImportError) as error:
-        if rank := int(os.environ.get("RANK", 0)):
-            time.sleep(
-                10
-            )  # a mistake of all ranks is said by the main one; then torchrun ends the others
-            error = f"(rank {rank}) {error}"
-        message = "\n".join(f"{program}: {line}" for line in str(error).strip().splitlines())
+        reason = str(error)
+        rank = int(os.environ.get("RANK", 0))
+        if rank > 0:
+            # All ranks usually fail for the same reason. Rank 0 reports it at once; then torchrun
+            # stops the others, before they report it too.
+            time.sleep(10)
+            reason = f"(rank {rank}) {reason}"
+        message = "\n".join(f"{program}: {line}" for line in reason.strip().splitlines())
         print(message, file=sys.stderr)
-        if file := os.environ.get(
-            "TORCHELASTIC_ERROR_FILE"
-        ):  # torchrun ends its own report with it
-            Path(file).write_text(json.dumps(dict(message=message, timestamp=time.time())))
+        # torchrun prints what is in this file at the end of its own report.
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if error_file:
+            Path(error_file).write_text(json.dumps(dict(message=message, timestamp=time.time())))
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def discard_stdout() -> None:
+    """Send all further output to the null device, once the reader of a pipe (such as head) has
+    closed it. Otherwise Python's own flush at exit would fail again.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+
 def print_lines(text: str) -> None:
-    """Print lines; a terminal gets them broken at words, with an indent."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    """Print lines; on a terminal, long ones are broken at words and indented."""
+    width = sys.maxsize
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
     style = dict(subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    print(*(fill(line, width, **style) for line in text.splitlines()), sep="\n", flush=True)
+    lines = [fill(line, width, **style) for line in text.splitlines()]
+    print("\n".join(lines), flush=True)
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: control characters, which move its cursor and ring its bell, become
-    U+FFFD.
-    """
-    return "".join(
-        "\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\r\t" else c for c in text
-    )
+    """The text for a terminal: control characters become U+FFFD."""
+    return CONTROL_CHARACTERS.sub("\ufffd", text)
+
+
+def plural(n: int, noun: str) -> str:
+    """plural(1, "thread") is "1 thread", plural(2, "thread") is "2 threads"."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {noun}s"
+
+
+# ---- A run ---------------------------------------------------------------------------------------
 
 
 class Console(contextlib.AbstractContextManager):
-    """A progress bar on a terminal, plain lines in a file, nothing on ranks above 0."""
+    """What a training run shows: a progress bar on a terminal, plain lines in a file or a pipe, and
+    nothing on ranks above 0.
+    """
+
+    BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
     def __init__(self, max_steps: int, start_step: int, log_every: int, is_main: bool):
         from tqdm import tqdm
 
-        self.max_steps, self.is_main = max_steps, is_main
+        self.max_steps = max_steps
+        self.is_main = is_main
         self.live = is_main and sys.stdout.isatty() and log_every > 0
-        form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(
             total=max_steps,
             initial=start_step,
-            bar_format=form,
+            bar_format=self.BAR,
             dynamic_ncols=True,
             disable=not self.live,
         )
@@ -86,53 +118,63 @@ class Console(contextlib.AbstractContextManager):
         self.bar.close()
 
     def line(self, text: str) -> None:
-        """Print what was done besides training. The bar's time left does not count it."""
+        """Print a line about something other than training, whose duration then does not count in
+        the bar's estimate of the time left.
+        """
         self.bar.set_postfix_str("", refresh=False)
         self.bar.unpause()
-        if self.is_main:
-            try:
-                self.bar.write(text) if self.live else print(text, flush=True)
-            except (
-                BrokenPipeError
-            ):  # the reader of a pipe is gone, but a checkpoint may still have to be saved
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not self.is_main:
+            return
+        try:
+            if self.live:
+                self.bar.write(text)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:
+            # Nobody reads any more, but a checkpoint may still have to be saved.
+            discard_stdout()
 
     def step(self, step: int, record: dict) -> None:
-        """Show one training record (the dict that goes to metrics.jsonl)."""
+        """Show one training record, the dict that goes to metrics.jsonl."""
         loss = f"loss {record['loss']:.4f}"
-        speed = f"{record['tokens_per_s']:,.0f} tok/s" + (
-            f" | mfu {record['mfu']:.1%}" if record["mfu"] else ""
-        )
+        speed = f"{record['tokens_per_s']:,.0f} tok/s"
+        if record["mfu"]:
+            speed += f" | mfu {record['mfu']:.1%}"
         self.bar.set_postfix_str(f"{loss} | {speed}", refresh=False)
-        if not self.live:
-            minutes = (self.max_steps - 1 - step) * record["ms"] / 60_000
-            update = (
-                f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {record['ms']:,.0f} ms"
-            )
-            self.line(
-                f"step {step:,}/{self.max_steps:,} | {loss} | {update} | {speed} | {minutes:.1f} min left"
-            )
+        if self.live:
+            return
+        minutes_left = (self.max_steps - 1 - step) * record["ms"] / 60_000
+        self.line(
+            f"step {step:,}/{self.max_steps:,} | {loss}"
+            f" | lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {record['ms']:,.0f} ms"
+            f" | {speed} | {minutes_left:.1f} min left"
+        )
 
 
 class StopSignal:
-    """While in use, a first signal asks the run to stop after its step; a second Ctrl-C stops it at
-    once.
+    """While in use, a first signal asks the run to stop after the current step; a second Ctrl-C
+    stops it at once. `received` is the number of the last signal, or 0.
     """
 
-    # Ctrl-C; from torchrun and most systems; from SLURM before the time limit (not on Windows)
-    NUMBERS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-    )
+    # SIGINT is Ctrl-C, SIGTERM comes from torchrun and most systems, and SIGUSR1 from SLURM before
+    # the time limit. Windows has no SIGUSR1.
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+    MESSAGE = b"\nstopping after this step, then saving; Ctrl-C again stops at once, unsaved\n"
 
     def __init__(self, is_main: bool):
-        self.is_main, self.received = is_main, 0  # received: the signal's number
+        self.is_main = is_main
+        self.received = 0
+        self.old_handlers = {}
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self.receive) for number in self.NUMBERS}
+        for name in self.NAMES:
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self.old_handlers[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
     def receive(self, number: int, _frame) -> None:
@@ -143,25 +185,25 @@ class StopSignal:
             # os.write, not print: the signal may have interrupted a print, and the reader may be
             # gone.
             with contextlib.suppress(OSError):
-                os.write(
-                    2,
-                    b"\nstopping after this step, then saving; Ctrl-C again stops at once, unsaved\n",
-                )
+                os.write(2, self.MESSAGE)
 
 
 def profiler(out_dir: Path, steps: int, machine) -> contextlib.AbstractContextManager:
-    """On the main rank, after two steps of warm-up: profile.txt (operators by time), trace.json
-    (ui.perfetto.dev).
+    """A torch profiler of `steps` steps on the main rank, after two steps of warm-up; no profiler
+    if there are none.
+
+    It writes profile.txt (operators by their time) and trace.json (for ui.perfetto.dev) to out_dir.
     """
-    if not (steps and machine.is_main):
+    if not steps or not machine.is_main:
         return contextlib.nullcontext()
     import torch
 
+    kind = "device" if machine.device.type == "cuda" else "cpu"
+
     def write(profile) -> None:
-        order = f"self_{'device' if machine.device.type == 'cuda' else 'cpu'}_time_total"
-        (out_dir / "profile.txt").write_text(
-            profile.key_averages().table(sort_by=order, row_limit=30)
-        )
+        averages = profile.key_averages()
+        table = averages.table(sort_by=f"self_{kind}_time_total", row_limit=30)
+        (out_dir / "profile.txt").write_text(table)
         profile.export_chrome_trace(str(out_dir / "trace.json"))
 
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
