@@ -1,12 +1,12 @@
-"""A small GPT from scratch on any text, in any language or script: prose, code, DNA.
+"""Train a small GPT from scratch on any text, in any language or script: prose, code, DNA.
 
     python prepare.py my_texts/ --out shards/anytext --tokenizer 2048
     python train.py config/anytext.py
-    python sample.py --model out/anytext -p "..."
+    python sample.py --model out/anytext -p "Once upon a time"
 
-The vocabulary is learned from the text, so a token is several bytes in every script. 2,048 tokens
-suit a megabyte or two; take more for more text. The best checkpoint is kept. Runs with different
-vocabularies compare in bits a byte.
+prepare.py learns the vocabulary from the text, so a token is several bytes long in every script.
+2,048 tokens suit a megabyte or two of text; use more for more text. The checkpoint with the lowest
+validation loss is kept. To compare runs with different vocabularies, use bits a byte (val_bpb).
 """
 
 data_dir = "shards/anytext"
@@ -24,7 +24,7 @@ total_batch_size = batch_size * block_size
 optimizer = "muon"
 learning_rate = 4e-3  # of embeddings, biases and norms
 muon_learning_rate = 1e-2
-muon_momentum = 0.9  # a short run: average over fewer steps than 0.95 does
+muon_momentum = 0.9  # the run is short: average over fewer steps than 0.95 does
 min_lr = 0.0
 warmup_steps = 50
 max_steps = 800  # 1.6M tokens, about 5 MB of text

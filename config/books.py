@@ -1,10 +1,12 @@
 """A GPT-2 of 18M parameters from English books, in about two hours on 2 CPU cores.
 
-    python prepare.py books/ --out shards/books        a folder of text, parquet or JSON lines; GPT-2's tokens
+    python prepare.py books/ --out shards/books
     python train.py config/books.py
     python sample.py --model out/books -p "It was a dark night, and"
 
-results/books is this run on 830 books of Project Gutenberg (85M tokens, of which it saw a seventh).
+books/ is a folder of text, parquet or JSON lines, which prepare.py turns into GPT-2's tokens.
+results/books is this run on 874 books of Project Gutenberg: 85M training tokens, of which it saw a
+seventh.
 """
 
 data_dir = "shards/books"
@@ -21,7 +23,7 @@ total_batch_size = batch_size * block_size
 optimizer = "muon"
 learning_rate = 4e-3  # of embeddings, biases and norms
 muon_learning_rate = 1e-2
-muon_momentum = 0.9  # a short run: average over fewer steps than 0.95 does
+muon_momentum = 0.9  # the run is short: average over fewer steps than 0.95 does
 min_lr = 0.0
 warmup_steps = 100
 max_steps = 3_000

@@ -5,7 +5,7 @@
 Shards: as for config/gpt2_medium.py.
 
 The arithmetic:
-    8 sequences x 1024 tokens x 8 GPUs x 16 micro-steps = 1,048,576 tokens a step (GPT-3's 1M at this size)
+    8 sequences x 1024 tokens x 8 GPUs x 16 micro-steps = 1,048,576 tokens a step, GPT-3's 1M
     28,610 steps x 1,048,576 tokens                     = 30.0B tokens
     10.3 GFLOPs a token x 30B tokens                    = 3.1e20 FLOPs
     At 50 % of an H100's 989 TFLOP/s: 48k tokens/s each, 22 hours on 8 (estimated, not measured).
@@ -17,10 +17,10 @@ out_dir = "out/gpt2_xl"
 n_layer = 48
 n_head = 25
 n_embd = 1600
-batch_size = 8  # for 80 GB (estimated); lower it when memory runs out
+batch_size = 8  # fits into 80 GB (estimated); lower it when memory runs out
 total_batch_size = 1_048_576
 
-# GPT-3's learning rate for this size; the warm-up has as many tokens as at the other sizes.
+# GPT-3's learning rate for this size. The warm-up has as many tokens as at the other sizes.
 learning_rate = 2e-4
 min_lr = learning_rate / 10
 warmup_steps = 358

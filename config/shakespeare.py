@@ -1,12 +1,14 @@
-"""A small GPT from scratch on the works of Shakespeare, one token a byte.
+r"""Train a small GPT from scratch on Shakespeare, one token a byte.
 
-    python prepare.py tinyshakespeare.txt --out shards/shakespeare --tokenizer bytes --val_fraction
-    0.1 python train.py config/shakespeare.py python sample.py --model out/shakespeare -p "ROMEO:"
-    -m 300
+    python prepare.py tinyshakespeare.txt --out shards/shakespeare --tokenizer bytes \
+        --val_fraction 0.1
+    python train.py config/shakespeare.py
+    python sample.py --model out/shakespeare -p "ROMEO:" -m 300
 
-Any text file works; the usual one is char-rnn's tinyshakespeare.txt, 1.1 MB. The run sees each byte
-five times, takes 15 minutes on 2 CPU cores, and ends at a validation loss of 1.64 nats a byte. The
-best checkpoint is kept.
+tinyshakespeare.txt is data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn (README.md has
+a command that fetches it); any other text file works too. The run sees each of its 1.1 MB five
+times, takes 15 minutes on 2 CPU cores, and ends at a validation loss of 1.64 nats a byte
+(results/shakespeare). The checkpoint with the lowest validation loss is kept.
 """
 
 data_dir = "shards/shakespeare"
@@ -17,7 +19,6 @@ n_head = 3
 n_embd = 192
 block_size = 128
 dropout = 0.1
-flash = False  # at this size, bf16 on a CPU is faster with the (T, T) matrix in memory
 
 batch_size = 8
 total_batch_size = batch_size * block_size
@@ -31,7 +32,7 @@ beta2 = 0.99  # small batches are noisy: average over more steps
 log_every = 50
 eval_every = 500
 hellaswag_every = 0
-eval_tokens = 1_000_000  # more than there are: all
+eval_tokens = 1_000_000  # more than the text has, so all of them
 checkpoint_every = 500
 sample_every = 1_000
 sample_prompt = "ROMEO:"
