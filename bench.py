@@ -31,6 +31,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -458,7 +459,23 @@ def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
 
 # ---- plan: a run on paper. FLOPs, bytes and messages are counted; docs/scale.md has the sources and what is assumed --
 
-EFFICIENCY = 0.8  # of the rates in runtime.GPUS and PEAK_FLOPS: assumed
+class Gpu(NamedTuple):
+    """A GPU in its data sheet; runtime.PEAK_FLOPS has its FLOP/s."""
+
+    memory: float  # bytes
+    memory_rate: float  # bytes/s
+    link: float  # bytes/s one way to the machine's other GPUs: NVLink; for the RTX 4090, PCIe
+    network: float  # bytes/s between machines, for all GPUs of one
+    dollars: float  # an hour
+
+
+GPUS = {
+    "A100": Gpu(80e9, 2.04e12, 300e9, 200e9, 1.75),
+    "H100": Gpu(80e9, 3.35e12, 450e9, 400e9, 3.00),
+    "RTX 4090": Gpu(24e9, 1.01e12, 32e9, 12.5e9, 0.34),
+}
+
+EFFICIENCY = 0.8  # of the rates in GPUS and PEAK_FLOPS: assumed
 CHANNEL, LOGIT, WEIGHT, UPDATE = (
     246,
     10,
@@ -486,7 +503,7 @@ def plan(
     1 is all of it.
     """
     config, size, T = model.config, model.num_params(), model.config.block_size
-    memory_rate, link, own_network = (EFFICIENCY * rate for rate in runtime.GPUS[gpu][1:4])
+    memory_rate, link, own_network = (EFFICIENCY * rate for rate in GPUS[gpu][1:4])
 
     # A micro-step: what it computes and moves for each token, and what it moves for each parameter.
     moved = CHANNEL * config.n_layer * config.n_embd + LOGIT * config.padded_vocab_size
@@ -522,7 +539,7 @@ def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
         arguments.block_size,
         arguments.batch_tokens,
     )
-    gpu, shape, rows = runtime.GPUS[arguments.gpu], SIZES[arguments.model], {}
+    gpu, shape, rows = GPUS[arguments.gpu], SIZES[arguments.model], {}
     with torch.device("meta"):
         model = GPT(GPTConfig(block_size=T, **shape))
     negative = min(N, per_node, batch, arguments.tokens) < 1 or arguments.network < 0
@@ -629,7 +646,7 @@ OPTIONS = {  # the benches that have it, what it is, what argparse must know of 
     ),
     "--steps": (STEPS, "steps that are timed, in a round", dict(default=3, type=int)),
     "--gpus": (["plan"], "how many", dict(default=8, type=int)),
-    "--gpu": (["plan"], "which", dict(default="H100", choices=runtime.GPUS)),
+    "--gpu": (["plan"], "which", dict(default="H100", choices=GPUS)),
     "--gpus_per_node": (["plan"], "in a machine", dict(default=8, type=int)),
     "--network": (
         ["plan"],

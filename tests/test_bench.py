@@ -18,7 +18,6 @@ import torch
 import bench
 import model as gpt
 import train
-from parts import runtime
 
 TINY = "--batch_size 1 --block_size 8 --steps 1 --dtype fp32".split()
 
@@ -226,7 +225,7 @@ def test_hours_are_those_of_the_recipe(capsys, counted, gpu):
     assert set(hours) == {"1", "8"}
     assert {n: rows[f"1 x {n}"]["hours"] for n in hours} == pytest.approx(hours, rel=0.15)
     assert rows["1 x 8"]["dollars"] == pytest.approx(
-        8 * runtime.GPUS[gpu].dollars * rows["1 x 8"]["hours"]
+        8 * bench.GPUS[gpu].dollars * rows["1 x 8"]["hours"]
     )
 
 
