@@ -1,15 +1,19 @@
-# The two commands of a newcomer. Both need only Python 3.10 or newer, and a way to get packages.
+# Run `make` alone to see these commands. They need Python 3.10 or newer and access to Python packages.
 #
-#     make quickstart      a small GPT learns Python on this machine in a few minutes, then writes some
-#     make test            the test suite
-#     make torture         the long tests: runs that are killed, restarted and cut off, many times
-#     make clean           removes .venv, and nothing that was trained
+#     make quickstart      # a small GPT learns Python in a few minutes on this machine, then writes some
+#     make install         # creates .venv and installs requirements.txt into it
+#     make test            # runs the tests
+#     make torture         # runs the long tests: runs that are killed, restarted and cut off many times
+#     make clean           # removes .venv, and nothing that was trained
 
 PYTHON ?= python3
 BIN := .venv/bin
 STDLIB = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
-.PHONY: quickstart test torture clean
+.PHONY: help quickstart install test torture clean
+
+help:
+	@sed -n 's/^#     //p' Makefile
 
 quickstart: $(BIN)/installed
 	@echo "== 1/3  shards: the source of Python's standard library, in 4,096 tokens learned from it"
@@ -18,12 +22,18 @@ quickstart: $(BIN)/installed
 	@echo "== 2/3  training: config/quickstart.py"
 	@$(BIN)/python train.py config/quickstart.py
 	@echo "== 3/3  what it writes after 'def main(', 'class Queue:' and 'import os, sys'"
-	@$(BIN)/python sample.py --model out/quickstart -p "def main(" -p "class Queue:" -p "import os, sys" -m 200 --temperature 0.8 --top_p 0.9
-	@echo "== next, after: source .venv/bin/activate"
-	@echo "python sample.py --web                    http://127.0.0.1:8124: watch how it learned"
-	@echo "python sample.py 'class Stack:' -n 3      it goes on from a text of yours"
-	@echo "python prepare.py TEXTS --out shards/anytext --tokenizer 2048"
-	@echo "python train.py config/anytext.py         the same with other texts, any script"
+	@$(BIN)/python sample.py --model out/quickstart -p "def main(" -p "class Queue:" -p "import os, sys" \
+		-m 200 --temperature 0.8 --top_p 0.9
+	@echo "== next:"
+	@echo "source .venv/bin/activate"
+	@echo "python sample.py 'class Stack:' -n 3      # continue a text of your own"
+	@echo "python sample.py --web                    # open http://127.0.0.1:8124 and see how it learned"
+	@echo "# the same with a folder of your own texts, in any language:"
+	@echo "python prepare.py my_texts/ --out shards/anytext --tokenizer 2048"
+	@echo "python train.py config/anytext.py"
+
+install: $(BIN)/installed
+	@echo "== installed; next: source .venv/bin/activate"
 
 test: $(BIN)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
