@@ -1,19 +1,18 @@
-"""Measured speed. Each figure comes from the functions that the scripts themselves call, and from
-interleaved rounds.
+"""Measure speed, with the functions that the commands themselves call.
 
-    python bench.py tokenize text.parquet --workers 8      files to shards, against tiktoken alone in as many processes
-    python bench.py hellaswag --data tasks.jsonl           the score's batches against one task at a time
-    python bench.py sample --batch 32                      generation against transformers'
-    python bench.py train --batch_size 8                   a training step against transformers', and what it waits for
-    python bench.py ladder                                 what each of a step's speed-ups brings, one after the other
-    python bench.py choices --size quickstart --batch_size 16 --block_size 128     what auto chooses, against the rest
-    python bench.py memory                                 which batch of which GPT-2 fits into which GPU, counted
-    python bench.py plan --gpus 64 --model gpt2-xl         a run on paper: time, cost, what saturates first
-    python bench.py show results/cpu/ladder.json           the table of a result printed with --json
+    python bench.py tokenize text.parquet --workers 8  # files to shards, against tiktoken alone
+    python bench.py hellaswag --data tasks.jsonl  # batches of tasks, against one task at a time
+    python bench.py sample --batch 32  # generation, against transformers
+    python bench.py train --batch_size 8  # a training step, against transformers
+    python bench.py ladder  # what each speed-up of a step brings, one after the other
+    python bench.py choices --size quickstart  # what auto chooses, against the other choices
+    python bench.py memory  # which batch of which GPT-2 fits into which GPU, counted
+    python bench.py plan --gpus 64 --model gpt2-xl  # time and cost of a run, calculated
+    python bench.py show results/cpu/ladder.json  # the table of a result printed with --json
 
 A result has bench, device, torch, settings, rows {name: {column: figure}} and ratios {name: times
-the baseline}, all of them medians of the rounds. The row of a run that failed, as one that is out
-of memory, is null.
+the baseline}. Measured figures are medians of rounds. The row of a run that failed, for example
+because memory ran out, is null.
 """
 
 import argparse
@@ -27,7 +26,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -41,19 +39,26 @@ import torch.nn.functional as F
 import hellaswag
 import train
 from model import GPT, SIZES, GPTConfig
-from parts import auto, data, inference, runtime
-from parts import loss as head
-from parts.auto import prepare_for_inference
+from parts import auto, data, inference, loss, runtime
+from parts.auto import Arithmetic, prepare_for_inference
 from parts.console import command
-from parts.documents import documents_of
-from parts.metrics import of_kind, read_metrics
+from parts.documents import read_documents
+from parts.metrics import read_metrics, select
 from parts.runtime import Runtime
-from parts.sharding import START_METHOD, available_cpus, pieces_of, shard_files, tokenising
+from parts.sharding import (
+    START_METHOD,
+    available_cpus,
+    shard_files,
+    split_into_pieces,
+    start_workers,
+)
 from parts.tokenizer import get_tokenizer
 
+# ---- Measuring -----------------------------------------------------------------------------------
 
-def rate(n: float, machine: Runtime, work: Callable, *arguments, **options) -> float:
-    """How many a second, if this call of `work` does n of them."""
+
+def measure_rate(n: float, machine: Runtime, work: Callable, *arguments, **options) -> float:
+    """Call work(*arguments, **options), which does n of something. Return how many a second."""
     machine.synchronize()
     begin = time.perf_counter()
     work(*arguments, **options)
@@ -61,111 +66,171 @@ def rate(n: float, machine: Runtime, work: Callable, *arguments, **options) -> f
     return n / (time.perf_counter() - begin)
 
 
-def interleaved(runs: dict[str, Callable[[], dict]], rounds: int, baseline: str) -> dict:
-    """Rows and ratios of runs that return {column: figure}. Each round has every run, so a busy
-    minute meets all.
+def measure_in_rounds(
+    runs: dict[str, Callable[[], dict[str, float]]], rounds: int, baseline: str
+) -> dict:
+    """Call each run once a round. Return {"rows": medians, "ratios": medians of the first column's
+    ratio to the baseline}.
 
-    Ratios are those of the first column. Nothing warms up, as the median of three rounds leaves out
-    a slow first one. A run that fails costs no other its figures. ValueError if all fail.
+    runs: name -> a function that returns {column: figure}.
+
+    Runs are interleaved, so a slow minute affects all of them. There is no warm-up: the median of
+    three rounds leaves out a slow first one. A failing run does not spoil the others.
+    Raises ValueError if all of them fail.
     """
-    found = {name: [] for name in runs}
+    measured = {name: [] for name in runs}  # one entry a round; None where the run failed
+    message = ""
     for _ in range(max(1, rounds)):
         for name, run in runs.items():
             try:
-                found[name].append(run())
-                said = "  ".join(
-                    f"{column} {value:,.2f}" for column, value in found[name][-1].items()
-                )
-            except (
-                Exception
-            ) as error:  # out of memory in most cases, but also a compiler that is not there
-                found[name].append(None)
-                said = f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
-            print(f"{name:32} {said}", file=sys.stderr)
-    rows, ratios = dict.fromkeys(runs), {}
-    for name, each in found.items():
-        if None not in each:
-            rows[name] = {
-                column: statistics.median(row[column] for row in each) for column in each[0]
-            }
-            if None not in found[baseline]:
-                (speed, *_), pairs = each[0], zip(each, found[baseline])
-                ratios[name] = statistics.median(
-                    ours[speed] / theirs[speed] for ours, theirs in pairs
-                )
+                row = run()
+                message = "  ".join(f"{column} {value:,.2f}" for column, value in row.items())
+            except Exception as error:
+                # In most cases it is out of memory; a compiler may also be missing.
+                row = None
+                message = f"{type(error).__name__}: {first_line(str(error))}"
+            measured[name].append(row)
+            print(f"{name:32} {message}", file=sys.stderr)
+
+    rows = {}
+    ratios = {}
+    for name, entries in measured.items():
+        if None in entries:
+            rows[name] = None
+            continue
+        columns = list(entries[0])
+        rows[name] = {}
+        for column in columns:
+            rows[name][column] = statistics.median(entry[column] for entry in entries)
+        if None not in measured[baseline]:
+            speed = columns[0]
+            pairs = zip(entries, measured[baseline])
+            ratios[name] = statistics.median(ours[speed] / base[speed] for ours, base in pairs)
     if not any(rows.values()):
-        raise ValueError(f"nothing could be measured: {said}")
-    return dict(rows=rows, ratios=ratios)
+        raise ValueError(f"nothing could be measured: {message}")
+    return {"rows": rows, "ratios": ratios}
 
 
-def texts_of(files: list[Path]) -> list[str]:
-    return [
-        t.decode(errors="replace") for piece in pieces_of(documents_of(files)) for _, _, t in piece
-    ]
+def first_line(text: str) -> str:
+    lines = text.splitlines()
+    return lines[0] if lines else "?"
 
 
-def plain_tiktoken(files: list[Path]) -> float:
-    """Seconds of a loop over texts in memory, with nothing but tiktoken in it."""
-    texts, encoding = texts_of(files), get_tokenizer("gpt2").encoding
+# ---- tokenize ------------------------------------------------------------------------------------
+
+
+def bench_tokenize(arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """Text to shards, against tiktoken alone in as many processes."""
+    files = [Path(path) for path in arguments.files]
+    if not files:
+        library = Path(sysconfig.get_path("stdlib"))
+        files = sorted(library.glob("*.py"))
+    if not arguments.workers:
+        arguments.workers = available_cpus()
+    workers = arguments.workers
+    megabytes = sum(len(text.encode()) for text in read_texts(files)) / 1e6
+
+    def run_tiktoken() -> dict:
+        with multiprocessing.get_context(START_METHOD).Pool(workers) as pool:
+            seconds = pool.map(time_tiktoken, [files] * workers, chunksize=1)
+        return {"MB/s": workers * megabytes / statistics.mean(seconds)}
+
+    def make_shards() -> dict:
+        # The start of the workers is not measured. Writing is, to the disk (fsync).
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            start_workers("gpt2", workers) as tokenise_all,
+        ):
+            tokenizer = get_tokenizer("gpt2")
+            out = Path(folder, "bench")
+            begin = time.perf_counter()
+            rows = shard_files(files, out, tokenise_all, tokenizer, {"train": 100_000_000})
+            seconds = time.perf_counter() - begin
+        n_tokens = sum(row["tokens"] for row in rows["train"])
+        return {"MB/s": megabytes / seconds, "tokens/s": n_tokens / seconds}
+
+    unit = "process" if workers == 1 else "processes"
+    baseline = f"tiktoken alone, {workers} {unit}"
+    runs = {baseline: run_tiktoken, f"shards, {workers} workers": make_shards}
+    return measure_in_rounds(runs, arguments.rounds, baseline)
+
+
+def time_tiktoken(files: list[Path]) -> float:
+    """Seconds of a loop over texts in memory that does nothing but call tiktoken."""
+    texts = read_texts(files)
+    encoding = get_tokenizer("gpt2").encoding
     begin = time.perf_counter()
     for text in texts:
         encoding.encode_to_numpy(text, disallowed_special=())
     return time.perf_counter() - begin
 
 
-def bench_tokenize(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """Text to shards, against tiktoken alone in as many processes."""
-    files = [Path(path) for path in arguments.files] or sorted(
-        Path(sysconfig.get_path("stdlib")).glob("*.py")
-    )
-    workers = arguments.workers = arguments.workers or available_cpus()
-    megabytes = sum(len(text.encode()) for text in texts_of(files)) / 1e6
+def read_texts(files: list[Path]) -> list[str]:
+    """The text of the files, in the segments that a worker tokenises."""
+    texts = []
+    for piece in split_into_pieces(read_documents(files)):
+        for segment in piece:
+            texts.append(segment.text.decode(errors="replace"))
+    return texts
 
-    def side_by_side() -> dict:
-        with multiprocessing.get_context(START_METHOD).Pool(workers) as pool:
-            return {
-                "MB/s": workers
-                * megabytes
-                / statistics.mean(pool.map(plain_tiktoken, [files] * workers, 1))
-            }
 
-    def shards() -> dict:  # fsynced; the start of the workers is not counted
-        with tempfile.TemporaryDirectory() as folder, tokenising("gpt2", workers) as tokenise_all:
-            out, tokenizer, begin = (
-                Path(folder) / "bench",
-                get_tokenizer("gpt2"),
-                time.perf_counter(),
-            )
-            rows = shard_files(files, out, tokenise_all, tokenizer, {"train": 100_000_000})
-            seconds = time.perf_counter() - begin
-        return {
-            "MB/s": megabytes / seconds,
-            "tokens/s": sum(row["tokens"] for row in rows["train"]) / seconds,
-        }
+# ---- hellaswag -----------------------------------------------------------------------------------
 
-    alone = f"tiktoken alone, {workers} process{'es' * (workers > 1)}"
-    return interleaved(
-        {alone: side_by_side, f"shards, {workers} workers": shards}, arguments.rounds, alone
-    )
+
+def bench_hellaswag(arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """Score tasks in batches, against one task at a time. The model is an untrained GPT-2 124M,
+    which is as fast as a trained one.
+    """
+    tokenizer = get_tokenizer("gpt2")
+    model = GPT(GPTConfig()).to(machine.device).eval()
+    prepared = prepare_for_inference(copy.deepcopy(model), machine, arguments.dtype, rows=1024)
+    print(prepared.note, file=sys.stderr)
+    tasks = hellaswag.examples(arguments.data, arguments.limit)
+    # About 40 tasks are enough for the slow way.
+    subset = tasks[:: max(1, len(tasks) // 40)]
+    rendered = [hellaswag.render(task, tokenizer, 1024) for task in subset]
+
+    def score_in_batches() -> dict:
+        speed = measure_rate(
+            len(tasks),
+            machine,
+            hellaswag.evaluate,
+            prepared.model,
+            tokenizer,
+            machine,
+            tasks,
+            dtype=prepared.dtype,
+        )
+        return {"tasks/s": speed}
+
+    def score_singly() -> dict:
+        speed = measure_rate(
+            len(rendered), machine, score_one_at_a_time, model, rendered, machine, prepared.dtype
+        )
+        return {"tasks/s": speed}
+
+    runs = {"in batches": score_in_batches, "one at a time": score_singly}
+    return measure_in_rounds(runs, arguments.rounds, "one at a time")
 
 
 @torch.no_grad()
-def one_at_a_time(model: GPT, tasks: list[hellaswag.Rendered], machine: Runtime) -> None:
-    """Four rows, each with the context, padded at the right; logits and losses of every token; one
-    task at a time.
+def score_one_at_a_time(
+    model: GPT, tasks: list[hellaswag.Rendered], machine: Runtime, dtype: torch.dtype
+) -> None:
+    """Score each task by itself, as four rows of context and ending, padded at the right. Logits
+    and losses are computed for every token.
     """
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     for task in tasks:
-        rows = [
-            torch.from_numpy(np.concatenate([task.context, ending]).astype(np.int64))
-            for ending in task.endings
-        ]
-        idx, targets = (
-            pad(rows).to(machine.device),
-            pad(rows, padding_value=-100).to(machine.device),
-        )  # (4, T)
-        targets[:, : len(task.context)] = -100  # cross_entropy leaves it out
-        with machine.autocast():
+        rows = []
+        for ending in task.endings:
+            tokens = np.concatenate([task.context, ending]).astype(np.int64)
+            rows.append(torch.from_numpy(tokens))
+        idx = pad(rows).to(machine.device)  # (4, T)
+        # cross_entropy ignores targets of -100: the padding, and the context.
+        targets = pad(rows, padding_value=-100).to(machine.device)
+        targets[:, : len(task.context)] = -100
+        with machine.autocast(dtype):
             logits = model(idx)[:, :-1]
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(), targets[:, 1:].flatten(), reduction="none"
@@ -173,51 +238,63 @@ def one_at_a_time(model: GPT, tasks: list[hellaswag.Rendered], machine: Runtime)
         losses.view(4, -1).sum(dim=1).tolist()
 
 
-def bench_hellaswag(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """The score's batches against one task at a time, by an untrained GPT-2 124M, which is as
-    fast.
-    """
-    tokenizer, model = get_tokenizer("gpt2"), GPT(GPTConfig()).to(machine.device).eval()
-    packed, machine, why = prepare_for_inference(
-        copy.deepcopy(model), machine, arguments.dtype, rows=1024
-    )
-    print(why, file=sys.stderr)
-    tasks = hellaswag.examples(arguments.data, arguments.limit)
-    some = [hellaswag.render(task, tokenizer, 1024) for task in tasks[:: max(1, len(tasks) // 40)]]
-
-    score = functools.partial(hellaswag.evaluate, packed, tokenizer, machine, tasks)
-    runs = {"in batches": lambda: {"tasks/s": rate(len(tasks), machine, score)}}
-    runs["one at a time"] = lambda: {
-        "tasks/s": rate(len(some), machine, one_at_a_time, model, some, machine)
-    }
-    return interleaved(runs, arguments.rounds, "one at a time")
+# ---- sample --------------------------------------------------------------------------------------
 
 
 def bench_sample(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """Greedy generation by an untrained GPT-2 124M after 16 tokens, against transformers'."""
-    ours, machine, why = prepare_for_inference(
-        GPT(GPTConfig()).eval(), machine, arguments.dtype, rows=arguments.batch
-    )
-    print(why, file=sys.stderr)
-    theirs = gpt2_of_transformers(1024, **SIZES["gpt2"]).to(machine.device, machine.dtype).eval()
-    B, n = arguments.batch, arguments.max_tokens
+    """Greedy generation after 16 tokens, against transformers, by an untrained GPT-2 124M."""
+    B = arguments.batch
+    n_new = arguments.max_tokens
+    prepared = prepare_for_inference(GPT(GPTConfig()).eval(), machine, arguments.dtype, rows=B)
+    print(prepared.note, file=sys.stderr)
+    theirs = build_transformers_gpt2(1024, SIZES["gpt2"]).to(machine.device, prepared.dtype).eval()
     idx = torch.randint(50257, (B, 16), device=machine.device)
-    greedy = dict(
-        max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None
-    )
-    write_ours = functools.partial(inference.generate, ours, idx.tolist(), n, temperature=0)
-    runs = {"ours": lambda: {"tokens/s": rate(B * n, machine, write_ours)}}
-    runs["transformers"] = lambda: {
-        "tokens/s": rate(B * n, machine, theirs.generate, idx, **greedy)
+    prompts = idx.tolist()
+
+    def generate() -> None:
+        inference.generate(prepared.model, prompts, n_new, temperature=0)
+
+    def generate_by_transformers() -> None:
+        theirs.generate(
+            idx,
+            max_new_tokens=n_new,
+            min_new_tokens=n_new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+
+    runs = {
+        "ours": lambda: {"tokens/s": measure_rate(B * n_new, machine, generate)},
+        "transformers": lambda: {
+            "tokens/s": measure_rate(B * n_new, machine, generate_by_transformers)
+        },
     }
-    return interleaved(runs, arguments.rounds, "transformers")
+    return measure_in_rounds(runs, arguments.rounds, "transformers")
 
 
-# ---- train and ladder: steps of train.py itself, each run a process of its own -------------------
+def build_transformers_gpt2(block_size: int, shape: dict) -> torch.nn.Module:
+    """transformers' GPT-2 without dropout, untrained. shape: n_layer, n_head, n_embd."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "gpt2",
+        n_positions=block_size,
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        n_embd=shape["n_embd"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+# ---- train, ladder and choices: each run is a process that runs train.py -------------------------
 
 SHAPES = SIZES | {"quickstart": dict(n_layer=3, n_head=2, n_embd=128)}
 
-# The lecture's order. Each rung keeps the settings of those below it.
+# The order of "Let's reproduce GPT-2 (124M)". Each rung keeps the settings of those below it.
 LADDER = {
     "float32": dict(
         dtype="fp32", tf32=False, compile=False, flash=False, pad_vocab=False, fused=False
@@ -232,61 +309,151 @@ LADDER = {
 }
 
 
-def steps_of_train(arguments: argparse.Namespace, accumulate: int = 1, **settings) -> dict:
-    """`python train.py` with these settings on random tokens: medians over its steps but the
-    first.
-    """
-    B, T, n_steps = arguments.batch_size, arguments.block_size, 1 + arguments.steps
-    total = B * T * accumulate
-    settings = (
-        dict(eval_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0, report=False)
-        | settings
-    )
-    settings |= dict(
-        batch_size=B, block_size=T, total_batch_size=total, max_steps=n_steps, warmup_steps=0
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = "bytes" if arguments.size == "quickstart" else "gpt2"
-        tokens = np.random.default_rng(0).integers(
-            0, 256, (total + B * T) * (n_steps + 1), dtype=np.uint16
+def bench_train(arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """A training step, and how long it waits for data and checkpoints, against transformers."""
+    arithmetic = choose_as_train_does(arguments, machine)
+
+    def measure_theirs(dtype: torch.dtype, compiled: bool) -> dict:
+        # A new process has torch's own settings of malloc, and returns all its memory at its end.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            job = pool.submit(measure_transformers, arguments, machine, dtype, compiled)
+            return job.result()
+
+    ours = functools.partial(measure_train, arguments, dtype=arithmetic.dtype)
+    theirs = functools.partial(measure_theirs, arithmetic.torch_dtype)
+    runs = {
+        "ours": functools.partial(ours, compile=False),
+        "ours, saving": functools.partial(ours, compile=False, checkpoint_every=arguments.steps),
+        "transformers": functools.partial(theirs, compiled=False),
+    }
+    if arguments.compile:
+        runs["ours, compiled"] = functools.partial(ours, compile=True)
+        runs["transformers, compiled"] = functools.partial(theirs, compiled=True)
+    if arguments.fp32:
+        runs["transformers, float32"] = functools.partial(
+            measure_theirs, torch.float32, compiled=False
         )
-        data.write_shard(Path(folder, "tokens_train_000001.bin"), tokens)
-        Path(folder, "meta.json").write_text(json.dumps(dict(tokenizer=tokenizer)))
-        settings |= (
-            dict(data_dir=folder, out_dir=folder, device=arguments.device) | SHAPES[arguments.size]
-        )
-        command = [
-            sys.executable,
-            train.__file__,
-            *(f"--{name}={value}" for name, value in settings.items()),
-        ]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise ValueError(
-                f"train.py ended with {run.returncode}: {(run.stderr.splitlines() or ['?'])[-1]}"
+    result = measure_in_rounds(runs, arguments.rounds, "transformers")
+    add_matmul_share(result["rows"], arguments, machine, arithmetic.torch_dtype)
+    return result
+
+
+def bench_ladder(arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """The same training step with one speed-up after the other."""
+    arithmetic = choose_as_train_does(arguments, machine)
+    settings = {}
+    runs = {}
+    for name, changes in LADDER.items():
+        settings = settings | changes
+        if name == "TF32" and machine.device.type != "cuda":
+            continue
+        runs[name] = functools.partial(measure_train, arguments, **settings)
+    result = measure_in_rounds(runs, arguments.rounds, "float32")
+    add_matmul_share(result["rows"], arguments, machine, arithmetic.torch_dtype)
+    return result
+
+
+def bench_choices(arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """The four ways to compute a step on a CPU. The baseline is the one that train.py chooses."""
+    chosen = choose_as_train_does(arguments, machine)
+    runs = {}
+    for dtype in ("fp32", "bf16"):
+        for flash in (True, False):
+            way = Arithmetic(dtype, flash, threads=None, compile=False)
+            runs[str(way)] = functools.partial(
+                measure_train, arguments, dtype=dtype, flash=flash, compile=False
             )
-        steps = of_kind(read_metrics(Path(folder, "metrics.jsonl")), "train")[1:]
-    ms, waits = (
-        statistics.median(step["ms"] for step in steps),
-        [step["waited_ms"] for step in steps],
-    )
-    figures = {"tokens/s": 1000 * total / ms, "ms": ms, "GB": steps[-1]["memory_gb"] or 0}
-    return figures | {"wait ms": statistics.median(waits), "max wait ms": max(waits)}
+    return measure_in_rounds(runs, arguments.rounds, str(chosen))
 
 
-def steps_of_transformers(
+def choose_as_train_does(arguments: argparse.Namespace, machine: Runtime) -> Arithmetic:
+    """What train.py chooses in a run that is long enough for a race. Sets arguments.dtype to it, so
+    that the result names it.
+    """
+    shape = SHAPES[arguments.size]
+    T = arguments.block_size
+    config = train.TrainConfig(**shape, block_size=T, dtype=arguments.dtype, compile=False)
+    vocab_size = 257 if arguments.size == "quickstart" else 50257
+    model = GPT(GPTConfig(vocab_size=vocab_size, block_size=T, **shape))
+    arithmetic, why = auto.choose_arithmetic(config, model, machine, saved={})
+    print(why, file=sys.stderr)
+    arguments.dtype = arithmetic.dtype
+    return arithmetic
+
+
+def measure_train(arguments: argparse.Namespace, accumulate: int = 1, **settings) -> dict:
+    """Run train.py with these settings on random tokens. Return medians over its steps without the
+    first. ValueError, with the last line of its output, if it fails.
+
+    accumulate: micro-steps in a step.
+    """
+    B = arguments.batch_size
+    T = arguments.block_size
+    tokens_per_step = B * T * accumulate
+    n_steps = 1 + arguments.steps
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_shards(
+            Path(folder),
+            n_tokens=(tokens_per_step + B * T) * (n_steps + 1),
+            tokenizer="bytes" if arguments.size == "quickstart" else "gpt2",
+        )
+        all_settings = dict(
+            data_dir=folder,
+            out_dir=folder,
+            device=arguments.device,
+            batch_size=B,
+            block_size=T,
+            total_batch_size=tokens_per_step,
+            max_steps=n_steps,
+            warmup_steps=0,
+            eval_every=0,
+            hellaswag_every=0,
+            sample_every=0,
+            checkpoint_every=0,
+            report=False,
+        )
+        all_settings.update(SHAPES[arguments.size])
+        all_settings.update(settings)
+        flags = [f"--{name}={value}" for name, value in all_settings.items()]
+        run = subprocess.run(
+            [sys.executable, train.__file__, *flags], capture_output=True, text=True
+        )
+        if run.returncode:
+            last_line = run.stderr.splitlines()[-1] if run.stderr else "?"
+            raise ValueError(f"train.py ended with {run.returncode}: {last_line}")
+        steps = select(read_metrics(Path(folder, "metrics.jsonl")), "train")[1:]
+
+    ms = statistics.median(step["ms"] for step in steps)
+    waits = [step["waited_ms"] for step in steps]
+    return {
+        "tokens/s": 1000 * tokens_per_step / ms,
+        "ms": ms,
+        "GB": steps[-1]["memory_gb"] or 0,
+        "wait ms": statistics.median(waits),
+        "max wait ms": max(waits),
+    }
+
+
+def write_random_shards(folder: Path, n_tokens: int, tokenizer: str) -> None:
+    """A shard of random bytes, which are tokens of both tokenizers."""
+    tokens = np.random.default_rng(0).integers(0, 256, n_tokens, dtype=np.uint16)
+    data.write_shard(folder / "tokens_train_000001.bin", tokens)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": tokenizer}))
+
+
+def measure_transformers(
     arguments: argparse.Namespace, machine: Runtime, dtype: torch.dtype, compiled: bool
 ) -> dict:
-    """The same steps as most people write them: GPT2LMHeadModel, autocast, fused AdamW,
-    clipping.
+    """The same steps as most people write them: GPT2LMHeadModel, autocast, fused AdamW and
+    gradient clipping.
     """
-    B, T = arguments.batch_size, arguments.block_size
-    model = gpt2_of_transformers(T, **SHAPES[arguments.size]).to(machine.device).train()
+    B = arguments.batch_size
+    T = arguments.block_size
+    model = build_transformers_gpt2(T, SHAPES[arguments.size]).to(machine.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
-    forward, idx = (
-        torch.compile(model) if compiled else model,
-        torch.randint(50257, (B, T), device=machine.device),
-    )
+    forward = torch.compile(model) if compiled else model
+    idx = torch.randint(50257, (B, T), device=machine.device)
 
     def step() -> None:
         with torch.autocast(machine.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -297,282 +464,288 @@ def steps_of_transformers(
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    speeds = [rate(B * T, machine, step) for _ in range(1 + arguments.steps)]
+    speeds = [measure_rate(B * T, machine, step) for _ in range(1 + arguments.steps)]
     speed = statistics.median(speeds[1:])
     return {"tokens/s": speed, "ms": 1000 * B * T / speed, "GB": machine.peak_memory() or 0}
 
 
-def gpt2_of_transformers(T: int, **shape) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape |= dict(n_positions=T, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape))
-
-
-def as_train_chooses(arguments: argparse.Namespace, machine: Runtime) -> tuple[Runtime, str]:
-    """The Runtime in the precision that train.py takes in a run long enough for a race; how it
-    computes, in words.
+def add_matmul_share(
+    rows: dict[str, dict | None],
+    arguments: argparse.Namespace,
+    machine: Runtime,
+    dtype: torch.dtype,
+) -> None:
+    """Add to each row its FLOP/s, also as a share of the best of 20 large matrix products, and a
+    row for these products.
     """
-    shape, T = SHAPES[arguments.size], arguments.block_size
-    config = train.TrainConfig(**shape, block_size=T, dtype=arguments.dtype, compile=False)
-    vocab_size = 257 if arguments.size == "quickstart" else 50257
-    chosen, why = auto.choose(config, GPT(GPTConfig(vocab_size, T, **shape)), machine, before={})
-    print(why, file=sys.stderr)
-    arguments.dtype = chosen["dtype"]
-    return machine.computing_in(chosen["dtype"]), auto.in_words(chosen["dtype"], chosen["flash"])
-
-
-def bench_train(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """A training step against transformers', and what it waits for."""
-    machine, _ = as_train_chooses(arguments, machine)
-
-    def theirs(dtype: torch.dtype, compiled: bool) -> dict:
-        # A new process is without our settings of malloc, and gives all of its memory back.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(steps_of_transformers, arguments, machine, dtype, compiled).result()
-
-    ours = functools.partial(steps_of_train, arguments, dtype=arguments.dtype)
-    runs = {"ours": functools.partial(ours, compile=False)}
-    runs["ours, saving"] = functools.partial(ours, compile=False, checkpoint_every=arguments.steps)
-    runs["transformers"] = functools.partial(theirs, machine.dtype, False)
-    if arguments.compile:
-        runs["ours, compiled"] = functools.partial(ours, compile=True)
-        runs["transformers, compiled"] = functools.partial(theirs, machine.dtype, True)
-    if arguments.fp32:
-        runs["transformers, float32"] = functools.partial(theirs, torch.float32, False)
-    return against_matmul(runs, arguments, machine, "transformers")
-
-
-def bench_ladder(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """The same step with one speed-up after the other."""
-    machine, _ = as_train_chooses(arguments, machine)
-    settings, runs = {}, {}
-    for name, changed in LADDER.items():
-        settings = settings | changed
-        if name != "TF32" or machine.device.type == "cuda":  # there is none elsewhere
-            runs[name] = functools.partial(steps_of_train, arguments, **settings)
-    return against_matmul(runs, arguments, machine, "float32")
-
-
-def bench_choices(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """The four ways to compute a step on a CPU; the ratios are to the one that train.py chooses by
-    itself.
-    """
-    _, chosen = as_train_chooses(arguments, machine)
-    ways = {
-        auto.in_words(d, f): dict(dtype=d, flash=f) for d in ("fp32", "bf16") for f in (True, False)
-    }
-    runs = {
-        name: functools.partial(steps_of_train, arguments, compile=False, **way)
-        for name, way in ways.items()
-    }
-    return interleaved(runs, arguments.rounds, chosen)
-
-
-def against_matmul(
-    runs: dict, arguments: argparse.Namespace, machine: Runtime, baseline: str
-) -> dict:
-    """`interleaved`, with each row's FLOP/s beside those of a large product, the best of some."""
     n = 8192 if machine.device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
-    best = max(rate(2 * n**3, machine, torch.matmul, a, b) for _ in range(20))
-    result = interleaved(runs, arguments.rounds, baseline)
+    a = torch.randn(n, n, device=machine.device, dtype=dtype)
+    b = torch.randn(n, n, device=machine.device, dtype=dtype)
+    best = max(measure_rate(2 * n**3, machine, torch.matmul, a, b) for _ in range(20))
     with torch.device("meta"):
-        flops = GPT(GPTConfig(**SHAPES[arguments.size])).flops_per_token(arguments.block_size)
-    for row in filter(None, result["rows"].values()):
-        done = row["tokens/s"] * flops
-        row |= {"TFLOP/s": done / 1e12, "% of matmul": 100 * done / best}
-    result["rows"]["a large matmul"] = {"TFLOP/s": best / 1e12}
-    return result
+        model = GPT(GPTConfig(**SHAPES[arguments.size]))
+    flops_per_token = model.flops_per_token(arguments.block_size)
+    for row in rows.values():
+        if row is not None:
+            flops = row["tokens/s"] * flops_per_token
+            row["TFLOP/s"] = flops / 1e12
+            row["% of matmul"] = 100 * flops / best
+    rows["a large matmul"] = {"TFLOP/s": best / 1e12}
 
 
-# ---- memory: which batch fits into which GPU. Tensors without contents go through a real step, on
+# ---- memory: tensors without contents go through a real step, on any machine ---------------------
 
 CARDS_GB = (16, 24, 80, 141)
-USABLE = 0.9  # of them; the rest is CUDA's own, and gaps between tensors
+USABLE = 0.9  # the share of a card's memory that tensors can use; CUDA and gaps take the rest
 
 
-def peak_memory(shape: dict, T: int, B: int, theirs: bool = False) -> float:
-    """Bytes at the fullest moment of a bf16 step on a GPU: weights, gradients, AdamW's means,
-    activations.
+def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """Which batch of which GPT-2 fits into which GPU, counted for bf16 and AdamW."""
+    models = {}
+    for name, shape in SIZES.items():
+        models[name] = shape
+        models[f"{name}, recompute"] = shape | dict(recompute=True)
+    models["transformers' gpt2"] = SIZES["gpt2"]
 
-    One and two blocks are counted, each further block adds what the second adds: the time that
-    MemTracker takes grows with the square of the modules.
+    rows = {}
+    for name, shape in models.items():
+        theirs = name.startswith("transformers")
+        peak = functools.cache(
+            functools.partial(count_peak_memory, shape, arguments.block_size, theirs=theirs)
+        )
+        rows[name] = {"GB for B=16": peak(16) / 1e9}
+        for card in CARDS_GB:
+            rows[name][f"{card} GB"] = find_largest_batch(USABLE * card * 1e9, peak)
+        print(f"{name}: counted", file=sys.stderr)
+    return {"rows": rows, "ratios": {}}
+
+
+def count_peak_memory(shape: dict, T: int, B: int, theirs: bool = False) -> float:
+    """Bytes of weights, gradients, AdamW's averages and activations at the fullest moment of a bf16
+    step on a GPU.
+
+    theirs: transformers' GPT-2 instead of ours.
+
+    Models of one and of two blocks are counted; each further block adds as much as the second.
+    MemTracker's time grows with the square of the number of modules.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    # The tensors are the CPU's, as a CPU build of torch has no backward pass for a GPU's. Where a
-    # GPU differs it is followed: the loss takes GPU_ROWS at once, and autocast has powers (in
-    # transformers' GELU) in float32.
-    whole = mock.patch.object(head, "CACHE_BYTES", 4 * 50304 * head.GPU_ROWS)
-    in_float32 = mock.patch.object(torch, "pow", lambda x, exponent: x.float() ** exponent)
+    # The tensors are the CPU's, because a CPU build of torch has no backward pass for a GPU's. Two
+    # things are made as on a GPU: the loss works on slices of GPU_ROWS rows of logits, and autocast
+    # computes powers (in transformers' GELU) in float32.
+    gpu_slices = mock.patch.object(loss, "CACHE_BYTES", 4 * 50304 * loss.GPU_ROWS)
+    float32_powers = mock.patch.object(torch, "pow", lambda x, exponent: x.float() ** exponent)
     peaks = []
     for n_layer in (1, 2):
-        with FakeTensorMode(), whole, in_float32:
+        with FakeTensorMode(), gpu_slices, float32_powers:
             layers = shape | dict(n_layer=n_layer)
-            model = (
-                gpt2_of_transformers(T, **layers)
-                if theirs
-                else GPT(GPTConfig(block_size=T, **layers))
-            )
-            optimizer = torch.optim.AdamW(model.train().parameters(), fused=True)
-            for (
-                parameter
-            ) in model.parameters():  # the gradients are there in all micro-steps but the first
+            if theirs:
+                model = build_transformers_gpt2(T, layers)
+            else:
+                model = GPT(GPTConfig(block_size=T, **layers))
+            model.train()
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            # All micro-steps but the first start with gradients in memory.
+            for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
+
             tracker = MemTracker()
             tracker.track_external(model, optimizer)
             idx = torch.zeros(B, T, dtype=torch.int64)
             with tracker:
                 with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = model(idx, labels=idx).loss if theirs else model(idx, idx)
-                loss.backward()
+                    if theirs:
+                        mean_loss = model(idx, labels=idx).loss
+                    else:
+                        mean_loss = model(idx, idx)
+                mean_loss.backward()
                 optimizer.step()
-        peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
-    return peaks[0] + (shape["n_layer"] - 1) * (peaks[1] - peaks[0])
+        snapshot = tracker.get_tracker_snapshot("peak")
+        peaks.append(snapshot[torch.device("cpu")]["Total"])
+
+    with_one, with_two = peaks
+    return with_one + (shape["n_layer"] - 1) * (with_two - with_one)
 
 
-def largest_batch(room: float, peak: Callable[[int], float]) -> int:
-    """The largest power of two of sequences, up to 256, whose peak(B) has room; 0 if not even one
-    has.
+def find_largest_batch(usable: float, peak: Callable[[int], float]) -> int:
+    """The largest power of two of sequences, at most 256, that takes no more than the usable bytes;
+    0 if a single sequence takes more. peak: sequences -> bytes.
     """
-    return 2 ** bisect_right(range(9), room, key=lambda k: peak(2**k)) // 2
+    largest = 0
+    for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        if peak(batch) > usable:
+            break
+        largest = batch
+    return largest
 
 
-def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """Which batch of which GPT-2 fits into which GPU, counted for bf16 and AdamW."""
-    models, rows = {}, {}
-    for name, shape in SIZES.items():
-        models |= {name: shape, f"{name}, recompute": shape | dict(recompute=True)}
-    for name, shape in (models | {"transformers' gpt2": SIZES["gpt2"]}).items():
-        theirs = name.startswith("transformers")
-        peak = functools.cache(
-            functools.partial(peak_memory, shape, arguments.block_size, theirs=theirs)
-        )
-        batches = {f"{card} GB": largest_batch(USABLE * card * 1e9, peak) for card in CARDS_GB}
-        rows[name] = {"GB for B=16": peak(16) / 1e9} | batches
-        print(f"{name}: counted", file=sys.stderr)
-    return dict(rows=rows, ratios={})
+# ---- plan: FLOPs, bytes and messages are counted; docs/scale.md has sources and assumptions ------
 
-
-# ---- plan: a run on paper. FLOPs, bytes and messages are counted; docs/scale.md has the sources and what is assumed --
 
 class Gpu(NamedTuple):
-    """A GPU in its data sheet; runtime.PEAK_FLOPS has its FLOP/s."""
+    """A GPU by its maker's data sheet. (Its FLOP/s are in runtime.PEAK_FLOPS.)"""
 
     memory: float  # bytes
     memory_rate: float  # bytes/s
-    link: float  # bytes/s one way to the machine's other GPUs: NVLink; for the RTX 4090, PCIe
-    network: float  # bytes/s between machines, for all GPUs of one
+    link: float  # bytes/s one way to the other GPUs of the machine; NVLink, the RTX 4090's is PCIe
+    network: float  # bytes/s from one machine to another, for all its GPUs
     dollars: float  # an hour
 
 
 GPUS = {
-    "A100": Gpu(80e9, 2.04e12, 300e9, 200e9, 1.75),
-    "H100": Gpu(80e9, 3.35e12, 450e9, 400e9, 3.00),
-    "RTX 4090": Gpu(24e9, 1.01e12, 32e9, 12.5e9, 0.34),
+    "A100": Gpu(80e9, 2.04e12, link=300e9, network=200e9, dollars=1.75),
+    "H100": Gpu(80e9, 3.35e12, link=450e9, network=400e9, dollars=3.00),
+    "RTX 4090": Gpu(24e9, 1.01e12, link=32e9, network=12.5e9, dollars=0.34),
 }
 
-EFFICIENCY = 0.8  # of the rates in GPUS and PEAK_FLOPS: assumed
-CHANNEL, LOGIT, WEIGHT, UPDATE = (
-    246,
-    10,
-    20,
-    44,
-)  # bytes moved in a GPU's memory; docs/scale.md counts them
-BUCKET, MESSAGE, DISK = (
-    100 * 2**20,
-    5e-6,
-    1e9,
-)  # bytes, as in train.py; seconds; bytes/s of the disk of all machines
+EFFICIENCY = 0.8  # the assumed share of the rates in GPUS and PEAK_FLOPS
 
+# Bytes moved in a GPU's memory, counted in docs/scale.md.
+BYTES_PER_CHANNEL = 246  # for each token, by each of n_layer x n_embd
+BYTES_PER_LOGIT = 10  # for each token
+BYTES_PER_WEIGHT = 20  # in a micro-step
+BYTES_PER_UPDATE = 44  # in a step, by each weight
 
-def all_reduce(size: float, n: int, rate: float) -> float:
-    """Seconds in which a ring of n GPUs sums `size` bytes: 2 (n - 1) messages, one after the other,
-    for each bucket.
-    """
-    return 2 * (n - 1) * (size / n / rate + (size // BUCKET + 1) * MESSAGE)
-
-
-def plan(
-    model: GPT, gpu: str, n: int, per_node: int, batch: int, at_once: int, network: float = 0
-) -> tuple:
-    """Seconds of a step of `batch` tokens, `at_once` sequences a micro-step, and {resource: used};
-    1 is all of it.
-    """
-    config, size, T = model.config, model.num_params(), model.config.block_size
-    memory_rate, link, own_network = (EFFICIENCY * rate for rate in GPUS[gpu][1:4])
-
-    # A micro-step: what it computes and moves for each token, and what it moves for each parameter.
-    moved = CHANNEL * config.n_layer * config.n_embd + LOGIT * config.padded_vocab_size
-    token = model.flops_per_token(T) / (EFFICIENCY * runtime.PEAK_FLOPS[gpu]) + moved / memory_rate
-    full = (
-        132 * 128 * 256 / config.n_embd / T
-    )  # sequences that give each of 132 multiprocessors a tile of 128 x 256
-    piece = max(at_once, full) * T * token + WEIGHT * size / memory_rate
-    compute, backward = batch / n / T / at_once * piece, piece * 2 / 3
-
-    # The last backward pass hides the all-reduce, but not the tied embedding's: its gradient is
-    # whole only at the end.
-    rate = min(link, network or own_network) if n > per_node else link
-    exchange = all_reduce(4 * size, n, rate)
-    embedding = all_reduce(4 * config.padded_vocab_size * config.n_embd, n, rate)
-    seconds = compute + max(exchange - backward, embedding) + UPDATE * size / memory_rate
-    disk = (12 * size / train.TrainConfig.checkpoint_every + 2 * batch) / DISK
-    uses = {
-        "compute": compute / seconds,
-        "all-reduce": exchange / backward,
-        "sequences": full / at_once,
-    }
-    return seconds, uses | {"disk": disk / seconds}
+TILES = 132 * 128 * 256  # a tile of 128 x 256 outputs for each of 132 multiprocessors
+BUCKET = 100 * 2**20  # bytes in a bucket of gradients, as in train.py
+MESSAGE = 5e-6  # seconds that a message takes besides its bytes
+DISK = 1e9  # bytes/s, for all machines
 
 
 def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """A training run on paper, on one GPU up to all: time, cost, what is used, and what is full
-    next.
-    """
-    N, per_node, T, batch = (
-        arguments.gpus,
-        arguments.gpus_per_node,
-        arguments.block_size,
-        arguments.batch_tokens,
-    )
-    gpu, shape, rows = GPUS[arguments.gpu], SIZES[arguments.model], {}
+    """Calculate a training run on one GPU and more: time, cost, and what limits it next."""
+    T = arguments.block_size
+    n_gpus = arguments.gpus
+    per_node = arguments.gpus_per_node
+    batch_tokens = arguments.batch_tokens
+    gpu = GPUS[arguments.gpu]
+    shape = SIZES[arguments.model]
     with torch.device("meta"):
         model = GPT(GPTConfig(block_size=T, **shape))
-    negative = min(N, per_node, batch, arguments.tokens) < 1 or arguments.network < 0
-    if negative or batch % (N * T) or N % min(N, per_node):
+
+    smallest = min(n_gpus, per_node, batch_tokens, arguments.tokens)
+    has_negatives = smallest < 1 or arguments.network < 0
+    if has_negatives or batch_tokens % (n_gpus * T) or n_gpus % min(n_gpus, per_node):
         raise ValueError(
-            f"plan: {N} GPUs must be machines of {per_node} and divide {batch // T} sequences; no negatives"
+            f"plan: {n_gpus} GPUs must be machines of {per_node} and divide {batch_tokens // T} "
+            "sequences; no negatives"
         )
-    room, peak = USABLE * gpu.memory, functools.cache(functools.partial(peak_memory, shape, T))
-    if not (fits := largest_batch(room, peak)):
+    usable = USABLE * gpu.memory
+    peak = functools.cache(functools.partial(count_peak_memory, shape, T))
+    largest = find_largest_batch(usable, peak)
+    if not largest:
         raise ValueError(
-            f"{arguments.model}: a sequence takes {peak(1) / 1e9:.0f} GB, too much for an {arguments.gpu}"
+            f"{arguments.model}: a sequence takes {peak(1) / 1e9:.0f} GB, "
+            f"too much for an {arguments.gpu}"
         )
-    for n in sorted({1, per_node, 2 * per_node, N}):
-        if n > N or batch % (n * T):
+
+    rows = {}
+    for n in sorted({1, per_node, 2 * per_node, n_gpus}):
+        if n > n_gpus or batch_tokens % (n * T):
             continue
-        at_once = auto.batch_size(fits, batch // T // n, model, T, machine)
-        seconds, uses = plan(
-            model, arguments.gpu, n, per_node, batch, at_once, 1e9 * arguments.network
+        sequences = batch_tokens // T // n
+        seconds, uses = plan_step(
+            model,
+            arguments.gpu,
+            n_gpus=n,
+            per_node=per_node,
+            batch_tokens=batch_tokens,
+            batch_size=auto.batch_size(largest, sequences, model, T, machine),
+            network=1e9 * arguments.network,
         )
-        uses["memory"] = peak(1) / room
-        hours = arguments.tokens / batch * seconds / 3600
-        row = {"tokens/s": batch / seconds, "hours": hours, "dollars": hours * n * gpu.dollars}
-        row |= {f"% {name}": 100 * use for name, use in uses.items()}
-        row["next"] = max((name for name in uses if name != "compute"), key=uses.get)
+        uses["memory"] = peak(1) / usable
+        hours = arguments.tokens / batch_tokens * seconds / 3600
+        row = {
+            "tokens/s": batch_tokens / seconds,
+            "hours": hours,
+            "dollars": hours * n * gpu.dollars,
+        }
+        for name, share in uses.items():
+            row[f"% {name}"] = 100 * share
+        limits = [name for name in uses if name != "compute"]
+        row["next"] = max(limits, key=uses.get)
         rows[f"{max(1, n // per_node)} x {min(n, per_node)}"] = row
-    return dict(device=f"paper, {arguments.gpu}", rows=rows, ratios={})
+    return {"device": f"paper, {arguments.gpu}", "rows": rows, "ratios": {}}
+
+
+def plan_step(
+    model: GPT,
+    gpu_name: str,
+    *,
+    n_gpus: int,
+    per_node: int,
+    batch_tokens: int,
+    batch_size: int,
+    network: float = 0,
+) -> tuple[float, dict[str, float]]:
+    """Seconds of a step, and {resource: the share of it that is used}.
+
+    per_node: GPUs in a machine. batch_tokens: tokens in a step, on all GPUs. batch_size: sequences
+    in a micro-step of one GPU. network: bytes/s between machines, 0 for the data sheet's.
+    """
+    config = model.config
+    T = config.block_size
+    n_params = model.num_params()
+    gpu = GPUS[gpu_name]
+    flops_rate = EFFICIENCY * runtime.PEAK_FLOPS[gpu_name]
+    memory_rate = EFFICIENCY * gpu.memory_rate
+
+    # A micro-step: the time of each token for computing and moving bytes, and that of the weights.
+    channel_bytes = BYTES_PER_CHANNEL * config.n_layer * config.n_embd
+    logit_bytes = BYTES_PER_LOGIT * config.padded_vocab_size
+    token_seconds = model.flops_per_token(T) / flops_rate
+    token_seconds += (channel_bytes + logit_bytes) / memory_rate
+    # Fewer sequences than give each multiprocessor a tile take as long as those.
+    sequences_to_fill = TILES / config.n_embd / T
+    micro_step = max(batch_size, sequences_to_fill) * T * token_seconds
+    micro_step += BYTES_PER_WEIGHT * n_params / memory_rate
+    n_micro_steps = batch_tokens / n_gpus / T / batch_size
+    compute = n_micro_steps * micro_step
+    backward = micro_step * 2 / 3
+
+    # The last backward pass hides the all-reduce, except for the tied embedding's: its gradient is
+    # complete only at the end.
+    link = EFFICIENCY * gpu.link
+    if n_gpus > per_node:
+        link = min(link, network or EFFICIENCY * gpu.network)
+    exchange = time_all_reduce(4 * n_params, n_gpus, link)
+    embedding_bytes = 4 * config.padded_vocab_size * config.n_embd
+    embedding = time_all_reduce(embedding_bytes, n_gpus, link)
+    waiting = max(exchange - backward, embedding)
+
+    update = BYTES_PER_UPDATE * n_params / memory_rate
+    seconds = compute + waiting + update
+    # Three float32 for each weight in a checkpoint, two bytes for each token.
+    checkpoint_bytes = 12 * n_params / train.TrainConfig.checkpoint_every
+    disk = (checkpoint_bytes + 2 * batch_tokens) / DISK
+    uses = {
+        "compute": compute / seconds,
+        "all-reduce": exchange / backward,
+        "sequences": sequences_to_fill / batch_size,
+        "disk": disk / seconds,
+    }
+    return seconds, uses
+
+
+def time_all_reduce(n_bytes: float, n_gpus: int, bytes_per_s: float) -> float:
+    """Seconds in which a ring of GPUs sums gradients: 2 (n_gpus - 1) messages, one after the other,
+    for each bucket.
+    """
+    n_buckets = n_bytes // BUCKET + 1
+    return 2 * (n_gpus - 1) * (n_bytes / n_gpus / bytes_per_s + n_buckets * MESSAGE)
+
+
+# ---- show, and the table of a result -------------------------------------------------------------
 
 
 def bench_show(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """The table of a result that was printed with --json."""
     try:
         result = json.loads(Path(arguments.file).read_text(encoding="utf-8"))
-        table(result)
+        format_table(result)
         return result
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
@@ -580,129 +753,148 @@ def bench_show(arguments: argparse.Namespace, machine: Runtime) -> dict:
         ) from None
 
 
-def cell(value: float | str) -> str:
-    """A figure with two decimals, if it is below 100 and not whole."""
-    return (
-        value
-        if isinstance(value, str)
-        else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}"
-    )
-
-
-def table(result: dict) -> str:
-    """A result in lines: what was measured, then the rows under their columns, with the ratios at
-    the end.
+def format_table(result: dict) -> str:
+    """A line that says what was measured, then the rows under their columns. Ratios are the last
+    column; a run that failed has a dash in each.
     """
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
-    lines = [f"{result['bench']} on {result['device']}, torch {result['torch']}; {settings}"]
-    rows = result["rows"] | {
-        name: result["rows"][name] | {"ratio": r} for name, r in result["ratios"].items()
-    }
-    columns = dict.fromkeys(column for row in result["rows"].values() if row for column in row)
-    columns, first = [*columns, "ratio"] if result["ratios"] else [*columns], max(map(len, rows))
-    lines.append(" ".join([" " * first, *(f"{column:>12}" for column in columns)]))
+    rows = result["rows"]
+    ratios = result["ratios"]
+    columns = []
+    for row in rows.values():
+        for column in row or {}:
+            if column not in columns:
+                columns.append(column)
+    if ratios:
+        columns.append("ratio")
+
+    width = max(len(name) for name in rows)
+    header = " ".join(f"{column:>12}" for column in columns)
+    lines = [
+        f"{result['bench']} on {result['device']}, torch {result['torch']}; {settings}",
+        f"{'':{width}} {header}",
+    ]
     for name, row in rows.items():
-        cells = {column: cell(value) for column, value in (row or {}).items()}
-        shown = (
-            f"{cells.get(column, '' if row else '-'):>12}" for column in columns
-        )  # all -: it failed
-        lines.append(" ".join([name.ljust(first), *shown]).rstrip())
+        line = name.ljust(width)
+        for column in columns:
+            if row is None:
+                text = "-"
+            elif column == "ratio" and name in ratios:
+                text = format_figure(ratios[name])
+            else:
+                text = format_figure(row.get(column, ""))
+            line += f" {text:>12}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
-BENCHES = (
-    bench_tokenize,
-    bench_hellaswag,
-    bench_sample,
-    bench_train,
-    bench_ladder,
-    bench_choices,
-    bench_memory,
-)
-STEPS, MODELS = (
-    ("train", "ladder", "choices"),
-    ("hellaswag", "sample", "train", "ladder", "choices"),
-)
-OPTIONS = {  # the benches that have it, what it is, what argparse must know of it
-    "files": (
-        ["tokenize"],
-        "text, .jsonl or .parquet; none: Python's own library",
-        dict(nargs="*"),
-    ),
-    "file": (["show"], "what --json printed", {}),
-    "--workers": (["tokenize"], "processes; 0: as many as CPUs", dict(default=0, type=int)),
-    "--data": (["hellaswag"], "file of tasks; none: the official ones, fetched once", {}),
-    "--limit": (["hellaswag"], "the first so many tasks; 0: all", dict(default=500, type=int)),
-    "--batch": (["sample"], "prompts at once", dict(default=1, type=int)),
-    "--max_tokens": (["sample"], "new tokens", dict(default=256, type=int)),
-    "--compile": (["train"], "also with torch.compile, both", dict(action="store_true")),
-    "--fp32": (["train"], "also transformers' in float32", dict(action="store_true")),
-    "--size": (STEPS, "which GPT-2", dict(default="gpt2", choices=SHAPES)),
-    "--batch_size": (STEPS, "sequences", dict(default=4, type=int)),
-    "--block_size": (
-        [*STEPS, "memory", "plan"],
-        "tokens in a sequence",
-        dict(default=1024, type=int),
-    ),
-    "--steps": (STEPS, "steps that are timed, in a round", dict(default=3, type=int)),
-    "--gpus": (["plan"], "how many", dict(default=8, type=int)),
-    "--gpu": (["plan"], "which", dict(default="H100", choices=GPUS)),
-    "--gpus_per_node": (["plan"], "in a machine", dict(default=8, type=int)),
-    "--network": (
-        ["plan"],
-        "GB/s of a machine; 0: 0.8 of its maker's",
-        dict(default=0, type=float),
-    ),
-    "--model": (["plan"], "which GPT-2", dict(default="gpt2", choices=SIZES)),
-    "--tokens": (["plan"], "in the run", dict(default=10_000_000_000, type=int)),
-    "--batch_tokens": (["plan"], "in a step, on all GPUs", dict(default=524_288, type=int)),
-    "--device": (MODELS, "auto, cpu, cuda, cuda:1 or mps", dict(default="auto")),
-    "--dtype": (
-        MODELS,
-        "of matrix products",
-        dict(default="auto", choices=["auto", *runtime.DTYPES]),
-    ),
-    "--rounds": ([*MODELS, "tokenize"], "how often all is measured", dict(default=3, type=int)),
-    "--json": (
-        [*MODELS, "tokenize", "memory", "plan"],
-        "JSON instead of the table",
-        dict(action="store_true"),
-    ),
-}
+def format_figure(value: float | str) -> str:
+    """Two decimals for a figure below 100 that is not whole."""
+    if isinstance(value, str):
+        return value
+    if value >= 100 or value % 1 == 0:
+        return f"{value:,.0f}"
+    return f"{value:,.2f}"
 
 
-@command("bench.py")
-def main(argv: list[str] | None = None) -> None:
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench.py", description="Measure speed on this machine; medians of rounds."
     )
     benches = parser.add_subparsers(dest="bench", required=True)
-    for function in (*BENCHES, bench_plan, bench_show):
-        bench, form = (
-            function.__name__.removeprefix("bench_"),
-            argparse.ArgumentDefaultsHelpFormatter,
+
+    def add_bench(name: str, measure: Callable) -> argparse.ArgumentParser:
+        about = " ".join(measure.__doc__.split())
+        bench = benches.add_parser(
+            name,
+            help=about,
+            description=about,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        options = benches.add_parser(
-            bench, help=function.__doc__, description=function.__doc__, formatter_class=form
-        )
-        options.set_defaults(measure=function)
-        for name, (having, about, details) in OPTIONS.items():
-            if bench in having:
-                options.add_argument(name, help=about, **details)
-    arguments = parser.parse_args(argv)
-    machine = runtime.start(getattr(arguments, "device", "cpu"))
-    found = arguments.measure(arguments, machine)
-    settings = {
-        name: v for name, v in vars(arguments).items() if name not in ("bench", "measure", "json")
-    }
-    result = dict(
-        bench=arguments.bench,
-        device=machine.device_name(),
-        torch=torch.__version__,
-        settings=settings,
+        bench.set_defaults(measure=measure)
+        return bench
+
+    # What each bench alone has.
+    tokenize = add_bench("tokenize", bench_tokenize)
+    tokenize.add_argument(
+        "files", nargs="*", help="text, .jsonl or .parquet; none: Python's own library"
     )
-    result |= found
-    print(json.dumps(result) if getattr(arguments, "json", False) else table(result))
+    tokenize.add_argument("--workers", type=int, default=0, help="processes; 0: as many as CPUs")
+
+    score = add_bench("hellaswag", bench_hellaswag)
+    score.add_argument("--data", help="file of tasks; none: the official ones, fetched once")
+    score.add_argument("--limit", type=int, default=500, help="the first so many tasks; 0: all")
+
+    sample = add_bench("sample", bench_sample)
+    sample.add_argument("--batch", type=int, default=1, help="prompts at once")
+    sample.add_argument("--max_tokens", type=int, default=256, help="new tokens")
+
+    step = add_bench("train", bench_train)
+    step.add_argument("--compile", action="store_true", help="also both with torch.compile")
+    step.add_argument("--fp32", action="store_true", help="also transformers in float32")
+
+    ladder = add_bench("ladder", bench_ladder)
+    choices = add_bench("choices", bench_choices)
+
+    memory = add_bench("memory", bench_memory)
+    memory.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
+
+    plan = add_bench("plan", bench_plan)
+    plan.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
+    plan.add_argument("--gpus", type=int, default=8, help="how many")
+    plan.add_argument("--gpu", default="H100", choices=GPUS, help="which")
+    plan.add_argument("--gpus_per_node", type=int, default=8, help="GPUs in a machine")
+    plan.add_argument(
+        "--network", type=float, default=0, help="GB/s of a machine; 0: 0.8 of its maker's"
+    )
+    plan.add_argument("--model", default="gpt2", choices=SIZES, help="which GPT-2")
+    plan.add_argument("--tokens", type=int, default=10_000_000_000, help="in the run")
+    plan.add_argument("--batch_tokens", type=int, default=524_288, help="in a step, on all GPUs")
+
+    show = add_bench("show", bench_show)
+    show.add_argument("file", help="what --json printed")
+
+    # What several have.
+    for bench in (step, ladder, choices):
+        bench.add_argument("--size", default="gpt2", choices=SHAPES, help="which GPT-2")
+        bench.add_argument("--batch_size", type=int, default=4, help="sequences")
+        bench.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
+        bench.add_argument("--steps", type=int, default=3, help="steps timed in a round")
+    dtypes = ["auto", *runtime.DTYPES]
+    for bench in (score, sample, step, ladder, choices):
+        bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+        bench.add_argument("--dtype", default="auto", choices=dtypes, help="of matrix products")
+    for bench in (tokenize, score, sample, step, ladder, choices):
+        bench.add_argument("--rounds", type=int, default=3, help="how often each run is measured")
+    for bench in (tokenize, score, sample, step, ladder, choices, memory, plan):
+        bench.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    return parser
+
+
+@command("bench.py")
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
+    machine = runtime.start(getattr(arguments, "device", "cpu"))
+    measured = arguments.measure(arguments, machine)
+    settings = {}
+    for name, value in vars(arguments).items():
+        if name not in ("bench", "measure", "json"):
+            settings[name] = value
+    result = {
+        "bench": arguments.bench,
+        "device": machine.device_name(),
+        "torch": torch.__version__,
+        "settings": settings,
+    }
+    # plan and show bring a device of their own; show brings a whole result.
+    result.update(measured)
+    if getattr(arguments, "json", False):
+        print(json.dumps(result))
+    else:
+        print(format_table(result))
 
 
 if __name__ == "__main__":
