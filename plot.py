@@ -1,9 +1,13 @@
 """Pictures of runs, and of what a model has learned about positions and tokens.
 
-python plot.py out/quickstart                         its curves, from metrics.jsonl, also while the run is going
-python plot.py out/gpt2_124M out/mine --out pictures  several runs in the same pictures
-python plot.py --report out/quickstart                its curves and report.md
-python plot.py --weights out/quickstart               the embeddings of its newest checkpoint; also: gpt2
+# The curves of a run, from its metrics.jsonl; also while it is still training.
+python plot.py out/quickstart
+# Several runs in the same pictures.
+python plot.py out/gpt2_124M out/mine --out pictures
+# The curves and report.md.
+python plot.py --report out/quickstart
+# The embeddings of the run's newest checkpoint. Another name is possible too, such as gpt2.
+python plot.py --weights out/quickstart
 """
 
 import argparse
@@ -15,209 +19,133 @@ from typing import NamedTuple
 import numpy as np
 
 from model import GPT
-from parts.console import command
+from parts.console import command, print_lines
 from parts.metrics import (
     GPT2_LOSS,
     GPT3_HELLASWAG,
     LLMC_LOSSES,
+    LLMC_TOKENS,
     PUBLISHED,
-    of_kind,
     read_metrics,
+    select,
     tokens_seen,
-    updates,
+    updates_done,
 )
 from parts.pretrained import resolve
-from parts.report import report
+from parts.report import write_markdown
 
-HOW_TO_READ = "Trained: smooth curves, a band along the diagonal, groups of tokens. Untrained: noise, a bare diagonal."
+HOW_TO_READ = (
+    "Trained: smooth curves, a band along the diagonal, groups of tokens. "
+    "Untrained: noise, a bare diagonal."
+)
 
 # Four colours of the Okabe-Ito palette, which is safe for colour-blind readers. Their contrast with
 # white and with GitHub's dark page is at least 3; the grey, for text, has 4.3 with both.
-COLOURS, GREY = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), "#737b86"
-LOOKS = [
-    dict(color=colour, ls=style, lw=1.4) for style in ("-", "--", ":") for colour in COLOURS
-]  # of twelve runs
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+GREY = "#737b86"
 STYLE = {
-    **{
-        f"{what}color": GREY
-        for what in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.", "grid.")
-    },
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
-    **dict.fromkeys(
-        ("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False
-    ),
-    **dict.fromkeys(("axes.titlesize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9),
-    "axes.titlelocation": "left",
-    "axes.grid": True,
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": GREY,
     "grid.alpha": 0.2,
-    "svg.hashsalt": "plot.py",  # the same element ids each time
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    # A $ in the name of a run is no formula.
+    "text.parse_math": False,
+    # The same input gives the same ids of elements.
+    "svg.hashsalt": "plot.py",
 }
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
     name: str
-    look: dict  # of its lines
+    # matplotlib's properties of its lines.
+    look: dict
     records: list[dict]
-    fineweb: (
-        bool  # its loss can be compared with published ones: GPT-2's tokens, and FineWeb's text
-    )
-    bits: float | None = None  # draw losses in bits a byte: how many a nat a token is
+    # Its loss can be compared with the published ones: GPT-2's tokens, and FineWeb's text.
+    is_fineweb: bool
+    # Losses are drawn in bits a byte: this many for each nat a token. None: in nats a token.
+    bits_per_nat: float | None = None
 
     def curve(self, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens seen (n) and values (n), without nulls."""
-        records = of_kind(self.records, kind, key)
-        tokens = tokens_seen(self.records, np.array([updates(record) for record in records]))
+        records = select(self.records, kind, key)
+        n_updates = np.array([updates_done(record) for record in records])
         values = np.array([record[key] for record in records], dtype=float)
-        return tokens, values * self.bits if self.bits and key == "loss" else values
+        if self.bits_per_nat and key == "loss":
+            values = values * self.bits_per_nat
+        return tokens_seen(self.records, n_updates), values
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
     """The runs in these folders; ValueError if one has nothing to draw."""
+    # Enough for twelve runs; then the looks repeat.
+    looks = []
+    for line_style in ("-", "--", ":"):
+        for colour in COLOURS:
+            looks.append(dict(color=colour, ls=line_style, lw=1.4))
     runs = []
-    for folder, look in zip(folders, itertools.cycle(LOOKS)):
+    for folder, look in zip(folders, itertools.cycle(looks)):
         records = read_metrics(folder / "metrics.jsonl")
-        if not (of_kind(records, "run") and of_kind(records, "train", "loss")):
+        started = select(records, "run")
+        if not started or not select(records, "train", "loss"):
             raise ValueError(
-                f"{folder}: no training loss in a metrics.jsonl here; name a run, as in out/quickstart"
+                f"{folder}: no training loss in a metrics.jsonl here; "
+                "name a run, as in out/quickstart"
             )
-        started = of_kind(records, "run")[-1]
-        text = f"{started['settings']['data_dir']} {started['data']}".lower()
+        facts = started[-1]
+        text = f"{facts['settings']['data_dir']} {facts['data']}".lower()
+        is_fineweb = facts["tokenizer"] == "gpt2" and "fineweb" in text
         name = str(folder) if len(folders) > 1 else folder.resolve().name
-        runs.append(Run(name, look, records, started["tokenizer"] == "gpt2" and "fineweb" in text))
-    # Runs with different vocabularies can be compared in bits a byte only.
-    known = [of_kind(run.records, "val", "loss", "val_bpb") for run in runs]
-    if len({of_kind(run.records, "run")[-1]["tokenizer"] for run in runs}) > 1 and all(known):
-        bits = [val[-1]["val_bpb"] / val[-1]["loss"] for val in known]
-        return [run._replace(bits=each, fineweb=False) for run, each in zip(runs, bits)]
-    return runs
+        runs.append(Run(name, look, records, is_fineweb))
+    return compare_in_bits(runs)
+
+
+def compare_in_bits(runs: list[Run]) -> list[Run]:
+    """The same runs, with losses in bits a byte if their tokenizers differ: losses a token cannot
+    be compared then. They stay in nats a token if a run has not recorded its bits a byte.
+    """
+    tokenizers = {select(run.records, "run")[-1]["tokenizer"] for run in runs}
+    if len(tokenizers) == 1:
+        return runs
+    converted = []
+    for run in runs:
+        val = select(run.records, "val", "loss", "val_bpb")
+        if not val:
+            return runs
+        bits_per_nat = val[-1]["val_bpb"] / val[-1]["loss"]
+        converted.append(run._replace(bits_per_nat=bits_per_nat, is_fineweb=False))
+    return converted
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """The mean of each value and its neighbours (n): 1 % of all, at least 5, on both sides."""
-    n, index = len(values), np.arange(len(values))
-    reach = np.minimum(
-        max(5, n // 100), index // 4
-    )  # at the beginning, a wide mean of a falling loss is too high
-    first, end, sums = index - reach, np.minimum(index + reach + 1, n), np.cumsum([0, *values])
+    n = len(values)
+    index = np.arange(n)
+    # Fewer at the beginning: a wide mean of a falling loss would be too high there.
+    reach = np.minimum(max(5, n // 100), index // 4)
+    first = index - reach
+    end = np.minimum(index + reach + 1, n)
+    sums = np.cumsum([0, *values])
     return (sums[end] - sums[first]) / (end - first)
 
 
-def loss_figure(runs: list[Run]):
-    """Training and validation loss against tokens, and HellaSwag below if a run has it."""
-    from matplotlib.figure import Figure
-
-    scored = any(of_kind(run.records, "hellaswag") for run in runs)
-    figure = Figure(figsize=(8, 6.2 if scored else 4.2), layout="constrained")
-    top, *below = figure.subplots(
-        1 + scored, sharex=True, squeeze=False, height_ratios=[5, 3][: 1 + scored]
-    )[:, 0]
-    for run in runs:
-        draw_noisy(top, run, "loss", f"{run.name}: training (smoothed)")
-        tokens, losses = run.curve("val", "loss")
-        if len(losses):
-            # Circles without a line: a line from before the first step would cut across the fall of
-            # the loss.
-            circles = run.look | dict(ls="none", marker="o", ms=5, mfc="none")
-            top.plot(
-                tokens, losses, **circles, label=f"{run.name}: validation, last {losses[-1]:.3f}"
-            )
-    if any(run.fineweb for run in runs):
-        draw_reference(top, GPT2_LOSS, "GPT-2 124M")
-        top.plot(*LLMC_LOSSES, color=GREY, ls="--", lw=1, label="llm.c's GPT-2 124M: validation")
-    top.set_ylabel("loss, bits per byte" if runs[0].bits else "loss, nats per token")
-    tokens, losses = np.concatenate(
-        [run.curve(kind, "loss") for run in runs for kind in ("train", "val")], axis=1
-    )
-    later = 1.02 * losses[tokens >= 0.05 * tokens.max()].max()
-    if (
-        len(losses) >= 50 and losses.max() > later
-    ):  # the first losses of a long run would squash the rest
-        top.set(
-            ylim=(None, later), title=f"Initial losses, up to {losses.max():.1f}, are not shown."
-        )
-    for axes in below:
-        for run in runs:
-            axes.plot(*run.curve("hellaswag", "acc_norm"), **run.look, marker="o", ms=4, mfc="none")
-        axes.set_ylabel("HellaSwag, acc_norm")
-        styles = {
-            score.get("style", "completion")
-            for run in runs
-            for score in of_kind(run.records, "hellaswag")
-        }
-        for style in sorted(styles):
-            draw_reference(axes, PUBLISHED[style]["gpt2"][1], "GPT-2 124M")
-        draw_reference(axes, GPT3_HELLASWAG, "GPT-3 124M")
-    finish(figure, runs)
-    return figure
-
-
-def training_figure(runs: list[Run]):
-    """Learning rate, gradient norm and tokens/s against tokens."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    panels = dict(lr="learning rate", grad_norm="gradient norm", tokens_per_s="tokens/s")
-    figure = Figure(figsize=(8, 1.6 * len(panels)), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(len(panels), sharex=True), panels.items()):
-        for run in runs:
-            draw_noisy(axes, run, key, run.name if key == "lr" else None)
-        axes.set_ylabel(label)
-        if key == "grad_norm":
-            axes.set_yscale("log")
-            axes.yaxis.set(
-                major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter()
-            )
-        else:
-            axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(in_words)
-    finish(figure, runs)
-    return figure
-
-
-def draw_noisy(axes, run: Run, key: str, label: str | None) -> None:
-    """A quantity of training as pale dots, with its running mean (of the learning rate: itself) in
-    front.
-    """
-    tokens, values = run.curve("train", key)
-    # Pixels also in an .svg: ten thousand shapes would take megabytes.
-    dots = dict(
-        color=run.look["color"],
-        alpha=min(0.6, 12 / math.sqrt(len(values) + 1)),
-        zorder=1.5,
-        rasterized=True,
-    )
-    axes.plot(tokens, values, "o", ms=2.2, mew=0, **dots)
-    axes.plot(tokens, values if key == "lr" else smooth(values), **run.look, label=label)
-
-
-def draw_reference(axes, value: float, name: str) -> None:
-    """A dashed line with its name in the right margin, where no curve is."""
-    axes.axhline(value, color=GREY, ls="--", lw=1)
-    axes.annotate(
-        f"{name}\n{value}",
-        (1.01, value),
-        xycoords=("axes fraction", "data"),
-        va="center",
-        fontsize=9,
-    )
-
-
-def finish(figure, runs: list[Run]) -> None:
-    """Label the axis of tokens, and put a legend above, in two columns if the names are short."""
-    last = max(run.curve("train", "loss")[0][-1] for run in runs)
-    figure.axes[-1].set(xlabel="tokens seen", xlim=(0, 1.01 * last))
-    figure.axes[-1].xaxis.set_major_formatter(in_words)
-    figure.legend(
-        loc="outside upper left", ncols=2 if max(len(run.name) for run in runs) < 20 else 1
-    )
-
-
-def in_words(number: float, _=None) -> str:
-    """2,500,000,000 -> 2.5B."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:g}{letter}"
-    return f"{number:g}"
+# ---- Curves --------------------------------------------------------------------------------------
 
 
 def draw_curves(folders: list[Path], out: Path) -> list[Path]:
@@ -227,81 +155,227 @@ def draw_curves(folders: list[Path], out: Path) -> list[Path]:
     import matplotlib
 
     runs = read_runs(folders)
+    files = []
     with matplotlib.rc_context(STYLE):
-        figures = dict(loss=loss_figure(runs), training=training_figure(runs))
-        return [
-            save(figure, out / f"{name}.{kind}")
-            for name, figure in figures.items()
-            for kind in ("svg", "png")
-        ]
+        figures = dict(loss=draw_losses(runs), training=draw_training(runs))
+        for name, figure in figures.items():
+            files.append(save(figure, out / f"{name}.svg"))
+            files.append(save(figure, out / f"{name}.png"))
+    return files
+
+
+def draw_losses(runs: list[Run]):
+    """A figure of the training and validation loss against tokens, and of HellaSwag below if a run
+    has been scored.
+    """
+    from matplotlib.figure import Figure
+
+    if any(select(run.records, "hellaswag") for run in runs):
+        figure = Figure(figsize=(8, 6.2), layout="constrained")
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=[5, 3])
+    else:
+        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        top = figure.subplots()
+        bottom = None
+
+    for run in runs:
+        draw_noisy(top, run, "loss", f"{run.name}: training (smoothed)")
+        tokens, losses = run.curve("val", "loss")
+        if len(losses):
+            # Circles without a line, which would cut across the fall of the loss from the value
+            # before the first step.
+            circles = run.look | dict(ls="none", marker="o", ms=5, mfc="none")
+            label = f"{run.name}: validation, last {losses[-1]:.3f}"
+            top.plot(tokens, losses, **circles, label=label)
+    if any(run.is_fineweb for run in runs):
+        draw_reference(top, GPT2_LOSS, "GPT-2 124M")
+        dashes = dict(color=GREY, ls="--", lw=1)
+        top.plot(LLMC_TOKENS, LLMC_LOSSES, **dashes, label="llm.c's GPT-2 124M: validation")
+    top.set_ylabel("loss, bits per byte" if runs[0].bits_per_nat else "loss, nats per token")
+    cut_off_start(top, runs)
+
+    if bottom is not None:
+        for run in runs:
+            tokens, scores = run.curve("hellaswag", "acc_norm")
+            bottom.plot(tokens, scores, **run.look, marker="o", ms=4, mfc="none")
+        bottom.set_ylabel("HellaSwag, acc_norm")
+        styles = set()
+        for run in runs:
+            for record in select(run.records, "hellaswag"):
+                styles.add(record.get("style", "completion"))
+        for style in sorted(styles):
+            _, acc_norm = PUBLISHED[style]["gpt2"]
+            draw_reference(bottom, acc_norm, "GPT-2 124M")
+        draw_reference(bottom, GPT3_HELLASWAG, "GPT-3 124M")
+    finish(figure, runs)
+    return figure
+
+
+def cut_off_start(axes, runs: list[Run]) -> None:
+    """End the axis of losses at the largest one behind the first 5 % of a long run, and say so in
+    the title: the first losses would squash all others.
+    """
+    curves = [run.curve(kind, "loss") for run in runs for kind in ("train", "val")]
+    tokens, losses = np.concatenate(curves, axis=1)
+    if len(losses) < 50:
+        return
+    later = losses[tokens >= 0.05 * tokens.max()]
+    top = 1.02 * later.max()
+    if losses.max() > top:
+        axes.set_ylim(None, top)
+        axes.set_title(f"Initial losses, up to {losses.max():.1f}, are not shown.")
+
+
+def draw_training(runs: list[Run]):
+    """A figure of the learning rate, the gradient norm and tokens/s against tokens."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(8, 3 * 1.6), layout="constrained")
+    rate, norm, speed = figure.subplots(3, sharex=True)
+    for run in runs:
+        draw_noisy(rate, run, "lr", run.name)
+        draw_noisy(norm, run, "grad_norm")
+        draw_noisy(speed, run, "tokens_per_s")
+    rate.set_ylabel("learning rate")
+    rate.set_ylim(bottom=0)
+    norm.set_ylabel("gradient norm")
+    norm.set_yscale("log")
+    norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    norm.yaxis.set_minor_formatter(NullFormatter())
+    speed.set_ylabel("tokens/s")
+    speed.set_ylim(bottom=0)
+    for axes in (rate, norm, speed):
+        axes.yaxis.set_major_formatter(short_number)
+    finish(figure, runs)
+    return figure
+
+
+def draw_noisy(axes, run: Run, key: str, label: str | None = None) -> None:
+    """A quantity of training as pale dots, with its running mean in front. The learning rate has no
+    noise: it is drawn itself.
+    """
+    tokens, values = run.curve("train", key)
+    colour = run.look["color"]
+    # The more dots, the paler. Pixels also in an .svg: ten thousand shapes would take megabytes.
+    alpha = min(0.6, 12 / math.sqrt(len(values) + 1))
+    dots = dict(color=colour, alpha=alpha, zorder=1.5, rasterized=True)
+    axes.plot(tokens, values, "o", ms=2.2, mew=0, **dots)
+    line = values if key == "lr" else smooth(values)
+    axes.plot(tokens, line, **run.look, label=label)
+
+
+def draw_reference(axes, value: float, name: str) -> None:
+    """A dashed line with its name in the right margin, where no curve is."""
+    axes.axhline(value, color=GREY, ls="--", lw=1)
+    margin = dict(xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    axes.annotate(f"{name}\n{value}", (1.01, value), **margin)
+
+
+def finish(figure, runs: list[Run]) -> None:
+    """Label the axis of tokens, and put a legend above, in two columns if the names are short."""
+    last = 0
+    for run in runs:
+        tokens, _ = run.curve("train", "loss")
+        last = max(last, tokens[-1])
+    bottom = figure.axes[-1]
+    bottom.set(xlabel="tokens seen", xlim=(0, 1.01 * last))
+    bottom.xaxis.set_major_formatter(short_number)
+    longest_name = max(len(run.name) for run in runs)
+    figure.legend(loc="outside upper left", ncols=2 if longest_name < 20 else 1)
+
+
+def short_number(number: float, _=None) -> str:
+    """2,500,000,000 -> 2.5B. Can be a formatter of matplotlib, which passes a tick's index too."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
+def save(figure, path: Path) -> Path:
+    """Write a picture. The same input gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # matplotlib puts the date and its own version into an .svg, unless told not to.
+    metadata = dict(Date=None, Creator=None) if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=200, metadata=metadata)
+    return path
 
 
 def write_report(run: Path) -> None:
-    """Draw a run's curves and write report.md beside them. What fails is said, and ends no run."""
-    for write in (lambda: draw_curves([run], run), lambda: print(f"report: {report(run)}")):
-        try:
-            write()
-        except Exception as error:
-            print(f"NOTE: the report of {run} is not whole ({type(error).__name__}: {error})")
+    """Draw the curves of a run and write report.md beside them.
+
+    An error in either is printed as a note, so it cannot make the run fail.
+    """
+    try:
+        draw_curves([run], run)
+    except Exception as error:
+        print_lines(describe_failure(run, error))
+    try:
+        print_lines(f"report: {write_markdown(run)}")
+    except Exception as error:
+        print_lines(describe_failure(run, error))
+
+
+def describe_failure(run: Path, error: Exception) -> str:
+    return f"NOTE: the report of {run} is not whole ({type(error).__name__}: {error})"
+
+
+# ---- Weights -------------------------------------------------------------------------------------
 
 
 def draw_weights(name: str, out: Path | None) -> list[Path]:
     """Draw the embeddings of a model, named as for sample.py, into weights.png in `out` or beside
-    the model.
+    the model; return the file.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     source = Path(resolve(name))
-    weights = GPT.from_pretrained(source).weights()  # without padding rows
-    positions, tokens = (weights[f"transformer.{kind}.weight"].numpy() for kind in ("wpe", "wte"))
+    # Without the rows that pad the vocabulary.
+    weights = GPT.from_pretrained(source).weights()
+    positions = weights["transformer.wpe.weight"].numpy()
+    tokens = weights["transformer.wte.weight"].numpy()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 7.6), layout="constrained")
-        top, left, right = figure.subplot_mosaic("aa;bc", height_ratios=[3, 5]).values()
-        # The lecture draws channels 150, 200 and 250 of GPT-2's 768; other widths have them at the
-        # same fraction.
-        for channel, colour in zip(
-            (positions.shape[1] * n // 768 for n in (150, 200, 250)), COLOURS
-        ):
-            top.plot(positions[:, channel], color=colour, lw=1, label=f"channel {channel}")
-        top.set(
-            title="Position embeddings", xlabel="position", xlim=(0, max(1, len(positions) - 1))
-        )
-        top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
-        for axes, rows, title in (
-            (left, positions, "Positions"),
-            (right, tokens[:256], "The first 256 tokens"),
-        ):
-            unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-            # Rounded, for a small file.
-            shown = axes.imshow(
-                (unit @ unit.T).round(1), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
-            )
-            axes.set_title(title)
-            axes.grid(False)
-        figure.colorbar(
-            shown,
-            ax=[left, right],
-            location="bottom",
-            label="cosine similarity",
-            shrink=0.6,
-            aspect=50,
-        )
-        figure.suptitle(
-            f"{'/'.join(source.parts[-2:])}\n{HOW_TO_READ}", fontsize=9, x=0.01, ha="left"
-        )
-        return [
-            save(figure, (out or (source.parent if source.exists() else Path())) / "weights.png")
-        ]
+        axes = figure.subplot_mosaic("aa;bc", height_ratios=[3, 5])
+        draw_channels(axes["a"], positions)
+        draw_similarity(axes["b"], positions, "Positions")
+        image = draw_similarity(axes["c"], tokens[:256], "The first 256 tokens")
+        scale = dict(location="bottom", label="cosine similarity", shrink=0.6, aspect=50)
+        figure.colorbar(image, ax=[axes["b"], axes["c"]], **scale)
+        title = f"{'/'.join(source.parts[-2:])}\n{HOW_TO_READ}"
+        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+        if out is None:
+            # A name on the hub has no folder here.
+            out = source.parent if source.exists() else Path()
+        return [save(figure, out / "weights.png")]
 
 
-def save(figure, path: Path) -> Path:
-    """Write a picture without the date: the same input gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(
-        path, dpi=200, metadata=dict(Date=None, Creator=None) if path.suffix == ".svg" else None
-    )
-    return path
+def draw_channels(axes, positions: np.ndarray) -> None:
+    """Three channels of the position embeddings (T, C) along the positions.
+
+    The lecture draws channels 150, 200 and 250 of GPT-2's 768; other widths have them at the same
+    fraction.
+    """
+    T, C = positions.shape
+    for n, colour in zip((150, 200, 250), COLOURS):
+        channel = C * n // 768
+        axes.plot(positions[:, channel], color=colour, lw=1, label=f"channel {channel}")
+    axes.set(title="Position embeddings", xlabel="position", xlim=(0, max(1, T - 1)))
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
+
+
+def draw_similarity(axes, rows: np.ndarray, title: str):
+    """The cosine similarity of each row (n, C) with each other, as an image (n, n); returns it."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = rows / np.maximum(norms, 1e-12)
+    # Rounded, for a small file.
+    similarity = (unit @ unit.T).round(1)
+    image = axes.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    axes.set_title(title)
+    axes.grid(False)
+    return image
 
 
 @command("plot.py")
@@ -309,39 +383,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="plot.py", description="Draw runs, or the embeddings of a model."
     )
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        type=Path,
-        metavar="out/RUN",
-        help="folders of runs: draw loss and training",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="MODEL",
-        help="instead: gpt2 ... gpt2-xl, a hub id, a run or a checkpoint",
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="also write report.md into the folder of each run"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for pictures (default: beside what is drawn)"
-    )
+    add = parser.add_argument
+    runs_help = "folders of runs: draw loss and training"
+    add("runs", nargs="*", type=Path, metavar="out/RUN", help=runs_help)
+    weights_help = "instead: gpt2 ... gpt2-xl, a hub id, a run or a checkpoint"
+    add("--weights", metavar="MODEL", help=weights_help)
+    report_help = "also write report.md into the folder of each run"
+    add("--report", action="store_true", help=report_help)
+    out_help = "for pictures (default: beside what is drawn)"
+    add("--out", type=Path, metavar="FOLDER", help=out_help)
     arguments = parser.parse_args(argv)
-    if bool(arguments.runs) == bool(arguments.weights) or (arguments.weights and arguments.report):
+    runs = arguments.runs
+    if bool(runs) == bool(arguments.weights) or (arguments.weights and arguments.report):
         raise ValueError(
             "say what to draw: python plot.py [--report] out/RUN ..., or plot.py --weights MODEL"
         )
     if arguments.weights:
-        written = draw_weights(arguments.weights, arguments.out)
+        files = draw_weights(arguments.weights, arguments.out)
     else:
-        first = arguments.runs[0]
-        written = draw_curves(
-            arguments.runs, arguments.out or (first.parent if arguments.runs[1:] else first)
-        )
-    print(*written, sep="\n")
-    for run in arguments.runs if arguments.report else ():
-        write_report(run)
+        beside = runs[0] if len(runs) == 1 else runs[0].parent
+        files = draw_curves(runs, arguments.out or beside)
+    print(*files, sep="\n")
+    if arguments.report:
+        for run in runs:
+            write_report(run)
 
 
 if __name__ == "__main__":

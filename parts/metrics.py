@@ -18,169 +18,203 @@ from parts.files import write_whole
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
 
-PUBLISHED = {  # acc, acc_norm of OpenAI's weights on all 10,042 tasks, from Karpathy's build-nanogpt
+# HellaSwag acc and acc_norm of OpenAI's weights on all 10,042 tasks, as build-nanogpt reports them.
+# The keys are the styles of hellaswag.py: "harness" is what EleutherAI's lm-evaluation-harness has.
+PUBLISHED = {
     "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
     "harness": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
 }
-GPT2_LOSS = 3.292  # OpenAI's 124M on the FineWeb-Edu validation set, from build-nanogpt
-GPT3_HELLASWAG = 0.337  # acc_norm of GPT-3 124M, from the GPT-3 paper
-# Validation loss of llm.c's GPT-2 124M on FineWeb: tokens seen (524,288 a step) and losses
+# Loss of OpenAI's 124M on the FineWeb-Edu validation set, in nats a token, from build-nanogpt.
+GPT2_LOSS = 3.292
+# HellaSwag acc_norm of GPT-3 124M, from the GPT-3 paper (Brown et al. 2020).
+GPT3_HELLASWAG = 0.337
+# Validation loss of llm.c's GPT-2 124M on FineWeb after these steps of 524,288 tokens each.
 LLMC_STEPS = np.array([250, 500, 1000, 2000, 4000, 8000, 12000, 16000, 19560])
-LLMC_LOSSES = LLMC_STEPS * 524_288, (6.171, 5.374, 4.317, 3.859, 3.618, 3.443, 3.351, 3.288, 3.272)
+LLMC_TOKENS = LLMC_STEPS * 524_288
+LLMC_LOSSES = (6.171, 5.374, 4.317, 3.859, 3.618, 3.443, 3.351, 3.288, 3.272)
 
 
 # ---- Writing -------------------------------------------------------------------------------------
 
 
-class Log(contextlib.ExitStack):
-    """`log(kind, step, **values)`: on the main rank to metrics.jsonl and, if wanted, to W&B and
-    TensorBoard.
+class Log:
+    """Writes the records of a run: `log(kind, step, **values)`.
+
+    The main rank appends each record to metrics.jsonl as one line and, if the settings ask for it,
+    sends the float values to Weights & Biases and TensorBoard. The other ranks write nothing.
     """
 
     def __init__(self, config, start_step: int, machine: Runtime):
-        super().__init__()  # it closes what is entered here
-        self.file = self.wandb = self.tensorboard = None
+        self.file = None
+        self.wandb = None
+        self.tensorboard = None
         if not machine.is_main:
             return
         out_dir = Path(config.out_dir)
         if config.wandb:
             import wandb
 
-            id_file = out_dir / "wandb_id"  # a resumed run continues the same curve
+            # A resumed run continues the curve of the run with this id.
+            id_file = out_dir / "wandb_id"
             if start_step == 0 or not id_file.exists():
                 id_file.write_text(os.urandom(4).hex())
-            names = dict(project=config.wandb_project, name=out_dir.name, id=id_file.read_text())
-            self.wandb = wandb.init(**names, resume="allow", config=vars(config))
+            self.wandb = wandb.init(
+                project=config.wandb_project,
+                name=out_dir.name,
+                id=id_file.read_text(),
+                resume="allow",
+                config=vars(config),
+            )
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            first = start_step and start_step + 1
-            self.tensorboard = self.enter_context(
-                SummaryWriter(out_dir / "tensorboard", purge_step=first)
-            )
-        # Drop the records that a resumed run will write again, and a line that a kill cut short.
+            # Drop the points that a resumed run will write again.
+            purge_step = start_step + 1 if start_step > 0 else 0
+            self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=purge_step)
         path = out_dir / "metrics.jsonl"
-        kept = [
-            json.dumps(record) + "\n"
-            for record in read_metrics(path)
-            if updates(record) <= start_step
-        ]
-        write_whole(path, "".join(kept).encode())
-        self.file = self.enter_context(open(path, "a", encoding="utf-8"))
+        cut_back(path, start_step)
+        self.file = open(path, "a", encoding="utf-8")
 
     def __call__(self, kind: str, step: int, **values) -> None:
         if self.file:
-            # JSON has no NaN and no infinity: they become null.
-            finite = {
-                n: None if isinstance(v, float) and not math.isfinite(v) else v
-                for n, v in values.items()
-            }
-            print(json.dumps(dict(step=step, kind=kind) | finite), file=self.file, flush=True)
-        numbers = {
-            f"{kind}/{name}": value for name, value in values.items() if isinstance(value, float)
-        }
+            record = dict(step=step, kind=kind)
+            for name, value in values.items():
+                # JSON has no NaN and no infinity: they become null.
+                finite = not isinstance(value, float) or math.isfinite(value)
+                record[name] = value if finite else None
+            print(json.dumps(record), file=self.file, flush=True)
+        numbers = {f"{kind}/{n}": value for n, value in values.items() if isinstance(value, float)}
         if self.wandb and numbers:
             self.wandb.log(numbers, step=step)
-        for name, value in numbers.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(name, value, step)
+        if self.tensorboard:
+            for name, number in numbers.items():
+                self.tensorboard.add_scalar(name, number, step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
-def facts(
-    config, machine: Runtime, model, compiled: bool, tokenizer: Tokenizer, n_tokens: int
-) -> dict:
-    """What is needed to understand or repeat a run: settings, command, machine, commit, versions,
-    data.
+def cut_back(path: Path, start_step: int) -> None:
+    """Drop the records of metrics.jsonl that a run resumed at start_step will write again, and a
+    line that a kill has cut short. Creates the file if there is none.
     """
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    commit = (
-        subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        if shutil.which("git")
-        else None
-    )
-    launcher = (
-        "python" if machine.world_size == 1 else f"torchrun --nproc_per_node={machine.local_size}"
-    )
+    kept = []
+    for record in read_metrics(path):
+        if updates_done(record) <= start_step:
+            kept.append(json.dumps(record) + "\n")
+    write_whole(path, "".join(kept).encode())
+
+
+def describe_run(
+    config,
+    machine: Runtime,
+    model,
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype,
+    compiled: bool,
+    train_tokens: int,
+) -> dict:
+    """The values of the record "run": what is needed to understand or to repeat a run.
+
+    dtype is the precision of matrix products, train_tokens the number of tokens in the training
+    shards.
+    """
+    launcher = "python"
+    if machine.world_size > 1:
+        launcher = f"torchrun --nproc_per_node={machine.local_size}"
+    program = Path(sys.argv[0]).name
     meta = data.read_meta(config.data_dir)
-    source = {
-        name: value
-        for name, value in meta.get("source", {}).items()
-        if not isinstance(value, (dict, list))
-    }
+    source = {}
+    for name, value in meta.get("source", {}).items():
+        if not isinstance(value, (dict, list)):
+            source[name] = value
     return dict(
         settings=vars(config),
         parameters=model.num_params(),
         flops_per_token=model.flops_per_token(config.block_size),
         device=machine.device_name(),
-        dtype=str(machine.dtype).removeprefix("torch."),
-        command=f"{launcher} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        dtype=str(dtype).removeprefix("torch."),
+        command=f"{launcher} {shlex.join([program, *sys.argv[1:]])}",
         compiled=compiled,
         world_size=machine.world_size,
         job=os.environ.get("TORCHELASTIC_RUN_ID"),
-        commit=commit,
+        commit=read_commit(),
         versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
         tokenizer=tokenizer.name,
-        data=dict(train_tokens=n_tokens, documents=meta.get("documents"), source=source),
+        data=dict(train_tokens=train_tokens, documents=meta.get("documents"), source=source),
     )
+
+
+def read_commit() -> str | None:
+    """The commit of this code, ending in "-dirty" if files differ from it; "" if it is not in a git
+    repository, None if there is no git.
+    """
+    if not shutil.which("git"):
+        return None
+    here = str(Path(__file__).parent)
+    # --exclude keeps tags out of it, so that only the hash remains.
+    describe = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
 
 
 # ---- Reading -------------------------------------------------------------------------------------
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl, without lines that a kill cut short; empty if there is no such
-    file.
-    """
+    """The records of metrics.jsonl, without lines that a kill cut short; [] if there is no file."""
+    if not path.exists():
+        return []
     records = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    ):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
 
 
-def of_kind(records: list[dict], kind: str, *names: str) -> list[dict]:
-    """The records of this kind in which none of these values is missing or null (a NaN is logged as
-    null).
+def select(records: list[dict], kind: str, *names: str) -> list[dict]:
+    """The records of this kind in which none of the named values is missing or null.
+
+    A NaN is logged as null.
     """
-    return [
-        r for r in records if r["kind"] == kind and all(r.get(name) is not None for name in names)
-    ]
+    selected = []
+    for record in records:
+        if record["kind"] == kind and all(record.get(name) is not None for name in names):
+            selected.append(record)
+    return selected
 
 
-def updates(record: dict) -> int:
-    """The updates before a record. `train` follows the update of its step, all others precede
-    it.
+def updates_done(record: dict) -> int:
+    """How many updates of the weights came before this record.
+
+    A train record is written after the update of its step, every other kind before it.
     """
-    return record["step"] + (record["kind"] == "train")
+    if record["kind"] == "train":
+        return record["step"] + 1
+    return record["step"]
 
 
 def tokens_seen(records: list[dict], n_updates):
-    """Tokens after n_updates (an int or an array); --resume_anyway may have changed the batch on
-    the way.
+    """The training tokens in the first n_updates updates (an int or an int array).
+
+    The batch size is that of the run record in force, for --resume_anyway may have changed it.
     """
-    runs = of_kind(records, "run")
-    # Steps before the first record, of another run, count with its batch.
-    starts = [0, *(record["step"] for record in runs[1:]), math.inf]
-    sizes = [record["settings"]["total_batch_size"] for record in runs]
-    return sum(
-        size * np.clip(n_updates - a, 0, b - a) for size, a, b in zip(sizes, starts, starts[1:])
-    )
+    runs = select(records, "run")
+    # Steps before the first record belong to the run that this one continues; assume its batch.
+    starts = [0, *(run["step"] for run in runs[1:])]
+    ends = [*starts[1:], math.inf]
+    tokens = 0
+    for run, start, end in zip(runs, starts, ends):
+        n_updates_of_run = np.clip(n_updates - start, 0, end - start)
+        tokens = tokens + run["settings"]["total_batch_size"] * n_updates_of_run
+    return tokens
 
 
-def evenly(items: list, n: int) -> list:
+def pick_evenly(items: list, n: int) -> list:
     """At most n of the items, evenly spaced, with the first and the last."""
-    return (
-        [items[i] for i in sorted({round(k * (len(items) - 1) / (n - 1)) for k in range(n)})]
-        if items
-        else []
-    )
+    if len(items) <= n:
+        return list(items)
+    return [items[round(k * (len(items) - 1) / (n - 1))] for k in range(n)]

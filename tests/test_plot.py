@@ -69,13 +69,13 @@ def write(folder: Path, *records: dict) -> Path:
 
 def loss_axes(*folders: Path) -> list:
     """The axes of the losses and, if a run has scores, those of HellaSwag."""
-    return plot.loss_figure(plot.read_runs(list(folders))).axes
+    return plot.draw_losses(plot.read_runs(list(folders))).axes
 
 
 def line(axes, label: str) -> np.ndarray:
     """The one line with a label that starts like this: (n, 2)."""
-    [found] = [line for line in axes.lines if str(line.get_label()).startswith(label)]
-    return found.get_xydata()
+    [match] = [line for line in axes.lines if str(line.get_label()).startswith(label)]
+    return match.get_xydata()
 
 
 def dots(axes) -> np.ndarray:
@@ -202,9 +202,9 @@ def test_training_has_a_panel_for_each_quantity(tmp_path):
     cpu = write(
         tmp_path / "cpu", started(), *(trained(step, **each) for step, each in enumerate(values))
     )
-    rows = plot.training_figure(plot.read_runs([cpu])).axes
+    rows = plot.draw_training(plot.read_runs([cpu])).axes
     assert [axes.get_ylabel() for axes in rows] == ["learning rate", "gradient norm", "tokens/s"]
-    assert [plot.in_words(n) for n in (0, 0.0005, 500, 2_500_000, 10e9)] == [
+    assert [plot.short_number(n) for n in (0, 0.0005, 500, 2_500_000, 10e9)] == [
         "0",
         "0.0005",
         "500",
@@ -260,7 +260,7 @@ def test_text_is_legible_and_inside_the_picture(tmp_path, name):
         runs = [
             each._replace(name=f"{i}{name[1:]}") for i, each in enumerate(plot.read_runs([run] * 3))
         ]
-        for figure in (plot.loss_figure(runs), plot.training_figure(runs)):
+        for figure in (plot.draw_losses(runs), plot.draw_training(runs)):
             assert_legible(figure)
 
 

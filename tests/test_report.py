@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 import plot
 import train
 from parts import report as reports
-from parts.console import Console, print_lines
-from parts.metrics import evenly
+from parts.console import Console, plural, print_lines
+from parts.metrics import pick_evenly
 from parts.pretrained import checkpoints
-from parts.report import card, report
+from parts.report import make_card, write_markdown
 
 RESULTS = [
     file.parent for file in (Path(__file__).parent.parent / "results").glob("*/metrics.jsonl")
@@ -63,7 +63,7 @@ def test_a_report_says_what_the_metrics_say(tmp_path):
         for step, loss in ((0, 9.0), (10, 3.25), (20, 3.5), (21, None))
     ]
     score = dict(step=20, kind="hellaswag", acc_norm=0.2612)
-    text = report(a_run(tmp_path / "tale", RUN, *TRAIN, *val, score)).read_text()
+    text = write_markdown(a_run(tmp_path / "tale", RUN, *TRAIN, *val, score)).read_text()
     for line in (
         "# tale",
         "| data_dir | `shards/tale` |",
@@ -91,25 +91,25 @@ def test_each_record_stands_for_the_steps_since_the_last_one(tmp_path):
     steps = [
         trained(step, 1.0, seconds) for step, seconds in ((100, 60), (109, 6), (110, 60), (119, 6))
     ]
-    text = report(a_run(tmp_path, RUN | dict(step=100), *steps[:2], again, *steps[2:])).read_text()
+    folder = a_run(tmp_path, RUN | dict(step=100), *steps[:2], again, *steps[2:])
+    text = write_markdown(folder).read_text()
     assert f"| tokens | {110 * 1000 + 10 * 500:,} |" in text and "| 0:03:48 on" in text
 
 
 def test_a_run_of_which_little_is_known_has_a_report_and_a_card(tmp_path):
     folder = a_run(tmp_path / "run", RUN, trained(3, None))
-    assert report(folder).read_text().startswith("# run\n")
-    assert ModelCard(card(folder, 5)).data.library_name == "transformers"
+    assert write_markdown(folder).read_text().startswith("# run\n")
+    assert ModelCard(make_card(folder, 5)).data.library_name == "transformers"
 
 
 def test_long_lists_are_thinned_and_keep_both_ends():
-    assert evenly(list(range(500)), 4) == [0, 166, 333, 499] and evenly([], 4) == []
-    assert evenly([1, 2], 4) == [1, 2]
+    assert pick_evenly(list(range(500)), 4) == [0, 166, 333, 499] and pick_evenly([], 4) == []
+    assert pick_evenly([1, 2], 4) == [1, 2]
 
 
 def test_no_text_of_a_sample_ends_its_block(tmp_path):
-    text = report(
-        a_run(tmp_path, RUN, dict(step=1, kind="sample", text="```\n# x\r``` \x1b\udce9"))
-    ).read_text()
+    sample = dict(step=1, kind="sample", text="```\n# x\r``` \x1b\udce9")
+    text = write_markdown(a_run(tmp_path, RUN, sample)).read_text()
     assert "\n    ```\n    # x\n    ``` \ufffd?\n" in text
 
 
@@ -118,7 +118,7 @@ def test_a_card_is_read_by_the_hub_and_ends_at_its_checkpoint(tmp_path):
         dict(step=step, kind="hellaswag", acc_norm=score) for step, score in ((10, 0.25), (20, 0.5))
     ]
     tuned = RUN | dict(settings=SETTINGS | dict(init_from="gpt2-medium"))
-    read = ModelCard(card(a_run(tmp_path / "tale", tuned, *TRAIN, *scores), 10))
+    read = ModelCard(make_card(a_run(tmp_path / "tale", tuned, *TRAIN, *scores), 10))
     assert (
         read.data.datasets == ["someone/tales"]
         and read.data.base_model == "openai-community/gpt2-medium"
@@ -136,7 +136,7 @@ def test_a_card_is_read_by_the_hub_and_ends_at_its_checkpoint(tmp_path):
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
 def test_committed_reports_are_those_of_their_metrics(tmp_path, folder):
     copy = shutil.copytree(folder, tmp_path / folder.name)
-    assert report(copy).read_text() == (folder / "report.md").read_text()
+    assert write_markdown(copy).read_text() == (folder / "report.md").read_text()
     assert all((folder / f"{name}.svg").exists() for name in ("loss", "training"))
 
 
@@ -165,7 +165,7 @@ def test_a_run_ends_with_its_report_and_its_checkpoints_have_cards(config, capsy
 
 def test_a_report_or_card_that_fails_does_not_fail_the_run(config, monkeypatch, capsys):
     monkeypatch.setattr(plot, "draw_curves", lambda *_: 1 / 0)
-    monkeypatch.setattr(reports, "results", lambda *_: 1 / 0)
+    monkeypatch.setattr(reports, "summarize", lambda *_: 1 / 0)
     c = config(report=True, checkpoint_every=12)
     assert train.train(c)["step"] == 12
     assert "is not whole (ZeroDivisionError: division by zero)" in capsys.readouterr().out
@@ -191,10 +191,18 @@ def test_the_bars_time_left_is_trainings(monkeypatch):
 
 
 def test_a_terminal_gets_lines_broken_at_words(monkeypatch, capsys):
-    text = "batch: 16 (sequences) x 128 (tokens) x 1\narithmetic: bf16 and as always spelled-out attention"
+    text = (
+        "batch: 16 (sequences) x 128 (tokens) x 1\n"
+        "arithmetic: bf16 and as always spelled-out attention"
+    )
     print_lines(text)
     assert capsys.readouterr().out == text + "\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "39")
     print_lines(text)
     assert capsys.readouterr().out == re.sub(r" (1$|spelled)", r"\n  \1", text, flags=re.M) + "\n"
+
+
+def test_one_is_singular():
+    numbers = [plural(n, "thread") for n in (0, 1, 2, 1234)]
+    assert numbers == ["0 threads", "1 thread", "2 threads", "1,234 threads"]

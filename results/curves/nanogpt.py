@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from parts import data
-from parts.metrics import of_kind, read_metrics
-from parts.tokenizer import of_folder
+from parts.metrics import read_metrics, select
 from train import TrainConfig, build_model
 
 EDITS = {
@@ -39,14 +38,16 @@ def random_batch(split):""",
 
 def main(nanogpt: Path, run: Path, out: Path) -> None:
     records = read_metrics(run / "metrics.jsonl")
-    facts, ours = of_kind(records, "run")[0], of_kind(records, "train")
+    facts, ours = select(records, "run")[0], select(records, "train")
     config = TrainConfig(**facts["settings"])
-    tokenizer = of_folder(config.data_dir, data.read_meta(config.data_dir)["tokenizer"])
-    windows = data.Windows(
+    tokenizer = data.tokenizer_of_shards(config.data_dir)
+    windows = data.TokenWindows(
         data.open_shards(config.data_dir, "train"), config.block_size, tokenizer.vocab_size
     )
     n = config.total_batch_size // config.block_size
-    batches = data.Batches(windows, n, n, 1, config.seed)
+    batches = data.Batches(
+        windows, batch_size=n, windows_per_step=n, world_size=1, seed=config.seed
+    )
     shape = {
         name: getattr(config, name)
         for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")
