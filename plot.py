@@ -331,11 +331,13 @@ def draw_weights(name: str, out: Path | None) -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
+    # Not open_model: a picture needs no tokenizer, and a folder may have none.
     source = Path(resolve(name))
-    # Without the rows that pad the vocabulary.
-    weights = GPT.from_pretrained(source).weights()
-    positions = weights["transformer.wpe.weight"].numpy()
-    tokens = weights["transformer.wte.weight"].numpy()
+    model = GPT.from_pretrained(source)
+    if "wpe" not in model.transformer:
+        raise ValueError(f"{source}: this model has no position embeddings to draw")
+    positions = model.transformer.wpe.weight.detach().numpy()
+    tokens = model.transformer.wte.weight.detach().numpy()[: model.config.vocab_size]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 7.6), layout="constrained")
         axes = figure.subplot_mosaic("aa;bc", height_ratios=[3, 5])
