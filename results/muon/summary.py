@@ -1,74 +1,120 @@
 """The figures of the study of Muon, from its runs' metrics: python results/muon/summary.py
 
-final_OPTIMIZER_STEPS_SEED are the runs that count, the others the search for their rates.
+The runs final_OPTIMIZER_STEPS_SEED are those that count. The others are the search for their rates.
 """
 
 import json
 import math
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 
 
-def read(folder: Path) -> dict:
-    """Settings, steps and validation losses, and the median time of a step in ms."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    val = [record for record in records if record["kind"] == "val"]
-    ms = statistics.median(record["ms"] for record in records if record["kind"] == "train")
-    settings = next(record["settings"] for record in records if record["kind"] == "run")
-    return dict(
-        settings=settings, steps=[r["step"] for r in val], losses=[r["loss"] for r in val], ms=ms
-    )
+class Run(NamedTuple):
+    settings: dict
+    steps: list[int]  # of the validations
+    losses: list[float]  # validation losses at these steps
+    ms: float  # the median time of a step
 
 
-def crossing(steps: list[int], losses: list[float], target: float) -> float:
+def read_run(file: Path) -> Run:
+    steps = []
+    losses = []
+    times = []
+    for line in file.read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "run":
+            settings = record["settings"]
+        elif record["kind"] == "val":
+            steps.append(record["step"])
+            losses.append(record["loss"])
+        elif record["kind"] == "train":
+            times.append(record["ms"])
+    return Run(settings, steps, losses, ms=statistics.median(times))
+
+
+def find_crossing(run: Run, target: float) -> float:
     """The step at which the losses, joined by straight lines, first reach the target; NaN if they
     do not.
     """
-    for i in range(1, len(steps)):
-        if losses[i] <= target:
-            share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-            return steps[i - 1] + share * (steps[i] - steps[i - 1])
+    for i in range(1, len(run.steps)):
+        if run.losses[i] <= target:
+            share = (run.losses[i - 1] - target) / (run.losses[i - 1] - run.losses[i])
+            return run.steps[i - 1] + share * (run.steps[i] - run.steps[i - 1])
     return math.nan
 
 
-def main() -> None:
-    runs = {path.parent.name: read(path.parent) for path in sorted(HERE.glob("*/metrics.jsonl"))}
+def print_row(*cells) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def print_runs(runs: dict[str, Run]) -> None:
     print(
-        "| run | learning rate | Muon's | momentum | beta2 | seed | steps | validation loss | ms a step |"
+        "| run | learning rate | Muon's | momentum | beta2 | seed | steps "
+        "| validation loss | ms a step |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, run in runs.items():
-        settings, muon = run["settings"], run["settings"]["optimizer"] == "muon"
-        rates = [
+        settings = run.settings
+        muon_rate = ""
+        momentum = ""
+        if settings["optimizer"] == "muon":
+            muon_rate = settings["muon_learning_rate"]
+            momentum = settings["muon_momentum"]
+        print_row(
+            name,
             settings["learning_rate"],
-            *(settings[f"muon_{what}"] if muon else "" for what in ("learning_rate", "momentum")),
-        ]
-        row = [name, *rates, settings["beta2"], settings["seed"], run["steps"][-1]]
-        print("| " + " | ".join(map(str, row)) + f" | {run['losses'][-1]:.4f} | {run['ms']:.0f} |")
+            muon_rate,
+            momentum,
+            settings["beta2"],
+            settings["seed"],
+            run.steps[-1],
+            f"{run.losses[-1]:.4f}",
+            f"{run.ms:.0f}",
+        )
 
+
+def print_comparison(runs: dict[str, Run]) -> None:
+    """For each seed, the steps that Muon takes to AdamW's last loss."""
     print(
-        "\n| seed | AdamW's last loss | at step | Muon is there at | of the steps | Muon with half the steps ends at |"
+        "\n| seed | AdamW's last loss | at step | Muon is there at | of the steps "
+        "| Muon with half the steps ends at |"
     )
     print("|---|---|---|---|---|---|")
     shares = []
     for seed in (1, 2, 3):
-        adamw, muon, half = (
-            runs.get(f"final_{run}_{seed}") for run in ("adamw_1000", "muon_1000", "muon_500")
+        adamw = runs.get(f"final_adamw_1000_{seed}")
+        muon = runs.get(f"final_muon_1000_{seed}")
+        half = runs.get(f"final_muon_500_{seed}")
+        if adamw is None or muon is None:
+            continue
+        target = adamw.losses[-1]
+        crossing = find_crossing(muon, target)
+        share = crossing / adamw.steps[-1]
+        shares.append(share)
+        print_row(
+            seed,
+            f"{target:.4f}",
+            adamw.steps[-1],
+            f"{crossing:.0f}",
+            f"{share:.3f}",
+            f"{half.losses[-1]:.4f}" if half else "",
         )
-        if adamw and muon:
-            steps, target = adamw["steps"][-1], adamw["losses"][-1]
-            there = crossing(muon["steps"], muon["losses"], target)
-            shares.append(there / steps)
-            last = f"{half['losses'][-1]:.4f}" if half else ""
-            print(
-                f"| {seed} | {target:.4f} | {steps} | {there:.0f} | {there / steps:.3f} | {last} |"
-            )
     if shares:
         print(
-            f"\nMuon needs {statistics.mean(shares):.3f} of the tokens, from {min(shares):.3f} to {max(shares):.3f}."
+            f"\nMuon needs {statistics.mean(shares):.3f} of the tokens, "
+            f"from {min(shares):.3f} to {max(shares):.3f}."
         )
+
+
+def main() -> None:
+    runs = {}
+    for file in sorted(HERE.glob("*/metrics.jsonl")):
+        runs[file.parent.name] = read_run(file)
+    print_runs(runs)
+    print_comparison(runs)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What GPT-2 (124M) costs here and in other programs, side by side on one CPU.
 
-    pip install accelerate==1.12.0                                   for transformers' Trainer
+    pip install accelerate==1.12.0  # for transformers' Trainer
     git clone https://github.com/karpathy/nanoGPT
     git clone https://github.com/karpathy/build-nanogpt
-    python results/peers/measure.py nanoGPT build-nanogpt documents.parquet hellaswag_val.jsonl > results/peers/cpu.json
+    python results/peers/measure.py nanoGPT build-nanogpt documents.parquet hellaswag_val.jsonl \
+        > results/peers/cpu.json
     python bench.py show results/peers/cpu.json
 
-Each program runs in processes of its own. A round has all of them in turn. The table has the
-medians of the rounds; `spread` in the file has the lowest and the highest.
+Each program runs in processes of its own. A round runs all of them in turn. The table has the
+medians of the rounds; `spread` in the file has the lowest and the highest figures.
 
 The others run in copies of their folders, changed where EDITS says: sizes that are constants there,
 evaluations (and with them build-nanogpt's save), files instead of downloads, and in one row the
@@ -18,6 +19,7 @@ new and from a checkpoint; the most memory in training; greedy generation of 64 
 HellaSwag; from text to token files.
 """
 
+import copy
 import json
 import os
 import re
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -37,12 +40,25 @@ import torch
 import bench
 from parts import data, runtime
 
-ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
-B, STEPS, ROUNDS, NEW, TASKS = 1, 4, 3, 64, 40
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+B = 1  # sequences of 1,024 tokens in a step
+STEPS = 4
+ROUNDS = 3
+NEW = 64  # tokens that are generated
+TASKS = 40  # of HellaSwag
+
+# ---- What is changed in the other programs: program -> file -> text -> its replacement -----------
+
+# Our copy of GPT-2's vocabulary, because tiktoken would download its own.
 VOCABULARY = {
-    'tiktoken.get_encoding("gpt2")': '__import__("parts.tokenizer").tokenizer.get_tokenizer("gpt2").encoding'
+    'tiktoken.get_encoding("gpt2")': (
+        '__import__("parts.tokenizer").tokenizer.get_tokenizer("gpt2").encoding'
+    )
 }
 PARQUET = '"parquet", data_files=os.environ["TEXT"], '
+
 EDITS = {
     "nanoGPT": {
         "train.py": {"if iter_num % eval_interval": "if iter_num and iter_num % eval_interval"},
@@ -54,37 +70,72 @@ EDITS = {
             "= 524288": f"= {B * 1024}",
             "B = 64 ": f"B = {B} ",
             "max_steps = 19073": f"max_steps = {STEPS}",
-        }
-        | {"step % 250 == 0": "False", "or last_step": ""},
+            "step % 250 == 0": "False",
+            "or last_step": "",
+        },
         "hellaswag.py": VOCABULARY,
         "fineweb.py": VOCABULARY | {'"HuggingFaceFW/fineweb-edu", name=remote_name, ': PARQUET},
     },
 }
-BF16 = {
-    "train.py": EDITS["nanoGPT"]["train.py"] | {"nullcontext() if device_type == 'cpu' else ": ""}
-}
-EDITS["nanoGPT, bf16"] = EDITS["nanoGPT"] | BF16
+EDITS["nanoGPT, bf16"] = copy.deepcopy(EDITS["nanoGPT"])
+EDITS["nanoGPT, bf16"]["train.py"]["nullcontext() if device_type == 'cpu' else "] = ""
 
-# What is timed besides training and tokenising: set-up, then the code that counts.
-OURS = "import hellaswag; from parts import inference, runtime; from parts.auto import prepare_for_inference; "
-OURS += "from parts.tokenizer import get_tokenizer; from model import GPT, GPTConfig; import os, torch\n"
-OURS += "model, machine, _ = prepare_for_inference(GPT(GPTConfig()).eval(), runtime.start('cpu'), 'auto', rows={rows})\n"
+# ---- What is timed besides training and tokenising: the code behind the mark ---------------------
+
+MARK = "# timed\n"
+
+OUR_MODEL = """
+import os
+import hellaswag
+from model import GPT, GPTConfig
+from parts import inference, runtime
+from parts.auto import prepare_for_inference
+from parts.tokenizer import get_tokenizer
+
+machine = runtime.start("cpu")
+prepared = prepare_for_inference(GPT(GPTConfig()).eval(), machine, "auto", rows={rows})
+"""
+
 GENERATE = {
-    "ours": OURS.format(rows=1)
-    + f"# timed\ninference.generate(model, [list(range(16))], {NEW}, temperature=0)",
-    "nanoGPT": "import torch; from model import GPT, GPTConfig; model = GPT(GPTConfig(bias=True)).eval()"
-    f"\n# timed\nmodel.generate(torch.arange(16)[None], {NEW}, top_k=1)",
-    "transformers": "import torch; from transformers import GPT2Config, GPT2LMHeadModel\n"
-    "model = GPT2LMHeadModel(GPT2Config()).to(torch.bfloat16).eval()\n"
-    f"options = dict(max_new_tokens={NEW}, min_new_tokens={NEW}, do_sample=False, pad_token_id=0, eos_token_id=None)"
-    "\n# timed\nmodel.generate(torch.arange(16)[None], **options)",
+    "ours": f"""{OUR_MODEL.format(rows=1)}
+# timed
+inference.generate(prepared.model, [list(range(16))], {NEW}, temperature=0)
+""",
+    "nanoGPT": f"""
+import torch
+from model import GPT, GPTConfig
+model = GPT(GPTConfig(bias=True)).eval()
+# timed
+model.generate(torch.arange(16)[None], {NEW}, top_k=1)
+""",
+    "transformers": f"""
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+model = GPT2LMHeadModel(GPT2Config()).to(torch.bfloat16).eval()
+# timed
+model.generate(
+    torch.arange(16)[None],
+    max_new_tokens={NEW},
+    min_new_tokens={NEW},
+    do_sample=False,
+    pad_token_id=0,
+    eos_token_id=None,
+)
+""",
 }
+
 SCORE = {
-    "ours": OURS.format(rows=1024) + f"tasks = hellaswag.examples(os.environ['TASKS'], {TASKS})"
-    "\n# timed\nhellaswag.evaluate(model, get_tokenizer('gpt2'), machine, tasks)",
+    "ours": f"""{OUR_MODEL.format(rows=1024)}
+tasks = hellaswag.examples(os.environ["TASKS"], {TASKS})
+# timed
+hellaswag.evaluate(prepared.model, get_tokenizer("gpt2"), machine, tasks, dtype=prepared.dtype)
+""",
     "build-nanogpt": f"""
-import json, os; from gpt import *
-model, lines = GPT(GPTConfig(vocab_size=50304)).eval(), open(os.environ['TASKS']).readlines()[:{TASKS}]
+import json, os
+import torch
+from gpt import *
+model = GPT(GPTConfig(vocab_size=50304)).eval()
+lines = open(os.environ["TASKS"]).readlines()[:{TASKS}]
 # timed
 for line in lines:
     _, tokens, mask, label = render_example(json.loads(line))
@@ -95,164 +146,220 @@ for line in lines:
 }
 
 
-def copied(name: str, source: Path, folder: Path) -> Path:
-    """A copy of a program's folder with its edits. ValueError if a text to replace is not there."""
-    copy = shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(".git"))
+# ---- Running a program ---------------------------------------------------------------------------
+
+
+class Watched(NamedTuple):
+    """What was seen of a process."""
+
+    ms: list[float]  # the times that it printed
+    first: float  # seconds from its start to the first of them
+    seconds: float  # from its start to its end
+    gb: float  # the most memory
+
+
+def copy_program(name: str, source: Path, folder: Path) -> Path:
+    """Copy a program's folder and edit it. ValueError if a text to replace is not there."""
+    program = folder / name
+    shutil.copytree(source, program, ignore=shutil.ignore_patterns(".git"))
     for file, edits in EDITS[name].items():
-        text = (copy / file).read_text()
+        text = (program / file).read_text()
         for old, new in edits.items():
             if old not in text:
                 raise ValueError(f"{source / file}: no {old!r}; is it another version?")
             text = text.replace(old, new)
-        (copy / file).write_text(text)
-    return copy
+        (program / file).write_text(text)
+    return program
 
 
-def watch(command: list, folder: Path, line: str = "took ([0-9.]+) ms") -> dict:
-    """Run Python in this folder: the ms in lines that match, seconds to the first of them and in
-    all, GB at most.
+def watch(command: list, folder: Path, pattern: str = "took ([0-9.]+) ms") -> Watched:
+    """Run `python COMMAND` in this folder. pattern: what it prints with a time in ms. ValueError,
+    with the last line that it printed, if it fails.
     """
-    ms, first, said, begin = [], 0.0, "", time.perf_counter()
-    environment = os.environ | dict(
-        PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", HF_HOME=str(folder / "hf")
-    )
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ms = []
+    first = 0.0
+    line = ""
+    begin = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=folder, env=environment, **pipes
+        [sys.executable, *(str(word) for word in command)],
+        cwd=folder,
+        env=os.environ
+        | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", HF_HOME=str(folder / "hf")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    for said in process.stdout:
-        if found := re.search(line, said):
-            first = first or time.perf_counter() - begin
-            ms.append(float(found[1].replace(",", "")))
+    for line in process.stdout:
+        match = re.search(pattern, line)
+        if match:
+            if not ms:
+                first = time.perf_counter() - begin
+            ms.append(float(match[1].replace(",", "")))
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
     if status:
-        raise ValueError(f"{command[0]} ended with {status}: {said}")
-    return dict(
-        ms=ms, first=first, seconds=time.perf_counter() - begin, gb=usage.ru_maxrss * 1024 / 1e9
-    )
+        raise ValueError(f"{command[0]} ended with {status}: {line}")
+    return Watched(ms, first, seconds, gb=usage.ru_maxrss * 1024 / 1e9)
 
 
-def timed(code: str, folder: Path) -> float:
-    """Seconds of the part after the mark."""
-    setup, work = code.split("# timed\n")
-    lines = [setup, "import time", "begin = time.perf_counter()", work]
-    lines.append("print('took', 1000 * (time.perf_counter() - begin), 'ms')")
-    return watch(["-c", "\n".join(lines)], folder)["ms"][0] / 1000
+def time_code(code: str, folder: Path) -> float:
+    """Seconds of the code behind the mark."""
+    setup, work = code.split(MARK)
+    timed = f"""{setup}
+import time
+begin = time.perf_counter()
+{work}
+print("took", 1000 * (time.perf_counter() - begin), "ms")
+"""
+    return watch(["-c", timed], folder).ms[0] / 1000
 
 
-def training(start: list, resume: list, folder: Path, line: str) -> dict:
-    run = watch(start, folder, line)
-    row = {
-        "ms a step": statistics.median(run["ms"][1:STEPS]),
-        "start s": run["first"],
-        "GB": run["gb"],
-    }
-    return row | ({"resume s": watch(resume, folder, line)["first"]} if resume else {})
+def measure_training(start: list, resume: list | None, folder: Path, pattern: str) -> dict:
+    """Columns of a training run. resume: the command that continues it by a step, or None."""
+    run = watch(start, folder, pattern)
+    row = {"ms a step": statistics.median(run.ms[1:STEPS]), "start s": run.first, "GB": run.gb}
+    if resume is not None:
+        row["resume s"] = watch(resume, folder, pattern).first
+    return row
 
 
-def ours(folder: Path) -> dict:
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def train_ours(folder: Path) -> dict:
     command = [
         ROOT / "train.py",
         "--data_dir=shards",
         "--out_dir=out",
         f"--batch_size={B}",
+        f"--total_batch_size={B * 1024}",
         "--warmup_steps=1",
+        "--report=False",
+        "--eval_every=0",
+        "--hellaswag_every=0",
+        "--sample_every=0",
     ]
-    command += [f"--total_batch_size={B * 1024}", "--report=False"]
-    command += ["--eval_every=0", "--hellaswag_every=0", "--sample_every=0"]
-    longer = [*command, f"--max_steps={STEPS + 1}", "--checkpoint_every=0", "--resume_anyway=True"]
-    return training(
-        [*command, f"--max_steps={STEPS}"], longer, folder, r"^step \d+/.* ([\d,]+) ms "
-    )
+    start = [*command, f"--max_steps={STEPS}"]
+    resume = [
+        *command,
+        f"--max_steps={STEPS + 1}",
+        "--checkpoint_every=0",
+        "--resume_anyway=True",
+    ]
+    return measure_training(start, resume, folder, r"^step \d+/.* ([\d,]+) ms ")
 
 
-def nanogpt(folder: Path) -> dict:
+def train_nanogpt(folder: Path) -> dict:
     command = [
         "train.py",
         "--dataset=random",
         "--device=cpu",
         "--compile=False",
-        f"--batch_size={B}",
         "--bias=True",
-    ]
-    command += [
+        "--dtype=bfloat16",
+        f"--batch_size={B}",
         "--gradient_accumulation_steps=1",
         "--eval_iters=1",
         f"--max_iters={STEPS}",
-        "--dtype=bfloat16",
     ]
-    resume = [*command, "--init_from=resume", "--eval_interval=1000"]
-    return training(
-        [*command, f"--eval_interval={STEPS}"], resume, folder, r"^iter \d+: .* time ([\d.]+)ms"
-    )
+    start = [*command, f"--eval_interval={STEPS}"]
+    resume = [*command, "--eval_interval=1000", "--init_from=resume"]
+    return measure_training(start, resume, folder, r"^iter \d+: .* time ([\d.]+)ms")
 
 
-def trainer(folder: Path) -> dict:
+def train_build_nanogpt(folder: Path) -> dict:
+    return measure_training(["train_gpt2.py"], None, folder, r"dt: ([\d.]+)ms")
+
+
+def train_transformers(folder: Path) -> dict:
     command = [HERE / "trainer.py", "out", B]
-    return training([*command, STEPS], [*command, STEPS + 1, "resume"], folder, r"took ([\d.]+) ms")
+    start = [*command, STEPS]
+    resume = [*command, STEPS + 1, "resume"]
+    return measure_training(start, resume, folder, r"took ([\d.]+) ms")
 
 
-def round_of(peers: dict[str, Path], megabytes: float, folder: Path) -> dict[str, dict]:
-    """Every program once: {name: {column: figure}}."""
+# ---- A round, and the medians of all -------------------------------------------------------------
+
+
+def prepare_folders(peers: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """A folder for each program, with random tokens to train on."""
     tokens = np.random.default_rng(0).integers(0, 50257, B * 1024 * (STEPS + 3), dtype=np.uint16)
-    copies = {name: copied(name, peers[name.split(",")[0]], folder) for name in EDITS}
-    places = {"ours": folder / "ours", "transformers": folder / "transformers"} | copies
-    for name in ("ours", "transformers"):
-        places[name].mkdir()
-    (places["ours"] / "shards").mkdir()
-    data.write_shard(places["ours"] / "shards/random_train_000001.bin", tokens)
-    (places["ours"] / "shards/meta.json").write_text('{"tokenizer": "gpt2"}')
-    for name in ("nanoGPT", "nanoGPT, bf16"):
-        (places[name] / "data/random").mkdir()
-        for split in ("train", "val"):
-            tokens.tofile(places[name] / f"data/random/{split}.bin")
-    build = places["build-nanogpt"]
-    (build / "gpt.py").write_text(
-        (build / "train_gpt2.py").read_text().split("# simple launch:")[0]
-    )
-    (build / "edu_fineweb10B").mkdir()
-    for split in ("train", "val"):
-        np.save(build / f"edu_fineweb10B/{split}.npy", tokens)
+    folders = {"ours": folder / "ours", "transformers": folder / "transformers"}
+    for path in folders.values():
+        path.mkdir()
+    for name in EDITS:
+        repository = name.split(",")[0]
+        folders[name] = copy_program(name, peers[repository], folder)
 
+    shards = folders["ours"] / "shards"
+    shards.mkdir()
+    data.write_shard(shards / "random_train_000001.bin", tokens)
+    (shards / "meta.json").write_text('{"tokenizer": "gpt2"}')
+
+    for name in ("nanoGPT", "nanoGPT, bf16"):
+        dataset = folders[name] / "data" / "random"
+        dataset.mkdir()
+        tokens.tofile(dataset / "train.bin")
+        tokens.tofile(dataset / "val.bin")
+
+    # The definitions of its script, to import.
+    build_nanogpt = folders["build-nanogpt"]
+    definitions, _ = (build_nanogpt / "train_gpt2.py").read_text().split("# simple launch:", 1)
+    (build_nanogpt / "gpt.py").write_text(definitions)
+    dataset = build_nanogpt / "edu_fineweb10B"
+    dataset.mkdir()
+    np.save(dataset / "train.npy", tokens)
+    np.save(dataset / "val.npy", tokens)
+    return folders
+
+
+def measure_round(peers: dict[str, Path], megabytes: float, folder: Path) -> dict[str, dict]:
+    """Run every program once. Return {name: {column: figure}}."""
+    folders = prepare_folders(peers, folder)
     rows = {
-        "ours": ours(places["ours"]),
-        "nanoGPT": nanogpt(places["nanoGPT"]),
-        "nanoGPT, bf16": nanogpt(places["nanoGPT, bf16"]),
-        "build-nanogpt": training(["train_gpt2.py"], [], build, r"dt: ([\d.]+)ms"),
-        "transformers": trainer(places["transformers"]),
+        "ours": train_ours(folders["ours"]),
+        "nanoGPT": train_nanogpt(folders["nanoGPT"]),
+        "nanoGPT, bf16": train_nanogpt(folders["nanoGPT, bf16"]),
+        "build-nanogpt": train_build_nanogpt(folders["build-nanogpt"]),
+        "transformers": train_transformers(folders["transformers"]),
     }
     for name, code in GENERATE.items():
-        rows[name]["tokens/s"] = NEW / timed(code, places[name])
+        rows[name]["tokens/s"] = NEW / time_code(code, folders[name])
     for name, code in SCORE.items():
-        rows[name]["tasks/s"] = TASKS / timed(code, places[name])
-    commands = {"ours": [ROOT / "prepare.py", os.environ["TEXT"], "--out", "text"]}
-    commands |= {"nanoGPT": ["data/openwebtext/prepare.py"], "build-nanogpt": ["fineweb.py"]}
-    for name, command in commands.items():
-        rows[name]["MB/s"] = megabytes / watch(command, places[name])["seconds"]
+        rows[name]["tasks/s"] = TASKS / time_code(code, folders[name])
+    tokenise = {
+        "ours": [ROOT / "prepare.py", os.environ["TEXT"], "--out", "text"],
+        "nanoGPT": ["data/openwebtext/prepare.py"],
+        "build-nanogpt": ["fineweb.py"],
+    }
+    for name, command in tokenise.items():
+        rows[name]["MB/s"] = megabytes / watch(command, folders[name]).seconds
     return rows
 
 
 def main(nanogpt: str, build_nanogpt: str, text: str, tasks: str) -> None:
     peers = {"nanoGPT": Path(nanogpt), "build-nanogpt": Path(build_nanogpt)}
-    os.environ |= dict(TEXT=str(Path(text).resolve()), TASKS=str(Path(tasks).resolve()))
-    megabytes = sum(len(text.encode()) for text in bench.texts_of([Path(text)])) / 1e6
+    # Programs read these, in whatever folder they run.
+    os.environ["TEXT"] = str(Path(text).resolve())
+    os.environ["TASKS"] = str(Path(tasks).resolve())
+    texts = bench.read_texts([Path(text)])
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
     rounds = []
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
-            rounds.append(round_of(peers, megabytes, Path(folder)))
+            rounds.append(measure_round(peers, megabytes, Path(folder)))
         print(json.dumps(rounds[-1]), file=sys.stderr)
-    each = {name: {c: [r[name][c] for r in rounds] for c in row} for name, row in rounds[0].items()}
-    rows = {
-        name: {c: statistics.median(v) for c, v in columns.items()}
-        for name, columns in each.items()
-    }
-    spread = {
-        name: {c: [min(v), max(v)] for c, v in columns.items()} for name, columns in each.items()
-    }
-    commits = {
-        name: subprocess.getoutput(f"git -C {path} rev-parse --short HEAD")
-        for name, path in peers.items()
-    }
+
+    rows = {}
+    spread = {}
+    for name, columns in rounds[0].items():
+        rows[name] = {}
+        spread[name] = {}
+        for column in columns:
+            figures = [figures_of_round[name][column] for figures_of_round in rounds]
+            rows[name][column] = statistics.median(figures)
+            spread[name][column] = [min(figures), max(figures)]
+
     settings = dict(
         batch=B,
         steps=STEPS,
@@ -261,10 +368,18 @@ def main(nanogpt: str, build_nanogpt: str, text: str, tasks: str) -> None:
         tasks=TASKS,
         megabytes=round(megabytes, 1),
     )
-    result = dict(bench="peers", device=runtime.start("cpu").device_name(), torch=torch.__version__)
-    print(
-        json.dumps(result | dict(settings=settings | commits, rows=rows, ratios={}, spread=spread))
+    for name, path in peers.items():
+        settings[name] = subprocess.getoutput(f"git -C {path} rev-parse --short HEAD")
+    result = dict(
+        bench="peers",
+        device=runtime.start("cpu").device_name(),
+        torch=torch.__version__,
+        settings=settings,
+        rows=rows,
+        ratios={},
+        spread=spread,
     )
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""transformers' Trainer with its defaults on random tokens, GPT-2 124M: trainer.py FOLDER SEQUENCES
-STEPS [resume]
+"""transformers' Trainer with its defaults on random tokens, GPT-2 124M.
+
+python results/peers/trainer.py FOLDER SEQUENCES STEPS [resume]
 """
 
 import sys
@@ -10,6 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 
 class Clock(TrainerCallback):
+    """Print the time of each step."""
+
     def on_step_begin(self, *_, **__):
         self.begin = time.perf_counter()
 
@@ -21,14 +24,22 @@ def main(folder: str, sequences: int, steps: int, resume: bool) -> None:
     tokens = torch.randint(50257, (sequences * (steps + 2), 1024))
     rows = [dict(input_ids=row, labels=row) for row in tokens]
     model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    options = dict(
-        per_device_train_batch_size=sequences, max_steps=steps, save_steps=steps, report_to="none"
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=sequences,
+        max_steps=steps,
+        save_steps=steps,
+        report_to="none",
+        disable_tqdm=True,
     )
-    arguments = TrainingArguments(folder, **options, disable_tqdm=True)
-    Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train(
-        resume_from_checkpoint=resume
-    )
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()])
+    trainer.train(resume_from_checkpoint=resume)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "resume" in sys.argv)
+    main(
+        folder=sys.argv[1],
+        sequences=int(sys.argv[2]),
+        steps=int(sys.argv[3]),
+        resume="resume" in sys.argv,
+    )
