@@ -653,7 +653,7 @@ def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
             n_gpus=n,
             per_node=per_node,
             batch_tokens=batch_tokens,
-            batch_size=auto.batch_size(largest, sequences, model, T, machine),
+            batch_size=auto.batch_size(largest, sequences, model, T, machine, torch.bfloat16),
             network=1e9 * arguments.network,
         )
         uses["memory"] = peak(1) / usable
