@@ -49,7 +49,7 @@ from parts.files import write_whole
 from parts.metrics import PUBLISHED
 from parts.pretrained import locate, resolve
 from parts.runtime import Runtime
-from parts.tokenizer import Tokenizer, of_folder
+from parts.tokenizer import Tokenizer, tokenizer_of_model
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     source = resolve(arguments.model)
     folder = locate(source)
     model = GPT.from_pretrained(folder)
-    tokenizer = of_folder(folder, model.config.vocab_size)
+    tokenizer = tokenizer_of_model(folder, model.config.vocab_size)
     n_parameters = model.num_params()
     model, machine, note = prepare_for_inference(model, machine, arguments.dtype, rows=1024)
     if machine.is_main:

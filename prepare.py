@@ -1,8 +1,9 @@
 """Local text -> token shards.
 
-    python prepare.py book.txt --out shards/book python prepare.py notes/ 'logs/*.md' --out
-    shards/mine --glob '*.txt' --exclude drafts --tokenizer 4096 python prepare.py reviews.jsonl.gz
-    table.parquet --out shards/rows --text_column body
+    python prepare.py book.txt --out shards/book
+    python prepare.py notes/ 'logs/*.md' --out shards/mine --glob '*.txt' --exclude drafts
+    python prepare.py code/ --out shards/code --tokenizer 4096
+    python prepare.py reviews.jsonl.gz table.parquet --out shards/rows --text_column body
 
 After an interruption, the same command continues and ends with the same bytes, on any number of
 workers.
@@ -16,21 +17,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parts.console import command, printable
-from parts.documents import TABLES, documents_of, find_files
+from parts.documents import TABLES, find_files, read_documents
 from parts.files import sha256, write_whole
 from parts.sharding import (
     SEED,
     Split,
+    add_shard_options,
     available_cpus,
+    check_shard_options,
     finish_folder,
-    parse_shared,
-    pieces_of,
+    lock_shard_folder,
     shard_files,
-    shard_folder,
-    tokenising,
+    split_into_pieces,
+    start_workers,
 )
 from parts.tokenizer import (
-    KNOWN,
     LARGEST,
     SMALLEST,
     TOKENIZER_FILE,
@@ -38,15 +39,22 @@ from parts.tokenizer import (
     GPT2Tokenizer,
     LearnedTokenizer,
     Tokenizer,
+    get_tokenizer,
     learn_tokenizer,
     load_tokenizer,
+    read_tokenizer,
     sample_texts,
 )
 
+# ---- The options ---------------------------------------------------------------------------------
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    about = "Turn local text into token shards. A document is a row of a .jsonl, .jsonl.gz or .parquet, or a whole file."
-    parser = argparse.ArgumentParser("prepare.py", description=about)
+    parser = argparse.ArgumentParser(
+        "prepare.py",
+        description="Turn local text into token shards. "
+        "A document is a row of a .jsonl, .jsonl.gz or .parquet, or a whole file.",
+    )
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="files, folders, or globs in quotes")
     add(
@@ -55,137 +63,204 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="folder for the shards, such as shards/mine (required)",
     )
-    tokenizer = "gpt2, bytes, a number of tokens to learn from the text, or a folder that has learned ones (default: "
     add(
         "--tokenizer",
         default="gpt2",
         metavar="gpt2|bytes|N|FOLDER",
-        help=tokenizer + "%(default)s)",
+        help="gpt2, bytes, a number of tokens to learn from the text, or a folder that has "
+        "learned ones (default: %(default)s)",
     )
     add(
         "--glob",
         default="*",
         help="names of the files to take from folders, at any depth (default: all)",
     )
-    skip = (
-        "names of files and folders to skip inside folders; repeatable (default: hidden ones only)"
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="names of files and folders to skip inside folders; repeatable "
+        "(default: hidden ones only)",
     )
-    add("--exclude", action="append", default=[], metavar="GLOB", help=skip)
-    validation = "share of documents for validation; with fewer than 1/F, the last share of each (default: %(default)s)"
-    add("--val_fraction", type=float, default=0.05, metavar="F", help=validation)
-    arguments = parse_shared(parser, argv)
+    add(
+        "--val_fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of documents for validation; with fewer than 1/F, the last share of each "
+        "(default: %(default)s)",
+    )
+    add_shard_options(parser)
+    arguments = parser.parse_args(argv)
+    check_shard_options(parser, arguments)
     if arguments.val_fraction != 0 and not 1e-6 <= arguments.val_fraction <= 0.5:
         parser.error(f"--val_fraction={arguments.val_fraction}: must be 0, or from 0.000001 to 0.5")
     return arguments
 
 
-def parse_tokenizer_option(wanted: str) -> Tokenizer | int:
-    """prepare.py's --tokenizer: a tokenizer, or the number of tokens to learn. ValueError if it is
-    neither.
+def parse_tokenizer_option(value: str) -> Tokenizer | int:
+    """Read the value of --tokenizer: an existing tokenizer, or the number of tokens to learn.
+
+    ValueError if it is neither.
     """
-    if wanted.isdecimal() and SMALLEST <= int(wanted) <= LARGEST and int(wanted) not in KNOWN:
-        return int(wanted)
-    if wanted in TOKENIZERS or (Path(wanted) / TOKENIZER_FILE).exists():
-        return load_tokenizer(wanted if wanted in TOKENIZERS else Path(wanted) / TOKENIZER_FILE)
-    number = (
-        f"a number from {SMALLEST} to {LARGEST} (not {GPT2Tokenizer.vocab_size}, which is GPT-2's)"
-    )
+    # A model with one of these sizes is taken for a model with that tokenizer.
+    taken_sizes = [tokenizer.vocab_size for tokenizer in TOKENIZERS.values()]
+    if value.isdecimal() and SMALLEST <= int(value) <= LARGEST and int(value) not in taken_sizes:
+        return int(value)
+    if value in TOKENIZERS:
+        return get_tokenizer(value)
+    file = Path(value) / TOKENIZER_FILE
+    if file.exists():
+        return read_tokenizer(file)
     raise ValueError(
-        f"--tokenizer {wanted}: must be gpt2, bytes, {number}, or a folder with a {TOKENIZER_FILE}"
+        f"--tokenizer {value}: must be gpt2, bytes, a number from {SMALLEST} to {LARGEST} "
+        f"(not {GPT2Tokenizer.vocab_size}, which is GPT-2's), or a folder with a {TOKENIZER_FILE}"
     )
 
 
-def provide_tokenizer(
-    chosen: Tokenizer | int, file: Path, texts: Iterator[bytes], seed: int
-) -> str:
-    """Learn or copy what was chosen to the file, if it is not there yet. Returns the name or file
-    for `load`.
+# ---- The steps -----------------------------------------------------------------------------------
+
+
+def describe_source(
+    arguments: argparse.Namespace, files: list[Path], tokenizer: Tokenizer | int
+) -> dict:
+    """Read all files, and describe all that decides the shards' bytes, for meta.json.
+
+    It is the options, and one hash of the files' names and contents. ValueError if a text file is
+    binary.
     """
-    if not isinstance(chosen, (int, LearnedTokenizer)):
-        return chosen.name
-    if isinstance(chosen, LearnedTokenizer):
-        write_whole(file, chosen.content.encode())
+    digest = hashlib.sha256()
+    n_bytes = 0
+    has_tables = False
+    for path in files:
+        if path.name.endswith(TABLES):
+            has_tables = True
+        else:
+            check_is_text(path)
+        digest.update(os.fsencode(path.name) + bytes.fromhex(sha256(path)))
+        n_bytes += path.stat().st_size
+    source = {
+        "tokenizer": tokenizer if isinstance(tokenizer, int) else tokenizer.name,
+        "shard_tokens": arguments.shard_tokens,
+        "val_fraction": arguments.val_fraction,
+    }
+    if has_tables:
+        source["text_column"] = arguments.text_column
+    source["seed"] = SEED
+    source["files"] = len(files)
+    source["bytes"] = n_bytes
+    source["sha256"] = digest.hexdigest()
+    return source
+
+
+def check_is_text(path: Path) -> None:
+    """Raise ValueError if the first megabyte of a file has a NUL byte, which no text has."""
+    with open(path, "rb") as file:
+        if b"\0" in file.read(1 << 20):
+            raise ValueError(f"{path}: binary (NUL bytes), not text; leave it out with --exclude")
+
+
+def choose_split(files: list[Path], column: str, val_fraction: float) -> Split:
+    """Decide which text is for validation: one document of every `stride`, if there are so many.
+
+    With fewer documents, it is the end of each. Reads the first `stride` documents.
+    """
+    if val_fraction == 0:
+        return Split()
+    stride = round(1 / val_fraction)
+    first_documents = itertools.islice(read_documents(files, column), stride)
+    n_documents = sum(1 for _ in first_documents)
+    if n_documents == stride:
+        return Split(stride=stride)
+    return Split(tail=val_fraction)
+
+
+def read_training_texts(files: list[Path], column: str, split: Split) -> Iterator[bytes]:
+    """Read the segments of all documents that are for training."""
+    for piece in split_into_pieces(read_documents(files, column), split):
+        for segment in piece:
+            if segment.split == "train":
+                yield segment.text
+
+
+def provide_tokenizer(choice: Tokenizer | int, file: Path, texts: Iterator[bytes]) -> str:
+    """Learn or copy the tokenizer to `file`, if it is a learned one and not there yet.
+
+    Returns what load_tokenizer takes: a name, or the file. The texts are read only to learn from
+    them.
+    """
+    if isinstance(choice, LearnedTokenizer):
+        write_whole(file, choice.content.encode())
+    elif isinstance(choice, Tokenizer):
+        return choice.name
     elif not file.exists():
-        drawn = sample_texts(texts, seed)
-        write_whole(file, learn_tokenizer(drawn, chosen).encode())
-        print(f"vocabulary: {describe_tokenizer(load_tokenizer(file), drawn)}")
+        sample = sample_texts(texts, SEED)
+        write_whole(file, learn_tokenizer(sample, choice).encode())
+        print(f"vocabulary: {describe_tokenizer(read_tokenizer(file), sample)}")
     return str(file)
 
 
 def describe_tokenizer(tokenizer: LearnedTokenizer, texts: list[bytes]) -> str:
-    """One line: tokens, bytes a token in the texts' first megabyte, the ten longest (not runs of a
-    sign or space).
+    """Describe a learned tokenizer in one line: its size, bytes per token, and longest tokens.
+
+    The bytes per token are those of the texts' first megabyte. The ten longest tokens leave out
+    runs of a sign or of white space.
     """
-    some = b"".join(texts)[:1_000_000]
+    first_megabyte = b"".join(texts)[:1_000_000]
+    bytes_per_token = len(first_megabyte) / len(tokenizer.encode(first_megabyte))
     tokens = {tokenizer.decode_bytes([i]).strip() for i in range(tokenizer.end_of_text)}
-    words = sorted(
-        (token for token in tokens if len(set(token)) > 2), key=lambda token: (len(token), token)
+    words = [token for token in tokens if len(set(token)) > 2]
+    words.sort(key=lambda token: (len(token), token), reverse=True)
+    longest = b" ".join(words[:10]).decode(errors="replace")
+    return (
+        f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token; "
+        f"the longest: {printable(longest)}"
     )
-    longest = b" ".join(words[:-11:-1]).decode(errors="replace")
-    each = len(some) / len(tokenizer.encode(some))
-    return f"{tokenizer.vocab_size:,} tokens, {each:.2f} bytes a token; the longest: {printable(longest)}"
-
-
-def describe(arguments: argparse.Namespace, files: list[Path], chosen: Tokenizer | int) -> dict:
-    """What decides the shards' bytes, for meta.json: the options, and a hash of the files' names
-    and contents.
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            if not path.name.endswith(TABLES) and b"\0" in file.read(1 << 20):
-                raise ValueError(
-                    f"{path}: binary (NUL bytes), not text; leave it out with --exclude"
-                )
-        digest.update(os.fsencode(path.name) + bytes.fromhex(sha256(path)))
-    size, tables = (
-        sum(path.stat().st_size for path in files),
-        [path for path in files if path.name.endswith(TABLES)],
-    )
-    names = ["shard_tokens", "val_fraction"] + (["text_column"] if tables else [])
-    options = dict(tokenizer=getattr(chosen, "name", chosen)) | {
-        name: getattr(arguments, name) for name in names
-    }
-    return options | dict(seed=SEED, files=len(files), bytes=size, sha256=digest.hexdigest())
 
 
 @command("prepare.py")
 def main(argv: list[str] | None = None) -> None:
+    """Read the files up to four times: to hash them, to count documents (the first ones only), to
+    learn a tokenizer (if it is to be learned), and to write the shards.
+    """
     arguments = parse_arguments(argv)
+    column = arguments.text_column
     out = Path(arguments.out).resolve()
     files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
-    chosen = parse_tokenizer_option(arguments.tokenizer)
-    source = describe(arguments, files, chosen)
-    with shard_folder(out, source) as meta:
+    choice = parse_tokenizer_option(arguments.tokenizer)
+    source = describe_source(arguments, files, choice)
+
+    with lock_shard_folder(out, source) as meta:
         if meta["complete"]:
             print(f"{arguments.out}: already made from these files ({len(files):,})")
             return
-        # One document of every `stride` is for validation; with fewer documents than that, the tail
-        # of each.
-        n, fraction, column = arguments.shard_tokens, arguments.val_fraction, arguments.text_column
-        stride = round(1 / fraction) if fraction else 0
-        enough = sum(1 for _ in itertools.islice(documents_of(files, column), stride)) == stride
-        split = Split(stride) if enough else Split(tail=fraction)
+
+        split = choose_split(files, column, arguments.val_fraction)
+
+        texts = read_training_texts(files, column, split)
+        name_or_file = provide_tokenizer(choice, out / TOKENIZER_FILE, texts)
+        tokenizer = load_tokenizer(name_or_file)
+
         # A validation shard fills as fast as a training shard, so an interruption loses little of
-        # either.
-        sizes = {"train": n, "val": max(min(n, 1 << 20), round(n * fraction))}
+        # either. But below a million tokens, it is not smaller than a training shard.
+        train_size = arguments.shard_tokens
+        val_size = max(min(train_size, 1 << 20), round(train_size * arguments.val_fraction))
         # A worker takes a second to start, in which another one tokenises some 8 MB.
         workers = arguments.workers or min(available_cpus(), 1 + source["bytes"] // (8 << 20))
-        pieces = itertools.chain.from_iterable(pieces_of(documents_of(files, column), split))
-        texts = (text for name, _, text in pieces if name == "train")
-        name = provide_tokenizer(chosen, out / TOKENIZER_FILE, texts, SEED)
-        tokenizer = load_tokenizer(name)
-        with tokenising(name, workers) as tokenise_all:
+        with start_workers(name_or_file, workers) as tokenise_all:
+            sizes = {"train": train_size, "val": val_size}
             rows = shard_files(files, out, tokenise_all, tokenizer, sizes, column, split)
-        if not rows["train"] or (fraction and not rows["val"]):
-            advice = f"delete {arguments.out}, and take more text or --val_fraction 0"
+
+        if not rows["train"] or (arguments.val_fraction and not rows["val"]):
             raise ValueError(
-                f"{files[0]}: too little text for a training and a validation split; {advice}"
+                f"{files[0]}: too little text for a training and a validation split; "
+                f"delete {arguments.out}, and take more text or --val_fraction 0"
             )
-        counted = (
-            rows["train"] if split.tail else rows["train"] + rows["val"]
-        )  # a tail is no document of its own
-        documents = sum(row["documents"] for row in counted)
+        documents = sum(row["documents"] for row in rows["train"])
+        # The end of a document that is for validation is no document of its own.
+        if not split.tail:
+            documents += sum(row["documents"] for row in rows["val"])
         print(f"{arguments.out}: {finish_folder(out, tokenizer, source, rows, documents)}")
 
 

@@ -1,8 +1,7 @@
-"""Tokens for training: the shard format, windows, and batches. (prepare.py and fineweb.py make
-shards.)
+"""Tokens for training: shards, windows, and batches. (prepare.py and fineweb.py make shards.)
 
 A shard, NAME_train_000001.bin, is a header of 256 little-endian int32 (magic 20240520, version 1,
-number of tokens) and then uint16 tokens: the format of llm.c and modded-nanogpt, so published
+number of tokens) and then uint16 tokens. It is the format of llm.c and modded-nanogpt, so published
 shards work here and ours work there. Every document begins with the end-of-text token. meta.json
 beside the shards says what they were made of and with.
 """
@@ -16,13 +15,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from parts.files import sha256, write_whole
-from parts.tokenizer import Tokenizer
+from parts.tokenizer import (
+    TOKENIZER_FILE,
+    TOKENIZERS,
+    Tokenizer,
+    get_tokenizer,
+    read_tokenizer,
+)
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 
 
@@ -44,141 +52,202 @@ class Shard:
 
 
 def open_shard(path: Path) -> Shard:
-    """Memory-map one shard, checked: ours and llm.c's .bin, or build-nanogpt's .npy. ValueError if
-    it is damaged.
+    """Memory-map a shard: a .bin of ours or llm.c's, or a .npy of build-nanogpt's.
+
+    ValueError if the file is damaged.
     """
     if path.suffix == ".npy":
-        try:
-            tokens = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"{path}: not a whole .npy file ({error}). Copy it or make it again"
-            ) from None
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError(
-                f"{path}: holds {tokens.dtype} of shape {tokens.shape}; tokens are a row of uint16"
-            )
-        return Shard(path, tokens)
-
+        return open_npy_shard(path)
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if len(header) < HEADER_INTS or tuple(header[:2]) != (MAGIC, VERSION):
         raise ValueError(
-            f"{path}: not a token shard: it does not begin with {MAGIC} and version {VERSION} (uint16)"
+            f"{path}: not a token shard: "
+            f"it does not begin with {MAGIC} and version {VERSION} (uint16)"
         )
-    held = (path.stat().st_size - HEADER_BYTES) / 2
-    if held != header[2]:
+    n_tokens = (path.stat().st_size - HEADER_BYTES) / 2
+    if n_tokens != header[2]:
         raise ValueError(
-            f"{path}: its header promises {header[2]} tokens, the file holds {int(held)}; copy it again"
+            f"{path}: its header promises {header[2]} tokens, "
+            f"the file holds {int(n_tokens)}; copy it again"
         )
     return Shard(path, np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
 
 
+def open_npy_shard(path: Path) -> Shard:
+    """Memory-map a .npy file of uint16 tokens. ValueError if it is anything else."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path}: not a whole .npy file ({error}). Copy it or make it again"
+        ) from None
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise ValueError(
+            f"{path}: holds {tokens.dtype} of shape {tokens.shape}; tokens are a row of uint16"
+        )
+    return Shard(path, tokens)
+
+
+def open_nanogpt_file(path: Path) -> Shard:
+    """Memory-map nanoGPT's train.bin or val.bin: uint16 tokens without a header.
+
+    ValueError if the size cannot be right; nothing else can be checked.
+    """
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise ValueError(
+            f"{path}: {size:,} bytes cannot be uint16 tokens. Copy it or make it again"
+        )
+    return Shard(path, np.memmap(path, dtype="<u2", mode="r"))
+
+
 def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
-    """All shards of a split, in the order of their names. ValueError if there are none, or one is
-    not whole.
+    """Memory-map all shards of a split ("train" or "val"), in the order of their names.
+
+    ValueError if there are none, if one is damaged, or if they are not those of meta.json.
     """
     folder = Path(data_dir)
-    paths = sorted(p for p in folder.glob("*") if re.search(rf"_{split}_\d+\.(bin|npy)$", p.name))
-    raw = folder / f"{split}.bin"
-    if (
-        not paths and raw.is_file()
-    ):  # nanoGPT's: uint16 tokens and nothing else, so hardly anything can be checked
-        if (size := raw.stat().st_size) == 0 or size % 2:
-            raise ValueError(
-                f"{raw}: {size:,} bytes cannot be uint16 tokens. Copy it or make it again"
-            )
-        return [Shard(raw, np.memmap(raw, dtype="<u2", mode="r"))]
+    name = re.compile(rf"_{split}_\d+\.(bin|npy)$")
+    paths = sorted(path for path in folder.glob("*") if name.search(path.name))
     if not paths:
-        make = f"python fineweb.py, or python prepare.py TEXT --out {folder}"
-        raise ValueError(f"data_dir: no {split} shards in {folder.absolute()}; make them: {make}")
+        nanogpt_file = folder / f"{split}.bin"
+        if nanogpt_file.is_file():
+            return [open_nanogpt_file(nanogpt_file)]
+        raise ValueError(
+            f"data_dir: no {split} shards in {folder.absolute()}; "
+            f"make them: python fineweb.py, or python prepare.py TEXT --out {folder}"
+        )
     meta = read_meta(folder)
     if not meta.get("complete", True):
         raise ValueError(
             f"{folder}: still being written, or interrupted; run the command that makes it again"
         )
     shards = [open_shard(path) for path in paths]
-    promised = {row["file"]: row["tokens"] for row in meta.get("shards", {}).get(split, [])}
-    found = {shard.path.name: len(shard.tokens) for shard in shards}
-    for name in promised.keys() | found.keys() if promised else ():
-        if promised.get(name) != found.get(name):
-            counts = (
-                f"{found.get(name, 'no')} tokens here, {promised.get(name, 'none')} by meta.json"
-            )
-            raise ValueError(f"{folder / name}: {counts}; copy the folder whole, or make it again")
+    rows = meta.get("shards", {}).get(split, [])
+    if rows:
+        check_counts(shards, rows, folder)
     return shards
 
 
+def check_counts(shards: list[Shard], rows: list[dict], folder: Path) -> None:
+    """Compare the shards with their rows of meta.json. ValueError if a name or a size differs."""
+    here = {shard.path.name: len(shard.tokens) for shard in shards}
+    recorded = {row["file"]: row["tokens"] for row in rows}
+    for name in sorted(here.keys() | recorded.keys()):
+        if here.get(name) != recorded.get(name):
+            counts = (
+                f"{here.get(name, 'no')} tokens here, {recorded.get(name, 'none')} by meta.json"
+            )
+            raise ValueError(f"{folder / name}: {counts}; copy the folder whole, or make it again")
+
+
 def read_meta(data_dir: str | Path) -> dict:
-    """meta.json of a shard folder; {} without one, as beside published shards. ValueError if it is
-    not readable.
+    """Read the meta.json of a shard folder.
+
+    Returns {} if there is none, as beside published shards. ValueError if it is damaged.
     """
     path = Path(data_dir) / "meta.json"
-    kinds = {"tokenizer": str, "source": dict, "shards": dict, "complete": bool}
+    types = {"tokenizer": str, "source": dict, "shards": dict, "complete": bool}
     with suppress(ValueError):
         meta = json.loads(path.read_text()) if path.exists() else {}
         if isinstance(meta, dict) and all(
-            isinstance(meta.get(name, kind()), kind) for name, kind in kinds.items()
+            isinstance(meta[name], type_) for name, type_ in types.items() if name in meta
         ):
             return meta
     raise ValueError(f"{path}: damaged, or not what prepare.py writes; make the shards again")
 
 
-# ---- Batches -------------------------------------------------------------------------------------
+def tokenizer_of_shards(data_dir: str | Path) -> Tokenizer:
+    """Return the tokenizer that meta.json names, or GPT-2's for published shards without a name.
+
+    ValueError if the tokenizer.json of a learned one is missing, damaged, or another one.
+    """
+    name = read_meta(data_dir).get("tokenizer", "gpt2")
+    if name in TOKENIZERS:
+        return get_tokenizer(name)
+    file = Path(data_dir) / TOKENIZER_FILE
+    tokenizer = read_tokenizer(file)
+    if tokenizer.name != name:
+        raise ValueError(
+            f"{file}: is {tokenizer.name}, but the shards beside it were made with {name}"
+        )
+    return tokenizer
 
 
-class Windows:
-    """Shards seen as windows of T + 1 tokens: T to read, and the same T shifted by one to
-    predict.
+# ---- Windows -------------------------------------------------------------------------------------
+
+
+class TokenWindows:
+    """Shards, seen as windows of T + 1 tokens: T to read, and the same T shifted by one to predict.
+
+    A window is named by its start, a row (shard, first token): which shard it lies in, and where in
+    that shard it begins. T is block_size.
     """
 
     def __init__(self, shards: list[Shard], block_size: int, vocab_size: int):
-        self.shards, self.block_size, self.vocab_size = shards, block_size, vocab_size
+        self.shards = shards
+        self.block_size = block_size
+        self.vocab_size = vocab_size
         self.n_tokens = sum(len(shard.tokens) for shard in shards)
 
-    def read(self, places: np.ndarray) -> np.ndarray:
-        """The windows at (shard, first token) rows (B, 2) -> (B, T + 1) int64. ValueError if the
-        model lacks an id.
+    def read(self, starts: np.ndarray) -> np.ndarray:
+        """Read the windows with these starts: (B, 2) int -> (B, T + 1) int64.
+
+        ValueError if the model has no such id: the shard was made with another tokenizer, or it is
+        damaged.
         """
-        batch = [
-            self.shards[s].tokens[first : first + self.block_size + 1]
-            for s, first in places.tolist()
-        ]
-        batch = np.stack(batch).astype(np.int64)
-        if batch.max() >= self.vocab_size:
-            shard = self.shards[
-                places[batch.max(axis=1).argmax(), 0]
-            ]  # made with another tokenizer, or damaged
+        length = self.block_size + 1
+        windows = []
+        for shard, first in starts.tolist():
+            windows.append(self.shards[shard].tokens[first : first + length])
+        batch = np.stack(windows).astype(np.int64)
+        largest = batch.max()
+        if largest >= self.vocab_size:
+            row = batch.max(axis=1).argmax()
+            path = self.shards[starts[row, 0]].path
             raise ValueError(
-                f"{shard.path}: holds the token id {batch.max()}; the largest is {self.vocab_size - 1}"
+                f"{path}: holds the token id {largest}; the largest is {self.vocab_size - 1}"
             )
         return batch
 
-    def first(self, max_tokens: int) -> np.ndarray:
-        """Places (n, 2) of the first windows in order, max_tokens or as many as there are: for
-        validation.
+    def select_first(self, max_tokens: int) -> np.ndarray:
+        """Return the starts of the first windows in order, for validation: (n, 2) int.
+
+        They predict max_tokens tokens, or fewer if there are fewer, but are always one at least.
+        ValueError if the shards are too small for one.
         """
         T = self.block_size
-        places = [
-            (s, first)
-            for s, shard in enumerate(self.shards)
-            for first in range(0, len(shard.tokens) - T, T)
-        ]
-        if not places:
-            raise ValueError(self.too_small("validation", T + 1))
-        return np.array(places[: max(1, max_tokens // T)])
+        starts = []
+        for number, shard in enumerate(self.shards):
+            for first in range(0, len(shard.tokens) - T, T):
+                starts.append((number, first))
+        if not starts:
+            raise ValueError(self.explain_too_small("validation", T + 1))
+        return np.array(starts[: max(1, max_tokens // T)])
 
-    def bits_per_byte(self, places: np.ndarray, tokenizer: Tokenizer) -> float:
-        """The bits a byte of a loss of one nat a token, over the tokens that the windows at these
-        places predict.
+    def bits_per_byte(self, starts: np.ndarray, tokenizer: Tokenizer) -> float:
+        """Return what a loss of one nat per token is in bits per byte, over the windows' targets.
+
+        bits per byte = loss * tokens / bytes / ln 2. End of text counts as a token of 0 bytes.
         """
-        counts, batches = tokenizer.byte_counts(), np.array_split(places, -(-len(places) // 64))
-        n_bytes = sum(int(counts[self.read(batch)[:, 1:]].sum()) for batch in batches)
-        return len(places) * self.block_size / max(1, n_bytes) / math.log(2)
+        byte_counts = tokenizer.byte_counts()
+        n_bytes = 0
+        for chunk in np.array_split(starts, math.ceil(len(starts) / 64)):
+            targets = self.read(chunk)[:, 1:]
+            n_bytes += int(byte_counts[targets].sum())
+        n_tokens = len(starts) * self.block_size
+        return n_tokens / max(1, n_bytes) / math.log(2)
 
-    def too_small(self, split: str, needed: int) -> str:
-        missing = f"no shard has the {needed:,} that block_size {self.block_size} needs"
-        advice = "take more text, a smaller block_size, or another --val_fraction"
-        return f"{self.shards[0].path.parent}: {self.n_tokens:,} {split} tokens, but {missing}; {advice}"
+    def explain_too_small(self, split: str, needed: int) -> str:
+        """Return the message that no shard has the `needed` tokens."""
+        return (
+            f"{self.shards[0].path.parent}: {self.n_tokens:,} {split} tokens, but no shard has the "
+            f"{needed:,} that block_size {self.block_size} needs; "
+            "take more text, a smaller block_size, or another --val_fraction"
+        )
+
+
+# ---- Batches -------------------------------------------------------------------------------------
 
 
 class Batches:
@@ -186,58 +255,134 @@ class Batches:
 
     An epoch is all non-overlapping windows in random order. Where in a shard its first window
     begins is drawn anew for each epoch, so two epochs do not show the same windows. Each step takes
-    the next `windows_per_step` of that order, and each rank and micro-step its part of them: the
-    global batch is the same on any number of ranks, no two of them see the same window, and to
-    resume takes nothing but the step number.
+    the next `windows_per_step` of that order, and each rank and micro-step its part of them. So the
+    global batch is the same on any number of ranks, no two ranks see the same window, and to resume
+    takes nothing but the step number.
+
+    batch_size counts the windows of one rank and micro-step, windows_per_step those of all of them.
+    ValueError if there are too few tokens for a step.
     """
 
     def __init__(
-        self, windows: Windows, batch_size: int, windows_per_step: int, world_size: int, seed: int
+        self,
+        windows: TokenWindows,
+        *,
+        batch_size: int,
+        windows_per_step: int,
+        world_size: int,
+        seed: int,
     ):
-        self.windows, self.batch_size, self.seed = windows, batch_size, seed
-        self.windows_per_step, self.world_size = windows_per_step, world_size
-        # Beginning at any offset below T, a shard of n tokens has room for (n - T) // T windows and
-        # the token after.
+        self.windows = windows
+        self.batch_size = batch_size
+        self.windows_per_step = windows_per_step
+        self.world_size = world_size
+        self.seed = seed
+
+        # The first window of a shard may begin at any offset below T, so a shard of n tokens has
+        # (n - T) // T windows for certain, each with the token after it.
         T = windows.block_size
-        self.ends = np.cumsum([max(0, len(shard.tokens) - T) // T for shard in windows.shards])
+        counts = [max(0, len(shard.tokens) - T) // T for shard in windows.shards]
+        self.ends = np.cumsum(counts)  # shard s has the windows from ends[s - 1] up to ends[s]
         self.windows_per_epoch = int(self.ends[-1])
         if self.windows_per_epoch == 0:
-            raise ValueError(windows.too_small("training", 2 * T))
+            raise ValueError(windows.explain_too_small("training", 2 * T))
         if self.windows_per_epoch < windows_per_step:
-            what = (
-                f"{windows.n_tokens:,} training tokens make {self.windows_per_epoch} windows of {T}"
+            raise ValueError(
+                f"{windows.shards[0].path.parent}: {windows.n_tokens:,} training tokens make "
+                f"{self.windows_per_epoch} windows of {T}, too few for a step of "
+                f"{windows_per_step}; take more text or a lower total_batch_size"
             )
-            advice = f"too few for a step of {windows_per_step}; take more text or a lower total_batch_size"
-            raise ValueError(f"{windows.shards[0].path.parent}: {what}, {advice}")
-        self.epoch = functools.lru_cache(maxsize=2)(
-            self.draw_epoch
-        )  # two: a step may lie across an epoch's end
+        # Two epochs are kept, because a step may lie across the end of one.
+        self.recall_epoch = functools.lru_cache(maxsize=2)(self.draw_epoch)
 
     def draw_epoch(self, epoch: int) -> tuple[np.ndarray, int]:
-        """An epoch's windows in random order, and the offset of the first window of each shard."""
+        """Draw the order of an epoch's windows, and the offset of the first window in its shard."""
         rng = np.random.default_rng([self.seed, epoch])
         offset = int(rng.integers(self.windows.block_size))
-        return rng.permutation(np.arange(self.windows_per_epoch, dtype=np.int32)), offset
+        order = rng.permutation(np.arange(self.windows_per_epoch, dtype=np.int32))
+        return order, offset
 
-    def places(self, step: int, micro_step: int, rank: int) -> np.ndarray:
-        """(shard, first token) of each window of this batch: (batch_size, 2)."""
-        first = (
-            step * self.windows_per_step + (micro_step * self.world_size + rank) * self.batch_size
-        )
-        places = []
+    def find_starts(self, step: int, micro_step: int, rank: int) -> np.ndarray:
+        """Return where the windows of a batch begin, as rows (shard, first token): (B, 2) int."""
+        part = micro_step * self.world_size + rank
+        first = step * self.windows_per_step + part * self.batch_size
+        starts = []
         for position in range(first, first + self.batch_size):
             epoch, index = divmod(position, self.windows_per_epoch)
-            order, offset = self.epoch(epoch)
-            shard = int(np.searchsorted(self.ends, order[index], side="right"))
-            window = int(order[index]) - (
-                int(self.ends[shard - 1]) if shard else 0
-            )  # counted in its shard
-            places.append((shard, offset + window * self.windows.block_size))
-        return np.array(places)
+            order, offset = self.recall_epoch(epoch)
+            window = int(order[index])
+            shard = int(np.searchsorted(self.ends, window, side="right"))
+            if shard > 0:
+                window -= int(self.ends[shard - 1])  # now counted from the shard's first window
+            starts.append((shard, offset + window * self.windows.block_size))
+        return np.array(starts)
 
     def batch(self, step: int, micro_step: int = 0, rank: int = 0) -> np.ndarray:
-        """(batch_size, T + 1) int64."""
-        return self.windows.read(self.places(step, micro_step, rank))
+        """Read one batch: (B, T + 1) int64."""
+        return self.windows.read(self.find_starts(step, micro_step, rank))
+
+
+class BatchLoader:
+    """Gives one rank its batches in order, on its device. A thread reads the next one meanwhile.
+
+    The batches are those of all micro-steps, 0 to n_micro_steps - 1, of the steps from first_step
+    up to, and without, end_step. `device` is a torch.device. close() ends the thread.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        *,
+        rank: int,
+        n_micro_steps: int,
+        first_step: int,
+        end_step: int,
+        device: Any,
+    ):
+        self.batches = batches
+        self.rank = rank
+        self.n_micro_steps = n_micro_steps
+        self.end_step = end_step
+        self.device = device
+        # The copy to a GPU runs beside the computation, but only from pinned memory: other memory
+        # could be freed while the copy still reads it.
+        self.pinned = device.type == "cuda"
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.expect(first_step, 0)
+
+    def expect(self, step: int, micro_step: int) -> None:
+        """Begin to read the batch that comes next, if there is one."""
+        self.expected = (step, micro_step)
+        self.pending = None
+        if step < self.end_step:
+            self.pending = self.thread.submit(self.read, step, micro_step)
+
+    def read(self, step: int, micro_step: int) -> Any:
+        """Read a batch into a tensor on the CPU: (B, T + 1) int64."""
+        import torch  # Here, so that prepare.py, which does without, starts in a tenth of a second.
+
+        batch = torch.from_numpy(self.batches.batch(step, micro_step, self.rank))
+        return batch.pin_memory() if self.pinned else batch
+
+    def batch(self, step: int, micro_step: int) -> tuple[Any, Any]:
+        """Return (x, y), the tokens to read and to predict: (B, T) int64 each, on the device.
+
+        Each batch must be asked for once, and in order.
+        """
+        assert self.pending is not None and (step, micro_step) == self.expected, (
+            f"asked for the batch of step {step}, micro-step {micro_step}; "
+            f"the next is {self.expected}, and {self.end_step} is the end"
+        )
+        batch = self.pending.result().to(self.device, non_blocking=self.pinned)
+        if micro_step + 1 < self.n_micro_steps:
+            self.expect(step, micro_step + 1)
+        else:
+            self.expect(step + 1, 0)
+        return batch[:, :-1], batch[:, 1:]
+
+    def close(self) -> None:
+        """End the thread, after the batch that it is reading."""
+        self.thread.shutdown(cancel_futures=True)
 
 
 def prefetch(make: Callable[..., np.ndarray], keys: Iterator[tuple], device) -> Iterator[tuple]:

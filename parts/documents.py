@@ -9,96 +9,126 @@ import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
+# Files whose rows are documents. Any other file is one document.
 TABLES = (".parquet", ".jsonl", ".jsonl.gz")
-Documents = Iterator[tuple[bytes | mmap.mmap, float]]  # UTF-8, its bytes in the file
 
 
-def documents_of(files: list[Path], column="text") -> Documents:
-    """Each row of a table, else the whole file. Empty documents are skipped."""
+class Document(NamedTuple):
+    """One text, and how much of its file it takes (for the progress bar)."""
+
+    text: bytes | mmap.mmap  # UTF-8
+    file_bytes: float  # as the file has it: compressed, with the other columns of the row
+
+
+def read_documents(files: list[Path], column: str = "text") -> Iterator[Document]:
+    """Read the documents of the files: each row of a table, or else the whole file.
+
+    Empty documents are skipped. ValueError, with the file's name, if a file is damaged.
+    """
     for path in files:
         try:
-            if path.name.endswith(TABLES):
-                rows = (
-                    read_parquet(path, column)
-                    if path.suffix == ".parquet"
-                    else read_jsonl(path, column)
-                )
-                yield from ((text, in_file) for text, in_file in rows if text)
-            elif size := path.stat().st_size:
-                with (
-                    open(path, "rb") as file,
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-                ):
-                    yield text, size
+            if path.suffix == ".parquet":
+                rows = read_parquet(path, column)
+            elif path.name.endswith(TABLES):
+                rows = read_jsonl(path, column)
+            else:
+                rows = read_text(path)
+            for document in rows:
+                if document.text:
+                    yield document
         except (ValueError, OSError, EOFError, zlib.error) as error:  # what a damaged file raises
             raise ValueError(f"{path}: {error}") from None
 
 
-def read_jsonl(path: Path, column: str) -> Documents:
+def read_text(path: Path) -> Iterator[Document]:
+    """Read a whole file as one document. The text is memory-mapped, valid until the next one."""
+    size = path.stat().st_size
+    if size == 0:
+        return  # An empty file cannot be mapped.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        yield Document(text, size)
+
+
+def read_jsonl(path: Path, column: str) -> Iterator[Document]:
+    """Read the rows of a .jsonl or .jsonl.gz. ValueError if a row has no text in the column."""
     with open(path, "rb") as raw:
-        before = 0
-        for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
+        lines = gzip.open(raw) if path.suffix == ".gz" else raw
+        bytes_read = 0
+        for number, line in enumerate(lines, 1):
             try:
-                text = (
-                    json.loads(line.decode("utf-8-sig", errors="replace"))[column]
-                    if line.strip()
-                    else None
-                )
-                text = b"" if text is None else text.encode("utf-8", errors="replace")
+                text = parse_row(line, column)
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                wanted = f"not a JSON object with text in the column {column!r} (choose with --text_column)"
-                raise ValueError(f"line {number}: {wanted}: {line[:80]!r}") from None
-            yield text, raw.tell() - before
-            before = raw.tell()
+                raise ValueError(
+                    f"line {number}: not a JSON object with text in the column {column!r} "
+                    f"(choose with --text_column): {line[:80]!r}"
+                ) from None
+            yield Document(text, raw.tell() - bytes_read)
+            bytes_read = raw.tell()
 
 
-def read_parquet(path: Path, column: str) -> Documents:
+def parse_row(line: bytes, column: str) -> bytes:
+    """Return the text of a line of JSON, as UTF-8. It is empty for a blank line and for null."""
+    if not line.strip():
+        return b""
+    text = json.loads(line.decode("utf-8-sig", errors="replace"))[column]
+    if text is None:
+        return b""
+    return text.encode("utf-8", errors="replace")
+
+
+def read_parquet(path: Path, column: str) -> Iterator[Document]:
+    """Read the rows of a .parquet. ValueError if the file has no text in the column."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        columns = {field.name: str(field.type) for field in file.schema_arrow}
-        if columns.get(column) not in ("string", "large_string", "string_view"):
-            names = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        types = {field.name: str(field.type) for field in file.schema_arrow}
+        if types.get(column) not in ("string", "large_string", "string_view"):
+            names = ", ".join(f"{name} ({type_})" for name, type_ in types.items())
             raise ValueError(
                 f"no text in the column {column!r} among {names}; choose with --text_column"
             )
-        in_file = path.stat().st_size / max(1, file.metadata.num_rows)
+        bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
         for batch in file.iter_batches(1000, columns=[column]):
-            for text in (
-                batch.column(0).cast(pyarrow.large_binary()).to_pylist()
-            ):  # bytes: UTF-8 may be invalid
-                yield text or b"", in_file
+            # As bytes, because the UTF-8 in a file may be invalid.
+            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                yield Document(text or b"", bytes_per_row)
 
 
 def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) -> list[Path]:
-    """Files, folders and globs -> files, each once, in the order of their names. Files in `out` are
-    skipped.
+    """Find the files of some files, folders and globs: each once, in the order of their names.
 
-    Inside a folder, names must match `pattern`; hidden files and folders, and what matches
-    `exclude`, are skipped.
+    Files in `out` are skipped. Inside a folder, names must match `pattern`; hidden files and
+    folders are skipped, and those that match one of `exclude`. ValueError if nothing is left.
     """
-    files = {}  # real path -> the first path that leads to it
+    exclude = [*exclude, ".*"]
+
+    def is_excluded(path: Path) -> bool:
+        return any(fnmatch(name, unwanted) for name in path.parts for unwanted in exclude)
+
+    first_paths = {}  # the real path of a file -> the first path that leads to it
     for path in paths:
-        for top in map(
-            Path,
-            [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True)) or [path],
-        ):
+        for top in expand_glob(path):
             if not top.exists():
                 raise ValueError(f"{top}: no such file or folder")
-            found = (
-                sorted(p for p in top.rglob("*") if fnmatch(p.name, pattern))
-                if top.is_dir()
-                else [top]
-            )
-            for file in found:
-                skipped = (
-                    fnmatch(p, e) for p in file.relative_to(top).parts for e in [*exclude, ".*"]
-                )
-                if file.is_file() and out not in file.resolve().parents and not any(skipped):
-                    files.setdefault(file.resolve(), file)
-    if not files:
+            candidates = [top]
+            if top.is_dir():
+                candidates = sorted(file for file in top.rglob("*") if fnmatch(file.name, pattern))
+            for file in candidates:
+                real_path = file.resolve()
+                is_output = out in real_path.parents
+                if file.is_file() and not is_output and not is_excluded(file.relative_to(top)):
+                    first_paths.setdefault(real_path, file)
+    if not first_paths:
         raise ValueError(
             f"{' '.join(paths)}: no files match {pattern!r} (see --glob and --exclude)"
         )
-    return list(files.values())
+    return list(first_paths.values())
+
+
+def expand_glob(path: str) -> list[Path]:
+    """Return what a glob matches, or the path itself if it exists or nothing matches."""
+    if os.path.lexists(path):
+        return [Path(path)]
+    return [Path(match) for match in sorted(glob.glob(path, recursive=True)) or [path]]

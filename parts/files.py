@@ -1,6 +1,4 @@
-"""Files that survive a crash: written whole, synced to the disk, locked against a second process,
-and hashed.
-"""
+"""Files that survive a crash: written whole, synced to the disk, locked, and hashed."""
 
 import hashlib
 import os
@@ -13,12 +11,13 @@ import numpy as np
 
 
 def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
-    """Write a file atomically: after a kill or a crash, `path` has the old content or the new,
-    never a part of it.
+    """Write a file atomically.
+
+    After a kill or a crash, `path` holds its old content or all of the new content, never a part.
+    OSError with the file's name if the disk is full.
     """
-    temporary = path.with_name(
-        f"{path.name}.{secrets.token_hex(4)}.tmp"
-    )  # a random name: two processes may write
+    # The temporary name is random, because two processes may write the same file.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             for part in content:
@@ -26,21 +25,25 @@ def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # the error of a full disk does not name the file
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        # The error of a full disk does not name the file, so it gets the name here.
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def fsync(path: Path) -> None:
-    """Make the disk hold what was written to a file, or a folder's list of names."""
-    if os.name != "nt" or path.is_file():  # Windows cannot sync a folder
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    """Wait until the disk holds a file's content, or a folder's list of names."""
+    is_file = path.is_file()
+    if os.name == "nt" and not is_file:
+        return  # Windows cannot sync a folder.
+    # Windows syncs a file only through a descriptor that may write.
+    descriptor = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -49,13 +52,16 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def lock(path: Path, message: str = "") -> Iterator[None]:
-    """Hold the lock file `path`, which a killed process releases. If another process holds it:
-    ValueError(message), or wait for it where there is no message."""
+def lock(path: Path, message: str | None = None) -> Iterator[None]:
+    """Hold the lock file `path` inside a `with` block; the system releases it if the process dies.
+
+    If another process holds the lock, raise ValueError(message), or wait if there is no message.
+    """
     from filelock import FileLock, Timeout
 
+    wait_forever = -1
     try:
-        with FileLock(path, timeout=0 if message else -1):
+        with FileLock(path, timeout=0 if message else wait_forever):
             yield
     except Timeout:
         raise ValueError(message) from None

@@ -18,23 +18,27 @@ import shutil
 import signal
 import sys
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from parts import data
-from parts.documents import Documents, documents_of
+from parts.documents import Document, read_documents
 from parts.files import lock, write_whole
 from parts.tokenizer import BREAK, PIECE_BYTES, TOKENIZER_FILE, Tokenizer, load_tokenizer, segments
 
-START_METHOD = "spawn"  # of worker processes: the same on all systems, and safe with threads
-SEED = 1337  # draws the validation documents
+# How worker processes start: the same way on all systems, and safe beside threads.
+START_METHOD = "spawn"
+
+# It draws the validation documents.
+SEED = 1337
 
 
 # ---- Documents -> pieces for the workers ---------------------------------------------------------
@@ -42,48 +46,80 @@ SEED = 1337  # draws the validation documents
 
 @dataclass(frozen=True)
 class Split:
-    """Which text is for validation: one drawn document of every `stride`, or the last share `tail`
-    of each document.
+    """Which text is for validation: of every `stride` documents one, or the end of each document.
+
+    With stride 0 and tail 0, all text is for training.
     """
 
-    stride: int = 0  # 0: none
-    tail: float = 0.0
+    stride: int = 0  # one document is drawn from each block of so many
+    tail: float = 0.0  # the share of each document, at its end, that is for validation
 
-    def ends(self, text: bytes | mmap.mmap, document: int) -> dict[str, int]:
-        """Where the training part and the validation part of a document end."""
+    def find_ends(self, text: bytes | mmap.mmap, number: int) -> dict[str, int]:
+        """Return where the parts of document `number` end: split -> index, in their order.
+
+        A part begins where the part before it ends.
+        """
         if self.tail:
-            cut = max(1, round((1 - self.tail) * len(text)))
-            window = text[cut : cut + 4096]
-            start = re.search(rb"\s", window) or re.search(
-                rb"[^\x80-\xbf]", window
-            )  # else at a UTF-8 character
-            return {"train": cut + start.start() if start else len(text), "val": len(text)}
-        block, place = divmod(document, self.stride or 1)
-        drawn = self.stride and random.Random(f"{SEED}, {block}").randrange(self.stride) == place
-        return {"val" if drawn else "train": len(text)}
+            return {"train": self.find_tail(text), "val": len(text)}
+        if self.is_for_validation(number):
+            return {"val": len(text)}
+        return {"train": len(text)}
+
+    def find_tail(self, text: bytes | mmap.mmap) -> int:
+        """Return where the validation part begins: at white space, or else at a character."""
+        cut = max(1, round((1 - self.tail) * len(text)))
+        window = text[cut : cut + 4096]
+        # The first byte of a UTF-8 character is any byte but 80 to BF.
+        start = re.search(rb"\s", window) or re.search(rb"[^\x80-\xbf]", window)
+        return cut + start.start() if start else len(text)
+
+    def is_for_validation(self, number: int) -> bool:
+        """Return whether document `number` is the one that is drawn from its block."""
+        if self.stride == 0:
+            return False
+        block, position = divmod(number, self.stride)
+        drawn = random.Random(f"{SEED}, {block}").randrange(self.stride)
+        return position == drawn
 
 
-Piece = list[tuple[str, bool, bytes]]  # split, whether a document begins here, UTF-8
+class Segment(NamedTuple):
+    """A part of a document, of one split."""
+
+    split: str  # "train" or "val"
+    begins: bool  # whether the document, or its part for this split, begins here
+    text: bytes  # UTF-8
+
+
+Piece = list[Segment]  # a worker gets one at a time
 Tokens = dict[str, np.ndarray]  # split -> uint16
 
 
-def pieces_of(
-    documents: Documents, split=Split(), progress=lambda n_bytes: None, breaks=BREAK
+def split_into_pieces(
+    documents: Iterator[Document],
+    split: Split = Split(),
+    progress: Callable[[float], Any] = lambda n_bytes: None,
+    breaks: re.Pattern = BREAK,
 ) -> Iterator[Piece]:
-    """The documents in pieces of about PIECE_BYTES of text. `progress` is told of the bytes read of
-    the files.
+    """Yield the documents in pieces of about PIECE_BYTES of text.
+
+    `progress` is called with the bytes of the files that each segment takes.
     """
-    piece, piece_bytes = [], 0
-    for number, (text, in_file) in enumerate(documents):
+    piece: Piece = []
+    piece_bytes = 0
+    for number, document in enumerate(documents):
+        text = document.text
         start = 0
-        for name, end in split.ends(text, number).items():
-            for n, segment in enumerate(segments(text, start, end, breaks)):
-                piece.append((name, n == 0, segment))
+        for name, end in split.find_ends(text, number).items():
+            begins = True
+            for segment in segments(text, start, end, breaks):
+                piece.append(Segment(name, begins, segment))
+                begins = False
                 piece_bytes += len(segment)
-                progress(in_file * len(segment) / len(text))
+                progress(document.file_bytes * len(segment) / len(text))
                 if piece_bytes >= PIECE_BYTES:
                     yield piece
-                    piece, piece_bytes = [], 0
+                    piece = []
+                    piece_bytes = 0
             start = end
     if piece:
         yield piece
@@ -93,71 +129,86 @@ def pieces_of(
 
 
 def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
-    """The tokens of a piece. Each document begins with the end-of-text token."""
-    tokenizer, tokens = load_tokenizer(tokenizer_name), {}
-    start = np.array([tokenizer.end_of_text], dtype=np.uint16)
-    for split, begins, text in piece:
-        tokens.setdefault(split, []).extend(
-            [start, tokenizer.encode(text)] if begins else [tokenizer.encode(text)]
-        )
-    return {split: np.concatenate(arrays) for split, arrays in tokens.items()}
+    """Return the tokens of a piece. The end-of-text token stands before each document."""
+    tokenizer = load_tokenizer(tokenizer_name)
+    end_of_text = np.array([tokenizer.end_of_text], dtype=np.uint16)
+    arrays = defaultdict(list)
+    for segment in piece:
+        if segment.begins:
+            arrays[segment.split].append(end_of_text)
+        arrays[segment.split].append(tokenizer.encode(segment.text))
+    return {split: np.concatenate(parts) for split, parts in arrays.items()}
+
+
+TokeniseAll = Callable[[Iterator[Piece]], Iterator[Tokens]]
 
 
 @contextmanager
-def tokenising(
-    tokenizer_name: str, workers: int
-) -> Iterator[Callable[[Iterator[Piece]], Iterator[Tokens]]]:
-    """A function that tokenises pieces, in order, on worker processes, which have started when the
-    block begins.
-    """
-    job = functools.partial(tokenise, tokenizer_name=tokenizer_name)
-    if workers == 1:
-        load_tokenizer(tokenizer_name)  # load it now
-        yield functools.partial(map, job)
-        return
-    context, can_block = (
-        multiprocessing.get_context(START_METHOD),
-        hasattr(signal, "pthread_sigmask"),
-    )  # not on Windows
-    pool = ProcessPoolExecutor(
-        workers, context, start_worker, (tokenizer_name, context.Barrier(workers))
-    )
+def start_workers(tokenizer_name: str, workers: int) -> Iterator[TokeniseAll]:
+    """Give a function that tokenises pieces, in order, on worker processes.
 
-    def in_order(pieces):
+    The processes have started when the `with` block begins. With one worker, this process does the
+    work. ValueError if a worker is killed.
+    """
+    tokenise_one = functools.partial(tokenise, tokenizer_name=tokenizer_name)
+    if workers == 1:
+        load_tokenizer(tokenizer_name)  # now, rather than at the first piece
+        yield functools.partial(map, tokenise_one)
+        return
+
+    context = multiprocessing.get_context(START_METHOD)
+    barrier = context.Barrier(workers)
+    pool = ProcessPoolExecutor(workers, context, prepare_worker, (tokenizer_name, barrier))
+
+    def tokenise_all(pieces: Iterator[Piece]) -> Iterator[Tokens]:
+        # At most 3 pieces per worker are in memory.
         running = deque()
         for piece in pieces:
-            running.append(pool.submit(job, piece))
-            if len(running) == 3 * workers:  # so many are in memory
+            running.append(pool.submit(tokenise_one, piece))
+            if len(running) == 3 * workers:
                 yield running.popleft().result()
-        yield from (future.result() for future in running)
+        for future in running:
+            yield future.result()
 
     try:
-        if (
-            can_block
-        ):  # workers inherit it, and ignore Ctrl-C later; this process gets it when it unblocks
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            starting = [pool.submit(int) for _ in range(workers)]
-        finally:
-            if can_block:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        for future in starting:
+        with ctrl_c_blocked():
+            started = [pool.submit(int) for _ in range(workers)]
+        for future in started:
             future.result()
-        yield in_order
+        yield tokenise_all
     except BrokenProcessPool:
-        advice = f"run the same command again, with fewer --workers than {workers}; finished shards are kept"
-        raise ValueError(f"a worker process was killed (out of memory?): {advice}") from None
+        raise ValueError(
+            "a worker process was killed (out of memory?): run the same command again, "
+            f"with fewer --workers than {workers}; finished shards are kept"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(tokenizer_name: str, all_started) -> None:
-    """Load the tokenizer, and wait for the other workers. Ctrl-C is for the parent; without a
-    parent, exit.
+@contextmanager
+def ctrl_c_blocked() -> Iterator[None]:
+    """Start processes inside this block, and a Ctrl-C cannot end them before they ignore it.
+
+    A process inherits the block. The parent gets a Ctrl-C of this time at the end. Not on Windows.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def prepare_worker(tokenizer_name: str, all_started) -> None:
+    """Run first in each worker: load the tokenizer, and wait at the barrier for the other workers.
+
+    From now on the worker ignores Ctrl-C, which its parent handles, and exits if the parent dies.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def exit_with_parent():
+    def exit_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -167,200 +218,294 @@ def start_worker(tokenizer_name: str, all_started) -> None:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use; a scheduler may grant fewer than the machine has."""
+    """Return how many CPUs this process may use; a scheduler may grant fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return min(61, os.cpu_count() or 1)  # a pool on Windows has at most 61 processes
+    # A pool of processes on Windows has 61 at most.
+    return min(61, os.cpu_count() or 1)
 
 
 # ---- Tokens -> shards ----------------------------------------------------------------------------
 
 
-class Shards:
-    """Cuts streams of tokens, one for each split, into shards of equal size, and can continue after
-    an interruption.
+class ShardWriter:
+    """Cuts streams of tokens, one for each split, into shards of equal size.
 
-    After each new shard it saves a record: the rows of meta.json so far, the number of pieces done,
-    and the tokens that are in no shard yet.
+    After each new shard it saves a record, from which it continues after an interruption: the rows
+    of meta.json so far, the number of pieces done, and the tokens that are in no shard yet.
     """
 
     def __init__(
         self,
         record: Path,
-        path_of: Callable[[str, int], Path],
+        name_shard: Callable[[str, int], Path],
         sizes: dict[str, int],
         end_of_text: int,
     ):
-        """path_of: split and number of a shard (from 0) -> its file. sizes: split -> tokens in a
-        shard.
-        """
-        self.record, self.path_of, self.sizes, self.end_of_text = (
-            record,
-            path_of,
-            sizes,
-            end_of_text,
-        )
-        self.pieces, self.n_tokens, self.complete = 0, 0, False
-        self.rows: dict[str, list[dict]] = {split: [] for split in sizes}
-        self.rest = {
-            split: [np.empty(0, dtype=np.uint16)] for split in sizes
-        }  # tokens that are in no shard yet
-        if record.exists():
-            with np.load(record) as saved:
-                vars(self).update(
-                    json.loads(str(saved["state"])), rest={split: [saved[split]] for split in sizes}
-                )
+        """Continue from the file `record`, if it exists.
 
-    def add(self, tokens: Tokens, last: bool = False) -> None:
-        """Write the shards that the tokens of the next piece fill; after the last piece, also what
-        is left.
+        name_shard gives the file of a split's shard number 0, 1, ...; sizes are the tokens in a
+        shard of each split.
         """
-        self.pieces, self.complete, new = self.pieces + 1, last, last
+        self.record = record
+        self.name_shard = name_shard
+        self.sizes = sizes
+        self.end_of_text = end_of_text
+
+        self.n_pieces = 0
+        self.n_tokens = 0
+        self.complete = False
+        self.rows: dict[str, list[dict]] = {split: [] for split in sizes}
+        # Tokens that are in no shard yet.
+        self.rest: dict[str, list[np.ndarray]] = {split: [] for split in sizes}
+        if record.exists():
+            self.load_record()
+
+    def load_record(self) -> None:
+        with np.load(self.record) as saved:
+            state = json.loads(str(saved["state"]))
+            self.n_pieces = state["pieces"]
+            self.n_tokens = state["n_tokens"]
+            self.complete = state["complete"]
+            self.rows = state["rows"]
+            self.rest = {split: [saved[split]] for split in self.sizes}
+
+    def save_record(self) -> None:
+        state = {
+            "pieces": self.n_pieces,
+            "n_tokens": self.n_tokens,
+            "complete": self.complete,
+            "rows": self.rows,
+        }
+        rest = {split: self.join_rest(split) for split in self.sizes}
+        file = io.BytesIO()
+        np.savez(file, state=json.dumps(state), **rest)
+        write_whole(self.record, file.getvalue())
+
+    def join_rest(self, split: str) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype=np.uint16), *self.rest[split]])
+
+    def count_rest(self, split: str) -> int:
+        return sum(map(len, self.rest[split]))
+
+    def add(self, tokens: Tokens) -> None:
+        """Take the tokens of the next piece, and write the shards that they fill."""
+        self.n_pieces += 1
         for split, part in tokens.items():
             self.rest[split].append(part)
             self.n_tokens += len(part)
+        n_shards = self.count_shards()
         for split, size in self.sizes.items():
-            while (n := sum(map(len, self.rest[split]))) >= size or (last and n):
-                stream = np.concatenate(self.rest[split])
-                shard, self.rest[split], new = stream[:size], [stream[size:].copy()], True
-                row = data.write_shard(self.path_of(split, len(self.rows[split])), shard)
-                self.rows[split].append(
-                    row | {"documents": int(np.count_nonzero(shard == self.end_of_text))}
-                )
-        if new:
-            state = dict(
-                pieces=self.pieces, n_tokens=self.n_tokens, complete=self.complete, rows=self.rows
-            )
-            rest, file = (
-                {split: np.concatenate(parts) for split, parts in self.rest.items()},
-                io.BytesIO(),
-            )
-            np.savez(file, state=json.dumps(state), **rest)
-            write_whole(self.record, file.getvalue())
+            while self.count_rest(split) >= size:
+                self.write_shard(split)
+        if self.count_shards() > n_shards:
+            self.save_record()
+
+    def finish(self) -> None:
+        """Write the tokens that are left, as the last shard of each split."""
+        for split in self.sizes:
+            if self.count_rest(split) > 0:
+                self.write_shard(split)
+        self.complete = True
+        self.save_record()
+
+    def count_shards(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+    def write_shard(self, split: str) -> None:
+        """Write the next shard of a split, and keep the tokens after it."""
+        stream = self.join_rest(split)
+        shard = stream[: self.sizes[split]]
+        # A copy, so that the memory of the whole stream is freed.
+        self.rest[split] = [stream[len(shard) :].copy()]
+        row = data.write_shard(self.name_shard(split, len(self.rows[split])), shard)
+        row["documents"] = int(np.count_nonzero(shard == self.end_of_text))
+        self.rows[split].append(row)
 
     def fill(
-        self, pieces: Iterator[Piece], tokenise_all: Callable, bar, limit: int = sys.maxsize
+        self,
+        pieces: Iterator[Piece],
+        tokenise_all: TokeniseAll,
+        bar,
+        limit: int = sys.maxsize,
     ) -> None:
-        """Tokenise the pieces, `limit` tokens at most (of a single split), from where the record
-        ends.
+        """Tokenise the pieces after those of the record, and write all their shards.
+
+        With a limit, which is for a single split, only the first `limit` tokens are taken.
         """
-        for tokens in tokenise_all(itertools.islice(pieces, self.pieces, None)):
+        for tokens in tokenise_all(itertools.islice(pieces, self.n_pieces, None)):
             left = limit - self.n_tokens
-            self.add({split: new[:left] for split, new in tokens.items()})
+            self.add({split: part[:left] for split, part in tokens.items()})
             bar.set_postfix(tokens=f"{self.n_tokens:,}", refresh=False)
             if self.n_tokens == limit:
                 break
-        self.add({}, last=True)
+        self.finish()
 
 
 def progress_bar(total: int, what: str):
-    """Bytes of input, speed and time left; on a terminal only."""
+    """Make a tqdm bar that counts bytes of input. It shows on a terminal only."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
 
 
 def shard_files(
-    files, out: Path, tokenise_all: Callable, tokenizer, sizes: dict, column="text", split=Split()
-) -> dict:
-    """Turn files into shards of sizes[split] tokens in the folder `out`. Returns split -> rows of
-    meta.json.
+    files: list[Path],
+    out: Path,
+    tokenise_all: TokeniseAll,
+    tokenizer: Tokenizer,
+    sizes: dict[str, int],
+    column: str = "text",
+    split: Split = Split(),
+) -> dict[str, list[dict]]:
+    """Turn files into shards of sizes[split] tokens in the folder `out`.
+
+    Returns the shards' rows of meta.json: split -> rows.
     """
     (out / "progress").mkdir(parents=True, exist_ok=True)
-    name, record = out / out.name, out / "progress" / "all.npz"
-    shards = Shards(
-        record, lambda s, n: Path(f"{name}_{s}_{n + 1:06d}.bin"), sizes, tokenizer.end_of_text
-    )
-    with progress_bar(sum(path.stat().st_size for path in files), out.name) as bar:
-        pieces = pieces_of(documents_of(files, column), split, bar.update, tokenizer.breaks)
-        shards.fill(pieces, tokenise_all, bar)
-    return shards.rows
+
+    def name_shard(split_name: str, number: int) -> Path:
+        return out / f"{out.name}_{split_name}_{number + 1:06d}.bin"
+
+    record = out / "progress" / "all.npz"
+    writer = ShardWriter(record, name_shard, sizes, tokenizer.end_of_text)
+    n_bytes = sum(path.stat().st_size for path in files)
+    with progress_bar(n_bytes, out.name) as bar:
+        documents = read_documents(files, column)
+        pieces = split_into_pieces(documents, split, bar.update, tokenizer.breaks)
+        writer.fill(pieces, tokenise_all, bar)
+    return writer.rows
+
+
+# ---- The folder ----------------------------------------------------------------------------------
 
 
 @contextmanager
-def shard_folder(
-    out: Path, source: dict, begin: Callable[[], dict] = dict, part=1, parts=1
+def lock_shard_folder(
+    out: Path,
+    source: dict,
+    describe_more: Callable[[], dict] = dict,
+    part: int = 1,
+    parts: int = 1,
 ) -> Iterator[dict]:
-    """Lock a folder for the shards of `source`; gives its meta.json. begin() is what to add to a
-    new folder's source.
+    """Lock a folder for the shards of `source`, and give its meta.json.
 
-    ValueError if it holds other files or shards of another source, or if another process works on
-    the same part.
+    A new folder's source gets what describe_more() returns too. `parts` processes may work on one
+    folder at the same time, each on another `part` from 1. ValueError if the folder holds other
+    files or shards of another source, or if another process works on this part or counts the parts
+    otherwise.
     """
-    meta, progress = data.read_meta(out), out / "progress"
-    left_over = ("progress", "downloads")
-    if (
-        not meta
-        and out.is_dir()
-        and any(p.name not in left_over and p.suffix != ".tmp" for p in out.iterdir())
-    ):
+    meta = data.read_meta(out)
+    progress = out / "progress"
+    if not meta and out.is_dir() and has_foreign_files(out):
         raise ValueError(
             f"{out}: holds files that this command did not write; choose a new folder for --out"
         )
     with ExitStack() as locks:
         if not meta.get("complete"):
             progress.mkdir(parents=True, exist_ok=True)
-            taken = f"{out}: another process makes these shards; wait, or stop it"
-            locks.enter_context(lock(progress / f"{part}_of_{parts}.lock", taken))
-            for other in set(progress.glob("*.lock")) - set(progress.glob(f"*_of_{parts}.lock")):
-                with lock(other, taken):  # only a look
+            busy = f"{out}: another process makes these shards; wait, or stop it"
+            locks.enter_context(lock(progress / f"{part}_of_{parts}.lock", busy))
+            # Processes with the same number of parts may work here. With another number, none may.
+            others = set(progress.glob("*.lock")) - set(progress.glob(f"*_of_{parts}.lock"))
+            for other in others:
+                with lock(other, busy):
                     pass
-            meta = data.read_meta(out)
-        if not meta or (
-            parts == 1 and not any(out.glob("*.bin"))
-        ):  # nothing is made yet: other options are welcome
+            meta = data.read_meta(out)  # again: it may have changed before the lock was ours
+
+        # While there is no shard, the source may change: nothing is lost by a new beginning.
+        may_begin = parts == 1 and not any(out.glob("*.bin"))
+        if not meta or may_begin:
             for old in (*progress.glob("*.npz"), *out.glob(TOKENIZER_FILE)):
                 old.unlink()
-            meta = {"source": source | begin(), "complete": False}
-            write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
-        before = meta.get("source", {})
-        changed = [
-            f"{name} {before.get(name)} -> {new}"
-            for name, new in source.items()
-            if before.get(name) != new
-        ]
-        if changed:
-            advice = "choose another --out or delete that folder"
-            raise ValueError(f"{out}: made from another source ({', '.join(changed)}); {advice}")
+            meta = {"source": source | describe_more(), "complete": False}
+            write_meta(out, meta)
+
+        recorded = meta.get("source", {})
+        changes = []
+        for name, value in source.items():
+            if recorded.get(name) != value:
+                changes.append(f"{name} {recorded.get(name)} -> {value}")
+        if changes:
+            raise ValueError(
+                f"{out}: made from another source ({', '.join(changes)}); "
+                "choose another --out or delete that folder"
+            )
         yield meta
 
 
-def finish_folder(
-    out: Path, tokenizer: Tokenizer, source: dict, shards: dict, documents: int
-) -> str:
-    """Write the meta.json of a complete folder. shards: split -> rows. Returns a summary for the
-    terminal.
-    """
-    n_tokens = {split: sum(row["tokens"] for row in rows) for split, rows in shards.items()}
-    meta = dict(
-        tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
-        documents=documents,
-        tokens=n_tokens,
-    )
-    meta |= dict(shards=shards, source=source, complete=True)
+def has_foreign_files(out: Path) -> bool:
+    """Return whether a folder without meta.json has files that are not left from a killed run."""
+    for path in out.iterdir():
+        if path.name not in ("progress", "downloads") and path.suffix != ".tmp":
+            return True
+    return False
+
+
+def write_meta(out: Path, meta: dict) -> None:
     write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def finish_folder(
+    out: Path,
+    tokenizer: Tokenizer,
+    source: dict,
+    shards: dict[str, list[dict]],
+    documents: int,
+) -> str:
+    """Write the meta.json of a complete folder, and delete what only an interrupted run needs.
+
+    shards: split -> rows of meta.json. Returns a summary for the terminal.
+    """
+    n_tokens = {}
+    for split, rows in shards.items():
+        n_tokens[split] = sum(row["tokens"] for row in rows)
+    meta = {
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": documents,
+        "tokens": n_tokens,
+        "shards": shards,
+        "source": source,
+        "complete": True,
+    }
+    write_meta(out, meta)
     shutil.rmtree(out / "progress", ignore_errors=True)
-    for path in out.glob("*.tmp"):  # of killed runs
+    for path in out.glob("*.tmp"):  # left from runs that were killed
         path.unlink(missing_ok=True)
-    tokens = f"{n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens"
-    return f"{documents:,} document{'s' * (documents != 1)}, {tokens} ({tokenizer.name})"
+    documents_made = "1 document" if documents == 1 else f"{documents:,} documents"
+    tokens_made = f"{n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens"
+    return f"{documents_made}, {tokens_made} ({tokenizer.name})"
 
 
-def parse_shared(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Add the options that prepare.py and fineweb.py share, and parse."""
-    add = parser.add_argument
-    add(
+# ---- The options that prepare.py and fineweb.py share --------------------------------------------
+
+
+def add_shard_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--text_column",
         default="text",
         metavar="NAME",
         help="column with the text, of rows (default: %(default)s)",
     )
-    shard = "tokens in a training shard, 2 bytes each (default: %(default)s)"
-    add("--shard_tokens", type=int, default=100_000_000, metavar="N", help=shard)
-    add("--workers", type=int, metavar="N", help="processes that tokenise (default: one per CPU)")
-    arguments = parser.parse_args(argv)
-    for name, value in (("shard_tokens", arguments.shard_tokens), ("workers", arguments.workers)):
+    parser.add_argument(
+        "--shard_tokens",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="tokens in a training shard, 2 bytes each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that tokenise (default: one per CPU)",
+    )
+
+
+def check_shard_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program with exit code 2 if a number is out of range."""
+    for name in ("shard_tokens", "workers"):
+        value = getattr(arguments, name)
         if value is not None and not 1 <= value < 2**31:
             parser.error(f"--{name}={value}: must be at least 1 and below 2**31")
-    return arguments

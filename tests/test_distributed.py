@@ -104,8 +104,11 @@ def test_what_only_one_rank_sees_is_said_too(config, shards, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     bad = config(data_dir=str(copy), batch_size=2, total_batch_size=128)
-    source = data.Windows(data.open_shards(copy, "train"), 32, 257)
-    shard, first = data.Batches(source, 2, 4, 2, bad.seed).places(0, 0, rank=1)[0].tolist()
+    source = data.TokenWindows(data.open_shards(copy, "train"), 32, 257)
+    batches = data.Batches(
+        source, batch_size=2, windows_per_step=4, world_size=2, seed=bad.seed
+    )
+    shard, first = batches.find_starts(0, 0, rank=1)[0].tolist()
     path = source.shards[shard].path
     content = bytearray(path.read_bytes())
     content[1024 + 2 * first + 1] = 0xFF

@@ -24,8 +24,8 @@ from parts import data, sharding
 from parts import tokenizer as tokenizer_room
 from parts.documents import find_files
 from parts.files import write_whole
-from parts.sharding import Split, shard_folder
-from parts.tokenizer import get_tokenizer, of_folder
+from parts.sharding import Split, lock_shard_folder
+from parts.tokenizer import get_tokenizer
 
 
 def small_pieces(monkeypatch, n_bytes: int) -> None:
@@ -59,9 +59,9 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def documents_of(out: Path, split: str) -> list[str]:
+def read_back(out: Path, split: str) -> list[str]:
     tokens = np.concatenate([shard.tokens for shard in data.open_shards(out, split)])
-    tokenizer = of_folder(out, data.read_meta(out)["tokenizer"])
+    tokenizer = data.tokenizer_of_shards(out)
     starts = np.flatnonzero(tokens == tokenizer.end_of_text)
     return [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
 
@@ -72,7 +72,7 @@ def documents_of(out: Path, split: str) -> list[str]:
 @given(st.integers(1, 500), st.sampled_from([0.01, 0.05, 0.1, 0.3, 0.5]))
 def test_one_document_of_each_block_is_for_validation(n, fraction):
     split = Split(round(1 / fraction))
-    drawn = [i for i in range(n) if split.ends(b"x", i) == {"val": 1}]
+    drawn = [i for i in range(n) if split.find_ends(b"x", i) == {"val": 1}]
     blocks = [i // split.stride for i in drawn]
     assert blocks in (
         list(range(n // split.stride)),
@@ -90,7 +90,7 @@ def test_shards_decode_back_to_the_documents(tmp_path, tokenizer):
     out = make(tmp_path, files | {"empty.txt": ""}, *options)
     meta, found = data.read_meta(out), []
     for split, n in (("train", 18), ("val", 6)):
-        documents = documents_of(out, split)
+        documents = read_back(out, split)
         assert len(documents) == n and documents == sorted(documents, key=len)  # their order
         assert meta["tokens"][split] == sum(
             len(shard.tokens) for shard in data.open_shards(out, split)
@@ -111,7 +111,7 @@ def test_few_documents_give_their_tails(tmp_path):
     pq.write_table(pa.table({"text": rows}), tmp_path / "text" / "t.parquet")
     files = {"book.txt": "abcdefghij" * 10, "empty.txt": ""}
     out = make(tmp_path, files, "--tokenizer", "bytes", "--val_fraction", "0.1")
-    train, val = (documents_of(out, split) for split in ("train", "val"))
+    train, val = (read_back(out, split) for split in ("train", "val"))
     assert [head + tail for head, tail in zip(train, [*val, ""])] == [
         files["book.txt"],
         rows[0],
@@ -121,7 +121,10 @@ def test_few_documents_give_their_tails(tmp_path):
     # A tenth; it begins at white space if there is some, else at a character.
     assert val == ["abcdefghij", " cd ef gh " + "ab cd ef gh " * 4, "漢字" * 9]
     assert data.read_meta(out)["documents"] == 4
-    assert Split(tail=0.5).ends(b"a", 0) == {"train": 1, "val": 1}  # training has something of each
+    assert Split(tail=0.5).find_ends(b"a", 0) == {
+        "train": 1,
+        "val": 1,
+    }  # training has something of each
 
 
 ROWS = [f"Row {i}: naïve ☃\n" * (i % 7) for i in range(200)]  # every seventh is empty
@@ -151,7 +154,7 @@ def test_rows_are_documents(tmp_path):
         [*paths, "--out", str(tmp_path / "out"), "--text_column", "body", "--val_fraction", "0"]
     )
     texts = [text for text in ROWS if text]
-    assert documents_of(tmp_path / "out", "train") == [
+    assert read_back(tmp_path / "out", "train") == [
         *texts,
         *texts,
         *texts,
@@ -187,7 +190,7 @@ def test_text_that_is_not_utf8(tmp_path):
     files = {"b.jsonl": r'{"text": "a lone surrogate: \ud800"}', "c.txt": latin}
     out = make(tmp_path, files, "--val_fraction", "0")
     expected = ["caf\ufffd", "ünïcode", "a lone surrogate: ?", latin.decode(errors="replace")]
-    assert documents_of(out, "train") == expected
+    assert read_back(out, "train") == expected
     out = make(tmp_path / "b", {"c.txt": latin}, "--val_fraction", "0", "--tokenizer", "bytes")
     assert bytes(data.open_shards(out, "train")[0].tokens[1:].tolist()) == latin
 
@@ -243,7 +246,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     tokenise, seen = sharding.tokenise, []
 
     def counted(piece, tokenizer_name):
-        seen.append(sum(len(text) for _, _, text in piece))
+        seen.append(sum(len(segment.text) for segment in piece))
         if sum(seen) > 15_000:
             raise KeyboardInterrupt
         return tokenise(piece, tokenizer_name)
@@ -265,7 +268,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 
 def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("some text\n" * 900)
-    monkeypatch.setattr(sharding, "start_worker", os._exit)
+    monkeypatch.setattr(sharding, "prepare_worker", os._exit)
     options = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "2"]
     assert "a worker process was killed (out of memory?)" in fails(
         capsys, str(tmp_path / "a.txt"), *options
@@ -418,16 +421,19 @@ def test_two_commands_at_one_folder_do_not_mix(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some text\n" * 900)
     out, source = tmp_path / "out", {"name": "a part"}
     command = [str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", "bytes"]
-    with shard_folder(out, {"name": "another"}):
+    with lock_shard_folder(out, {"name": "another"}):
         assert "another process makes these shards" in fails(capsys, *command)
     shutil.rmtree(out)
-    with shard_folder(out, source, part=1, parts=2), shard_folder(out, source, part=2, parts=2):
+    with (
+        lock_shard_folder(out, source, part=1, parts=2),
+        lock_shard_folder(out, source, part=2, parts=2),
+    ):
         assert "another process" in fails(capsys, *command)
         for part, parts in ((1, 2), (1, 3)):
             with pytest.raises(ValueError, match="another process"):
-                shard_folder(out, source, part=part, parts=parts).__enter__()
+                lock_shard_folder(out, source, part=part, parts=parts).__enter__()
     with pytest.raises(ValueError, match="name a part -> other"):
-        shard_folder(out, {"name": "other"}, part=1, parts=2).__enter__()
+        lock_shard_folder(out, {"name": "other"}, part=1, parts=2).__enter__()
     prepare.main(command)  # nothing was written there
     assert data.read_meta(out)["complete"]
 

@@ -79,7 +79,7 @@ def test_no_mapped_file_is_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fake_windows.refusing(os.replace))
     found = tmp_path / "found_train_000001.bin"
     data.write_shard(found, np.arange(100, dtype=np.uint16))
-    monkeypatch.setattr(fineweb, "fetch", lambda *_: found)
+    monkeypatch.setattr(fineweb, "download_file", lambda *_: found)
     files = [dict(path="a/x_train_000001.bin", size=found.stat().st_size, sha256=None)]
     [row] = fineweb.take_ready_made(SimpleNamespace(out="out"), tmp_path, "", files)
     assert row["tokens"] == 100 and not found.exists()

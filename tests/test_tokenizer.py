@@ -21,18 +21,18 @@ from model import GPT, GPTConfig
 from parts import checkpoint, data
 from parts import tokenizer as tokenizer_room
 from parts.inference import Text, complete
-from parts.metrics import of_kind, read_metrics
+from parts.metrics import read_metrics, select
 from parts.pretrained import checkpoints
-from parts.report import report
+from parts.report import write_markdown
 from parts.tokenizer import (
     END_OF_TEXT,
     TOKENIZERS,
     LearnedTokenizer,
     get_tokenizer,
     learn_tokenizer,
-    of_folder,
     sample_texts,
     segments,
+    tokenizer_of_model,
 )
 
 CODE = (
@@ -267,7 +267,7 @@ def test_it_is_learned_from_training_documents_only(tmp_path, monkeypatch, capsy
         lambda texts, size: seen.extend(texts) or learn_tokenizer(texts, size),
     )
     out = shards(tmp_path, "--tokenizer", "320")
-    tokenizer = of_folder(out, data.read_meta(out)["tokenizer"])
+    tokenizer = data.tokenizer_of_shards(out)
     [shard] = data.open_shards(out, "train")
     documents = tokenizer.decode(shard.tokens.tolist()).split(END_OF_TEXT)[1:]
     assert [text.decode() for text in seen] == documents and len(documents) == 27
@@ -368,7 +368,7 @@ def test_a_checkpoint_opens_in_transformers(trained):
 
     folder = checkpoints(trained[1])[-1]
     assert (folder / "tokenizer.json").read_bytes() == (trained[0] / "tokenizer.json").read_bytes()
-    theirs, ours = AutoTokenizer.from_pretrained(folder), of_folder(folder, 320)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_of_model(folder, 320)
     text = "def f(x):\n\treturn x  # naïve ☃ 𝄞 \x00 don't   stop\n\n    if a:\r\n   x"
     assert theirs(text)["input_ids"] == ours.encode(text).tolist()
     assert theirs.decode(ours.encode(text).tolist()) == text
@@ -409,18 +409,18 @@ def test_the_commands_take_it_from_the_checkpoint(trained, tmp_path, capsys):
 
 def test_bits_per_byte_are_those_of_the_validation_text(trained, tmp_path):
     """Against the UTF-8 of the tokens that are predicted; end of text has no bytes."""
-    tokenizer = of_folder(trained[0], data.read_meta(trained[0])["tokenizer"])
+    tokenizer = data.tokenizer_of_shards(trained[0])
     [shard] = data.open_shards(trained[0], "val")
     n = (min(200, len(shard.tokens) - 1) // 32) * 32
     predicted = shard.tokens[1 : n + 1].tolist()
     n_bytes = len(tokenizer.decode(predicted).replace(END_OF_TEXT, "").encode())
-    for record in of_kind(read_metrics(trained[1] / "metrics.jsonl"), "val"):
+    for record in select(read_metrics(trained[1] / "metrics.jsonl"), "val"):
         assert record["val_bpb"] == pytest.approx(
             record["loss"] * n / n_bytes / np.log(2), rel=1e-6
         )
     assert (
         f"| validation, bits a byte | {record['val_bpb']:.4f} (bpe320-"
-        in report(trained[1]).read_text()
+        in write_markdown(trained[1]).read_text()
     )
     for name in TOKENIZERS:
         known = get_tokenizer(name)
@@ -467,15 +467,13 @@ def test_a_damaged_or_missing_vocabulary_is_one_line(trained, tmp_path, capsys):
     (made / "tokenizer.json").write_text(other, encoding="utf-8")
     line = fails(capsys, train.main, *flags(data_dir=made, out_dir=tmp_path / "x"))
     assert re.search(
-        r"tokenizer.json: is bpe320-\w+, but what is beside it was made with bpe320-\w+", line
+        r"tokenizer.json: is bpe320-\w+, but the shards beside it were made with bpe320-\w+", line
     )
     (folder / "tokenizer.json").write_text(
         learn_tokenizer([TEXTS["German"].encode()], 325), encoding="utf-8"
     )
     line = fails(capsys, sample.main, "--model", str(folder))
-    assert re.search(
-        r"tokenizer.json: is bpe325-\w+, but what is beside it was made with 320", line
-    )
+    assert re.search(r"tokenizer.json: is bpe325-\w+, but the model beside it has 320 tokens", line)
     for command, arguments in (
         (train.main, flags(data_dir=made, out_dir=tmp_path / "x")),
         (sample.main, ["--model", str(folder)]),
@@ -489,4 +487,7 @@ def test_a_model_of_a_known_size_needs_no_file(tmp_path):
     """As before: also where a folder from elsewhere has a tokenizer.json of its own."""
     GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert of_folder(tmp_path, 257).name == "bytes" and of_folder(tmp_path, 50257).name == "gpt2"
+    assert (
+        tokenizer_of_model(tmp_path, 257).name == "bytes"
+        and tokenizer_of_model(tmp_path, 50257).name == "gpt2"
+    )

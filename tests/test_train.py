@@ -645,8 +645,9 @@ def test_a_checkpoint_made_by_the_format_s_description_is_resumed(config, tmp_pa
         json.dumps(dict(step=5, val_loss=None, settings=settings))
     )
     found = losses(c)
-    windows = data.Windows(data.open_shards(c.data_dir, "train"), 32, 257)
-    batch = torch.from_numpy(data.Batches(windows, 4, 4, 1, c.seed).batch(5))
+    windows = data.TokenWindows(data.open_shards(c.data_dir, "train"), 32, 257)
+    batches = data.Batches(windows, batch_size=4, windows_per_step=4, world_size=1, seed=c.seed)
+    batch = torch.from_numpy(batches.batch(5))
     expected = F.cross_entropy(
         theirs.eval()(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()
     )
