@@ -1,14 +1,15 @@
 """Prompt -> text.
 
-python sample.py "def main("                             the newest checkpoint under out/
+python sample.py "def main("                # by the newest checkpoint under out/
 python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
 python sample.py --model out/quickstart -p "class Queue:" -p "import os" -m 200 --top_p 0.9
-python sample.py --file prompts.jsonl --json             one prompt a line; one JSON object for each sample
-python sample.py -i                                      write with the model, line by line; /help lists commands
-python sample.py --web                                   a page on this machine that shows token probabilities
+python sample.py --file prompts.jsonl --json   # a prompt a line; a JSON object for each sample
+python sample.py -i                         # write with the model, line by line; see /help there
+python sample.py --web                      # a page on this machine that shows token probabilities
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -19,29 +20,32 @@ from pathlib import Path
 import torch
 
 import configurator
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, OpenedModel, open_model
 from parts import page, runtime
 from parts.auto import prepare_for_inference
 from parts.console import command, printable
-from parts.inference import SETTINGS, Text, checked, complete
-from parts.page import Shelf, answer
-from parts.pretrained import checkpoints, locate, resolve
-from parts.tokenizer import Tokenizer, get_tokenizer, of_folder
+from parts.inference import SETTINGS, Record, Text, check_settings, complete
+from parts.pretrained import checkpoints
+from parts.tokenizer import Tokenizer, get_tokenizer
 
 HELLO = "Hello, I'm a language model,"
-BOLD, LIKELY, UNLIKELY = (
-    "1",
-    "38;5;33",
-    "38;5;208",
-)  # ANSI codes: bold; blue and orange, safe for colour-blind readers
-BATCH = 64  # samples in one batch; the others wait, so that any number of them fits into memory
-HELP = """  A line is appended to the text, and the model continues from there.
+UNTRAINED = Path("untrained")
+
+# ANSI codes: bold; blue and orange, which colour-blind readers can tell apart.
+BOLD = "1"
+LIKELY = "38;5;33"
+UNLIKELY = "38;5;208"
+
+# Samples in one batch. The others wait, so that any number of them fits into memory.
+BATCH = 64
+
+COMMANDS = """  A line is appended to the text, and the model continues from there.
   /reset              forget the text so far
   Ctrl-C ends an answer, Ctrl-D the program
-""" + "\n".join(f"  /{name:19}{about}" for name, (_, _, _, about) in SETTINGS.items())
+"""
 
 
-# ---- Settings, prompts, a model ------------------------------------------------------------------
+# ---- Options, prompts, a model -------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -58,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--prompt",
         action="append",
         default=[],
-        help=f"more (default: the run's sample_prompt, else {HELLO})",
+        help=f"another one (default: the run's sample_prompt, else {HELLO})",
     )
     add("--file", help='more prompts: one a line, or the "prompt" of each object in a .jsonl file')
     add("-i", "--interactive", action="store_true", help="write with the model, line by line")
@@ -67,11 +71,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--model",
-        help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: the newest under out/)",
+        help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder "
+        "(default: the newest under out/)",
     )
-    for name, (default, _, _, about) in SETTINGS.items():
-        flags = ["-m"] * (name == "max_tokens") + [f"--{name}"]
-        add(*flags, type=type(default), default=default, help=f"{about} (default: %(default)s)")
+    for name, setting in SETTINGS.items():
+        flags = [f"--{name}"]
+        if name == "max_tokens":
+            flags.insert(0, "-m")
+        add(
+            *flags,
+            type=type(setting.default),
+            default=setting.default,
+            help=f"{setting.about} (default: %(default)s)",
+        )
     add(
         "--stop",
         action="append",
@@ -79,8 +91,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="TEXT",
         help="end before this text; repeatable; \\n: newline",
     )
-    stream = "show text as it comes (default: if there is one sample, and no --json)"
-    add("--stream", action=argparse.BooleanOptionalAction, default=True, help=stream)
+    add(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show text as it comes (default: if there is one sample, and no --json)",
+    )
     add(
         "--json",
         action="store_true",
@@ -108,70 +124,82 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.samples < 1:
         parser.error(f"samples must be 1 or more, not {arguments.samples}")
-    for_programs = arguments.samples > 1 or arguments.file or arguments.json or arguments.logprobs
-    if arguments.interactive + arguments.web + bool(for_programs) > 1:
+    is_batch = arguments.samples > 1 or arguments.file or arguments.json or arguments.logprobs
+    if [arguments.interactive, arguments.web, bool(is_batch)].count(True) > 1:
         parser.error(
             "-i and --web exclude each other, and --file, --samples, --json and --logprobs"
         )
     return arguments
 
 
-def read_prompts(given: list[str], file: str | None) -> list[str]:
-    """Prompts from the command line, then those of a file. ValueError if a line of it has no
-    prompt.
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, of the standard input, and of the file.
+
+    Raises ValueError if a line of the file has no prompt, or none has one.
     """
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in given]
-    lines = Path(file).read_text(encoding="utf-8-sig", errors="replace").split("\n") if file else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                prompts.append(json.loads(line)["prompt"] + "" if file.endswith(".jsonl") else line)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f'{file}, line {number}: not a JSON object with a text as "prompt"'
-            ) from None
-    if file and len(prompts) == len(given):
+    prompts = []
+    for prompt in arguments.prompts + arguments.prompt:
+        prompts.append(sys.stdin.read() if prompt == "-" else prompt)
+    if arguments.file:
+        prompts += read_prompt_file(arguments.file)
+    return prompts
+
+
+def read_prompt_file(file: str) -> list[str]:
+    prompts = []
+    lines = Path(file).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if not file.endswith(".jsonl"):
+            prompts.append(line)
+            continue
+        prompt = None
+        with suppress(ValueError, KeyError, TypeError):
+            prompt = json.loads(line)["prompt"]
+        if not isinstance(prompt, str):
+            raise ValueError(f'{file}, line {number}: not a JSON object with a text as "prompt"')
+        prompts.append(prompt)
+    if not prompts:
         raise ValueError(f"{file}: no prompts in it; write one a line")
     return prompts
 
 
-def load_model(name: str | None) -> tuple[GPT, Tokenizer, Path, str, str]:
-    """A model (default: the newest checkpoint, else an untrained GPT-2), its tokenizer, name,
-    description, prompt.
-    """
-    newest = [found[-1] for folder in Path("out").glob("*") if (found := checkpoints(folder))]
-    source = (
-        resolve(name)
-        if name
-        else max(newest, key=lambda folder: folder.stat().st_mtime, default=None)
-    )
-    if source is None:
-        model, about = (
-            GPT(GPTConfig()),
-            "UNTRAINED GPT-2: no checkpoint under out/; try --model gpt2",
-        )
-        return model, get_tokenizer(model.config.vocab_size), Path("untrained"), about, HELLO
-    folder = locate(source)
-    model, prompt = GPT.from_pretrained(folder), HELLO
-    tokenizer = of_folder(folder, model.config.vocab_size)
-    with suppress(
-        OSError, ValueError, KeyError, TypeError
-    ):  # a model that was not trained here has no such file
-        prompt = json.loads((Path(source) / "settings.json").read_text())["settings"][
-            "sample_prompt"
-        ]
-    return model, tokenizer, Path(source), f"{source}, {model.num_params():,} parameters", prompt
+def load_model(name: str | None) -> OpenedModel:
+    """The model of this name; by default the newest checkpoint, else an untrained GPT-2."""
+    if name is not None:
+        return open_model(name)
+    newest = []
+    for run in Path("out").glob("*"):
+        newest += checkpoints(run)[-1:]
+    if newest:
+        return open_model(max(newest, key=lambda folder: folder.stat().st_mtime))
+    return OpenedModel(GPT(GPTConfig()), get_tokenizer("gpt2"), UNTRAINED)
 
 
-# ---- Texts, and three ways to ask for them: as a command, line by line, with a page --------------
+def describe(opened: OpenedModel) -> str:
+    if opened.source == UNTRAINED:
+        return "UNTRAINED GPT-2: no checkpoint under out/; try --model gpt2"
+    return f"{opened.source}, {opened.model.num_params():,} parameters"
+
+
+def choose_prompt(source: Path) -> str:
+    """The prompt that the run of this checkpoint sampled from; HELLO for any other model."""
+    # A model that was not trained here has no such file. A damaged one does not matter.
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((source / "settings.json").read_text())["settings"]["sample_prompt"]
+    return HELLO
+
+
+# ---- Text on a terminal --------------------------------------------------------------------------
 
 
 def show(text: str, style: str = "") -> None:
     """Print the text without a newline; on a terminal, in the ANSI style."""
     text = printable(text)
-    print(
-        f"\033[{style}m{text}\033[0m" if style and sys.stdout.isatty() else text, end="", flush=True
-    )
+    if style and sys.stdout.isatty():
+        text = f"\033[{style}m{text}\033[0m"
+    print(text, end="", flush=True)
 
 
 def write(
@@ -182,51 +210,58 @@ def write(
     """
     stream = stream and len(texts) == 1 and not as_json  # several would mix
     for first in range(0, len(texts), BATCH):
-        batch, start = texts[first : first + BATCH], time.perf_counter()
+        batch = texts[first : first + BATCH]
+        start = time.perf_counter()
         if stream:
             show(batch[0].prompt, BOLD)
-        for new in complete(model, batch, settings, logprobs or as_json):
+        for shown in complete(model, batch, settings, logprobs or as_json):
             if stream:
-                show(new[0])
+                show(shown[0])
         seconds = time.perf_counter() - start
-        for number, text in enumerate(batch, first):
+        for number, text in enumerate(batch, start=first):
             if as_json:
-                total, n = sum(value for _, value, *_ in text.record), len(text.record)
-                row = dict(
-                    prompt=text.prompt,
-                    completion=text.text,
-                    tokens=n,
-                    logprob=total,
-                    tokens_per_s=n / seconds,
-                )
-                each = (
-                    dict(logprobs=[(token, value) for token, value, *_ in text.record])
-                    if logprobs
-                    else {}
-                )
-                print(json.dumps(row | each), flush=True)
+                print(json.dumps(as_object(text, seconds, logprobs)), flush=True)
                 continue
-            if number:
+            if number > 0:
                 print("-" * 40)
             if not stream:
                 show(text.prompt, BOLD)
                 show(text.text)
             print()
-            for token, logprob, _, likely in text.record:
-                style = (
-                    LIKELY
-                    if logprob > math.log(0.5)
-                    else UNLIKELY
-                    if logprob < math.log(0.05)
-                    else BOLD
-                )
-                show(f"{logprob:7.3f}  ")
-                show(f"{token!r:12}", style)
-                show(
-                    " of "
-                    + "  ".join(f"{other!r} {value:.2f}" for other, value, _ in likely)
-                    + "\n"
-                )
+            for record in text.record:
+                show_record(record)
+
+
+def as_object(text: Text, seconds: float, logprobs: bool) -> dict:
+    """The JSON object of a sample. seconds: how long its batch took."""
+    tokens = [(record.token.text, record.token.logprob) for record in text.record]
+    row = dict(
+        prompt=text.prompt,
+        completion=text.text,
+        tokens=len(tokens),
+        logprob=sum(logprob for _, logprob in tokens),
+        tokens_per_s=len(tokens) / seconds,
+    )
+    if logprobs:
+        row["logprobs"] = tokens
+    return row
+
+
+def show_record(record: Record) -> None:
+    """Print a token's log-probability, its text, and the most likely tokens in its place."""
+    token, likely = record
+    style = BOLD
+    if token.logprob > math.log(0.5):
+        style = LIKELY
+    elif token.logprob < math.log(0.05):
+        style = UNLIKELY
+    show(f"{token.logprob:7.3f}  ")
+    show(f"{token.text!r:12}", style)
+    alternatives = "  ".join(f"{other.text!r} {other.logprob:.2f}" for other in likely)
+    show(f" of {alternatives}\n")
+
+
+# ---- Line by line --------------------------------------------------------------------------------
 
 
 def write_together(
@@ -240,62 +275,101 @@ def write_together(
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("> ")
-            name, _, value = line.removeprefix("/").strip().partition(" ")
-            if not line.startswith("/"):
-                reply = Text(tokenizer, story + line, settings["seed"], stops)
-                with suppress(KeyboardInterrupt):
-                    for [new] in complete(model, [reply], settings, cut=True):
-                        show(new)
-                print()
-                story = f"{reply.prompt}{reply.text}\n"
-                settings = settings | dict(seed=settings["seed"] + 1)
-            elif name == "reset":
-                story = ""
-            elif name in SETTINGS:
-                try:
-                    settings = checked(settings | {name: configurator.parse(value, None)})
-                except ValueError as error:
-                    print(f"{line}: {error}", file=sys.stderr)
-            else:
-                print(
-                    HELP if name == "help" else f"{line}: no such command; /help lists them",
-                    file=sys.stderr,
-                )
+            if line.startswith("/"):
+                name, _, value = line.removeprefix("/").strip().partition(" ")
+                if name == "reset":
+                    story = ""
+                elif name == "help":
+                    print_help()
+                elif name in SETTINGS:
+                    settings = change_setting(settings, name, value, line)
+                else:
+                    print(f"{line}: no such command; /help lists them", file=sys.stderr)
+                continue
+            reply = Text(tokenizer, story + line, settings["seed"], stops)
+            with suppress(KeyboardInterrupt):
+                for [shown] in complete(model, [reply], settings, cut=True):
+                    show(shown)
+            print()
+            story = f"{reply.prompt}{reply.text}\n"
+            settings = settings | dict(seed=settings["seed"] + 1)
     print()
+
+
+def print_help() -> None:
+    print(COMMANDS, file=sys.stderr, end="")
+    for name, setting in SETTINGS.items():
+        print(f"  /{name:19}{setting.about}", file=sys.stderr)
+
+
+def change_setting(settings: dict, name: str, value: str, line: str) -> dict:
+    """The settings with another value; if it is wrong, say so and return them as they are."""
+    try:
+        return check_settings(settings | {name: configurator.parse(value, None)})
+    except ValueError as error:
+        print(f"{line}: {error}", file=sys.stderr)
+        return settings
+
+
+# ---- A page --------------------------------------------------------------------------------------
+
+
+def serve_page(shelf: page.Shelf, tokenizer: Tokenizer, form: dict, port: int) -> None:
+    """Serve the page until Ctrl-C. form: what its fields begin with, see main."""
+    form = form | dict(
+        title=shelf.title,
+        checkpoint=shelf.name,
+        end_of_text=tokenizer.end_of_text,
+        limits={name: [setting.low, setting.high] for name, setting in SETTINGS.items()},
+        pinned=form["settings"]["seed"] != SETTINGS["seed"].default,
+    )
+    answer = functools.partial(page.answer, shelf, tokenizer)
+    page.serve(answer, shelf.progress, form, port)
+
+
+# ---- The command ---------------------------------------------------------------------------------
 
 
 @command("sample.py")
 def main(argv: list[str] | None = None) -> None:
-    given = parse_arguments(argv)
-    settings, prompts = checked(vars(given)), read_prompts(given.prompts + given.prompt, given.file)
-    machine = runtime.start(given.device)
-    model, tokenizer, source, description, default_prompt = load_model(given.model)
+    arguments = parse_arguments(argv)
+    settings = check_settings(vars(arguments))
+    prompts = read_prompts(arguments)
+    machine = runtime.start(arguments.device)
+    opened = load_model(arguments.model)
+    tokenizer = opened.tokenizer
+    description = describe(opened)
+    default_prompt = choose_prompt(opened.source)
     try:
-        rows = min(BATCH, max(1, len(prompts)) * given.samples)
-        model, machine, note = prepare_for_inference(model, machine, given.dtype, rows)
-        print(f"model: {description}\n{machine.note}\n{note}", file=sys.stderr)
-        if given.interactive:
-            write_together(model, tokenizer, "".join(prompts), given.stop, settings)
-            return
-        if given.web:
-            shelf = Shelf(source, model, machine, GPT.from_pretrained)
-            del model  # the shelf drops it when another checkpoint takes its place
+        rows = min(BATCH, max(1, len(prompts)) * arguments.samples)
+        prepared = prepare_for_inference(opened.model, machine, arguments.dtype, rows)
+        print(f"model: {description}\n{machine.note}\n{prepared.note}", file=sys.stderr)
+        if arguments.interactive:
+            write_together(prepared.model, tokenizer, "".join(prompts), arguments.stop, settings)
+        elif arguments.web:
+            shelf = page.Shelf(opened.source, prepared.model, prepared.dtype, open_model)
+            # Only the shelf keeps the model, so that it is gone when another takes its place.
+            del opened, prepared
             form = dict(
-                title=shelf.title, about=description, checkpoint=shelf.name, settings=settings
+                about=description,
+                settings=settings,
+                prompts=[*prompts, default_prompt],
+                stop=arguments.stop,
             )
-            form |= dict(prompts=[*prompts, default_prompt], stop=given.stop)
-            form |= dict(limits={name: limits for name, (_, *limits, _) in SETTINGS.items()})
-            form |= dict(
-                pinned=given.seed != SETTINGS["seed"][0], end_of_text=tokenizer.end_of_text
+            serve_page(shelf, tokenizer, form, arguments.port)
+        else:
+            texts = []
+            for prompt in prompts or [default_prompt]:
+                for i in range(arguments.samples):
+                    texts.append(Text(tokenizer, prompt, arguments.seed + i, arguments.stop))
+            write(
+                prepared.model,
+                texts,
+                settings,
+                stream=arguments.stream,
+                as_json=arguments.json,
+                logprobs=arguments.logprobs,
             )
-            page.serve(
-                lambda asked: answer(shelf, tokenizer, asked), shelf.progress, form, given.port
-            )
-            return
-        prompts = prompts or [default_prompt]
-        wanted = [(prompt, given.seed + i) for prompt in prompts for i in range(given.samples)]
-        texts = [Text(tokenizer, prompt, seed, given.stop) for prompt, seed in wanted]
-        write(model, texts, settings, given.stream, given.json, given.logprobs)
     except torch.OutOfMemoryError:
         raise ValueError(
             "out of memory; fewer --samples or prompts at once, or --device cpu"

@@ -3,9 +3,12 @@ one-token step.
 """
 
 import codecs
+import functools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -14,74 +17,153 @@ import torch.nn.functional as F
 from parts import GPT
 from parts.tokenizer import Tokenizer
 
-GRAPH_FROM = 32  # new tokens; for fewer, capturing a CUDA graph does not pay
+# New tokens; for fewer, capturing a CUDA graph does not pay.
+GRAPH_FROM = 32
+
+
+# ---- The KV cache --------------------------------------------------------------------------------
 
 
 class KVCache:
     """Keys and values of all tokens so far, so that a new token costs the work of one token.
 
     Prompts of different lengths are aligned at their right ends: the first `pad[b]` columns of row
-    b are empty.
+    b are empty. Layers may differ in their heads and head sizes, and some may not use the cache.
     """
 
     def __init__(
-        self,
-        n_layer: int,
-        capacity: int,
-        pad: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
+        self, capacity: int, pad: torch.Tensor | None = None, dtype: torch.dtype | None = None
     ):
-        self.capacity = capacity  # columns that are allocated at each layer's first use
-        self.dtype = dtype  # of keys and values; None: what the layer computes in
-        self.length = 0  # columns filled; the same in every layer between two forward passes
-        self.pad = pad  # (B,) int64, or None when all rows start at column 0
-        self.layers = [None] * n_layer  # each (2, B, nh, capacity, hs): keys and values
-        self.column = None  # for a CUDA graph, which always reads all columns: where the next token goes, (1,) int64
+        """Room for `capacity` columns, allocated at each layer's first use.
+
+        pad     (B,) int64, or None when all rows start at column 0
+        dtype   of keys and values; None is what the layer computes in
+        """
+        self.capacity = capacity
+        self.pad = pad
+        self.dtype = dtype
+        # Columns filled; the same in every layer between two forward passes.
+        self.length = 0
+        # Layer -> its keys and values, (B, nh, capacity, hs) each.
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # In a CUDA graph, which always reads all columns: where the next token goes, (1,) int64.
+        self.column: torch.Tensor | None = None
 
     def update(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append k and v (B, nh, T, hs); returns the layer's keys and values so far, (B, nh, past +
-        T, hs) each.
+        """Append k and v (B, nh, T, hs); return the layer's keys and values so far.
+
+        These are (B, nh, past + T, hs) each, or (B, nh, capacity, hs) in a CUDA graph.
         """
-        B, nh, T, hs = k.shape
-        if self.layers[layer] is None:
-            # Zeros, because 0 x NaN is NaN behind a mask too.
-            self.layers[layer] = k.new_zeros(2, B, nh, self.capacity, hs, dtype=self.dtype)
-        keys, values = self.layers[layer][0], self.layers[layer][1]
+        if layer not in self.layers:
+            self.layers[layer] = (self.allocate(k), self.allocate(v))
+        keys, values = self.layers[layer]
         if self.column is not None:
-            keys[:, :, self.column], values[:, :, self.column] = k, v
+            keys[:, :, self.column] = k
+            values[:, :, self.column] = v
             return keys, values
-        end = self.length + T
-        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        end = self.length + k.size(2)
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
-    def places(self, T: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Positions of the next T tokens, (T) or (B, T), and their mask, (B or 1, 1, T, keys); None
-        if plain causal.
+    def allocate(self, x: torch.Tensor) -> torch.Tensor:
+        """Zeros for all columns: a mask hides what is not filled, but 0 x NaN would be NaN."""
+        B, nh, _, hs = x.shape
+        return x.new_zeros(B, nh, self.capacity, hs, dtype=self.dtype)
+
+    def positions_and_mask(
+        self, T: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the next T tokens stand, and which keys they may see.
+
+        The positions are (T) or (B, T) int64. The mask is (B or 1, 1, T, keys) bool, or None where
+        attention is plainly causal.
         """
         if self.column is None:
             column = torch.arange(self.length, self.length + T, device=device)
             key = torch.arange(self.length + T, device=device)
         else:
-            column, key = self.column, torch.arange(self.capacity, device=device)
+            column = self.column
+            key = torch.arange(self.capacity, device=device)
         mask = key <= column[:, None]  # (T, keys)
         if self.pad is not None:
+            position = (column - self.pad[:, None]).clamp(min=0)  # (B, T)
             # An empty column sees itself: a softmax over nothing is 0/0, and its NaN would spread.
-            mask = mask & (key >= self.pad[:, None, None]) | (
-                key == column[:, None]
-            )  # (B, T, keys)
-            return (column - self.pad[:, None]).clamp(min=0), mask[:, None]
-        is_plain = self.column is None and (self.length == 0 or T == 1)
-        return column, None if is_plain else mask[None, None]
+            itself = key == column[:, None]
+            mask = mask & (key >= self.pad[:, None, None]) | itself  # (B, T, keys)
+            return position, mask[:, None]
+        if self.column is None and (self.length == 0 or T == 1):
+            return column, None
+        return column, mask[None, None]
 
 
 def forward_cached(model: GPT, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Token ids (B, T) that continue the cache -> logits (B, V) of the last one."""
-    x = model.hidden(idx, *cache.places(idx.size(1), idx.device), cache)
+    position, mask = cache.positions_and_mask(idx.size(1), idx.device)
+    x = model.hidden(idx, position=position, mask=mask, cache=cache)
     if cache.column is None:
         cache.length += idx.size(1)
     return model.logits(x[:, -1])
+
+
+def prefill(model: GPT, rows: list[list[int]], max_new_tokens: int) -> tuple[KVCache, torch.Tensor]:
+    """Fill a new cache with rows of token ids, aligned at their right ends.
+
+    Returns the cache, with room for the new tokens, and the logits (B, V) behind the rows.
+    """
+    idx, pad = align_right(rows, device_of(model))
+    capacity = min(model.config.block_size, idx.size(1) + max_new_tokens)
+    dtype = None
+    if idx.device.type == "cpu" and is_packed(model):
+        # With a single query in bf16, a CPU's fused attention takes three times as long over bf16
+        # keys as over float32.
+        dtype = torch.float32
+    cache = KVCache(capacity, pad, dtype)
+    return cache, forward_cached(model, idx, cache)
+
+
+def recompute(model: GPT, rows: list[list[int]], pads: bool) -> torch.Tensor:
+    """The logits (B, V) behind rows of token ids, without a cache.
+
+    Rows of different lengths become one padded batch, or with pads=False one batch each.
+    """
+    if is_ragged(rows) and not pads:
+        return torch.cat([recompute(model, [row], pads) for row in rows])
+    idx, pad = align_right(rows, device_of(model))
+    if pad is None:
+        return model.logits(model.hidden(idx)[:, -1])
+    layout = KVCache(idx.size(1), pad)
+    position, mask = layout.positions_and_mask(idx.size(1), idx.device)
+    return model.logits(model.hidden(idx, position=position, mask=mask)[:, -1])
+
+
+def align_right(
+    rows: list[list[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of token ids -> (B, longest) int64 with zeros on the left, and how many of them, (B,).
+
+    The latter is None when all rows have the same length.
+    """
+    longest = max(map(len, rows))
+    pads = [longest - len(row) for row in rows]
+    idx = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows)], device=device)
+    if not any(pads):
+        return idx, None
+    return idx, torch.tensor(pads, device=device)
+
+
+def is_ragged(rows: list[list[int]]) -> bool:
+    """Whether the rows differ in length."""
+    return len({len(row) for row in rows}) > 1
+
+
+def device_of(model: GPT) -> torch.device:
+    return next(model.parameters()).device
+
+
+# ---- A token as a CUDA graph ---------------------------------------------------------------------
 
 
 class TokenGraph:
@@ -93,41 +175,49 @@ class TokenGraph:
     next column from a tensor.
     """
 
-    def __init__(self, model: GPT, cache: KVCache):
-        self.model, self.cache, self.graph = model, cache, None
-        B, device = cache.layers[0].size(1), cache.layers[0].device
-        self.idx = torch.zeros(B, 1, dtype=torch.int64, device=device)
-        cache.column = torch.zeros(1, dtype=torch.int64, device=device)
+    def __init__(self, model: GPT, cache: KVCache, captures: bool = True):
+        """captures=False computes the same kernel by kernel, as it always is on a CPU."""
+        self.model = model
+        self.cache = cache
+        self.captures = captures
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.idx: torch.Tensor | None = None
+        cache.column = torch.zeros(1, dtype=torch.int64, device=device_of(model))
 
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
         """The next token of each row (B, 1) -> logits (B, V)."""
+        if self.idx is None:
+            self.idx = torch.zeros_like(idx)
         self.idx.copy_(idx)
         self.cache.column.fill_(self.cache.length)
         self.cache.length += 1
-        if not self.idx.is_cuda:  # nothing to capture, but the same arithmetic
+        if not (self.captures and idx.is_cuda):
             return forward_cached(self.model, self.idx, self.cache)
-        with torch.cuda.device_of(
-            self.idx
-        ):  # a thread's current device, and so its streams, may be another GPU
+        # A thread's current device, and so its streams, may be another GPU.
+        with torch.cuda.device_of(self.idx):
             if self.graph is None:
                 self.capture()
             self.graph.replay()
         return self.logits.clone()  # the next replay overwrites them
 
     def capture(self) -> None:
-        # Kernels set things up at their first calls, which must not be recorded: warm up on the
-        # side stream first.
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        """Record the graph. Kernels set things up at their first calls, which must not be recorded,
+        so they warm up on the side stream first.
+        """
+        side = torch.cuda.Stream()
+        current = torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(3):  # the same column each time
                 forward_cached(self.model, self.idx, self.cache)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            self.graph, stream=side
-        ):  # torch's own is on the GPU of the process's first graph
+        # Without a stream, torch takes its own, which is on the GPU of the process's first graph.
+        with torch.cuda.graph(self.graph, stream=side):
             self.logits = forward_cached(self.model, self.idx, self.cache)
+
+
+# ---- Packed weights ------------------------------------------------------------------------------
 
 
 class PackedLinear(nn.Module):
@@ -142,14 +232,13 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
         weight = linear.weight.detach().to(dtype)
-        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self.blocked = (
-            on_cpu and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        self.weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.blocked else weight
-        )
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.blocked = dtype == torch.bfloat16 and weight.device.type == "cpu" and has_bf16_ops()
+        if self.blocked:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.weight = weight
+        self.bias = None
+        if linear.bias is not None:
+            self.bias = linear.bias.detach().to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.weight.dtype)
@@ -158,15 +247,200 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+def has_bf16_ops() -> bool:
+    """Whether this build of torch and this CPU multiply bf16 matrices with oneDNN."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def pack(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace each Linear layer by PackedLinear, in place; returns the module. It cannot be moved,
-    trained or saved.
+    """Replace each Linear layer by a PackedLinear, in place, and return the module.
+
+    A packed module cannot be moved, trained or saved.
     """
     for part in list(module.modules()):
         for name, child in part.named_children():
             if isinstance(child, nn.Linear):
                 setattr(part, name, PackedLinear(child, dtype))
     return module
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+# ---- Does a shortcut compute what the model computes? --------------------------------------------
+# A changed model.py may mix tokens in ways that a cache, or a padded batch, knows nothing of. So
+# the first text of a model is preceded by a comparison, and a shortcut that fails it is not taken.
+
+
+class Method(NamedTuple):
+    """How the logits of a new token are computed.
+
+    Without any of the three, the model reads the whole context of each row again for every token.
+    """
+
+    cache: bool  # the keys and values of earlier tokens are kept
+    pads: bool  # rows of different lengths are one batch
+    graph: bool  # the step of one token is a CUDA graph
+
+
+PLAIN = Method(cache=False, pads=False, graph=False)
+
+# Model -> {the method that was wanted: (version of the weights, the method that is right)}.
+METHODS: WeakKeyDictionary = WeakKeyDictionary()
+
+# Logits differ by rounding up to this root mean square, as a share of their standard deviation over
+# the vocabulary. Measured with random weights of GPT-2's size at init and up to six times as large:
+# at most 7e-6 in float32 (TF32 on a GPU rounds like float16), 0.001 in float16, 0.02 in bfloat16.
+TOLERANCE = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.1}
+
+# The text that is compared has as many tokens as the blocks multiply with so many multiply-adds:
+# for 124M parameters 12 tokens on a CPU, and the whole context on a GPU.
+CHECK_WORK = {"cpu": 1e9, "mps": 1e10, "cuda": 1e11}
+FEWEST_CHECK_TOKENS = 12
+MOST_CHECK_TOKENS = 1024
+
+
+def choose_method(model: GPT, pads: bool, graph: bool) -> Method:
+    """The fastest method that gives this model's own logits.
+
+    pads    the rows have different lengths
+    graph   a CUDA graph would pay
+
+    The model is compared at its first text, and again when its weights have changed, because a new
+    layer often starts as the identity. A line on stderr says once what it cannot use.
+    """
+    if model.config.block_size < FEWEST_CHECK_TOKENS // 3:
+        return PLAIN  # nothing to gain, and too little to compare
+    wanted = Method(cache=True, pads=pads, graph=graph)
+    methods = METHODS.setdefault(model, {})
+    version = weights_version(model)
+    last_version, last_method = methods.get(wanted, (None, wanted))
+    if version == last_version:
+        return last_method
+
+    candidates = [wanted]
+    if graph:
+        candidates.append(wanted._replace(graph=False))
+    if pads:
+        candidates.append(Method(cache=False, pads=True, graph=False))
+    method = PLAIN
+    objections = []
+    for candidate in candidates:
+        objection = compare(model, candidate)
+        if not objection:
+            method = candidate
+            break
+        objections.append(objection)
+    methods[wanted] = (version, method)
+    if method not in (wanted, last_method):
+        print(describe_fallback(wanted, method, objections[0]), file=sys.stderr)
+    return method
+
+
+def weights_version(model: GPT) -> int:
+    """A number that grows whenever a weight is changed in place, as an optimizer does."""
+    return sum(weight._version for weight in model.parameters() if not weight.is_inference())
+
+
+def describe_fallback(wanted: Method, method: Method, objection: str) -> str:
+    if method.cache:
+        return f"this model.py {objection} in a CUDA graph: sampling without it, slower"
+    shortcut = "with the KV cache"
+    if wanted.pads:
+        shortcut += " and prompts of different lengths"
+    return f"this model.py {objection} {shortcut}: sampling without it, slower"
+
+
+@torch.no_grad()
+def compare(model: GPT, method: Method) -> str:
+    """What speaks against the method, as the predicate of "this model.py"; empty if nothing does.
+
+    Its logits are compared with the plain ones on a short random text, and on one of half the
+    length beside it if the method pads. What only a longer text would show is not seen, such as a
+    window of 256 tokens.
+    """
+    T = count_check_tokens(model)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(model.config.vocab_size, (T,), generator=generator).tolist()
+    rows = [text]
+    if method.pads:
+        rows.append(text[: max(3, T // 2)])
+    try:
+        logits = follow(model, rows, method)
+        # No token sees those behind it, so the first row has the logits of the second one too.
+        x = model.hidden(torch.tensor([text], device=logits.device))[0]  # (T, C)
+        last = torch.tensor([len(row) for row in rows], device=x.device) - 1
+        expected = model.logits(torch.stack([x[last - 2], x[last - 1], x[last]]))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model.py that knows nothing of a cache may raise anything
+        reason = str(error).partition("\n")[0]
+        return f"raises {type(error).__name__} ({reason})"
+    # Damaged weights give NaN here, which is no larger than anything: stream refuses them.
+    difference = (logits.float() - expected.float()).square().mean().sqrt()
+    spread = expected.float().std(dim=-1).mean()
+    if (difference / spread).item() > TOLERANCE[expected.dtype]:
+        return "gives other logits"
+    return ""
+
+
+def count_check_tokens(model: GPT) -> int:
+    config = model.config
+    work_per_token = 12 * config.n_layer * config.n_embd**2
+    affordable = int(CHECK_WORK[device_of(model).type] / work_per_token)
+    return min(max(FEWEST_CHECK_TOKENS, affordable), MOST_CHECK_TOKENS, config.block_size)
+
+
+def follow(model: GPT, rows: list[list[int]], method: Method) -> torch.Tensor:
+    """The logits (3, B, V) behind all but two tokens of each row, all but one, and all."""
+    beginnings = [row[:-2] for row in rows]
+    if not method.cache:
+        longer = [row[:-1] for row in rows]
+        return torch.stack(
+            [recompute(model, part, method.pads) for part in (beginnings, longer, rows)]
+        )
+    cache, first = prefill(model, beginnings, max_new_tokens=2)
+    step = functools.partial(forward_cached, model, cache=cache)
+    if method.graph:
+        step = TokenGraph(model, cache, captures=False)
+    tokens = torch.tensor([row[-2:] for row in rows], device=first.device)  # (B, 2)
+    return torch.stack([first, step(tokens[:, :1]), step(tokens[:, 1:])])
+
+
+class Predictor:
+    """The logits of the next token of each row, as fast as this model allows."""
+
+    def __init__(self, model: GPT, rows: list[list[int]], max_new_tokens: int):
+        """rows: the prompts, as token ids."""
+        self.model = model
+        self.max_new_tokens = max_new_tokens
+        graph = False
+        if device_of(model).type == "cuda" and max_new_tokens >= GRAPH_FROM:
+            graph = is_packed(model)
+        self.method = choose_method(model, is_ragged(rows), graph)
+        self.cache: KVCache | None = None
+        self.step = None  # of one token a row behind the cache
+
+    def __call__(self, rows: list[list[int]]) -> torch.Tensor:
+        """Rows of token ids, each with one token more than at the last call -> logits (B, V).
+
+        The model reads the last block_size tokens of each.
+        """
+        block_size = self.model.config.block_size
+        # Positions are learned, so once the window slides every cached key stands at a wrong
+        # position: then the cache is filled anew.
+        if self.cache is not None and self.cache.length < block_size:
+            idx = torch.tensor([row[-1:] for row in rows], device=device_of(self.model))
+            return self.step(idx)
+        windows = [row[-block_size:] for row in rows]
+        if not self.method.cache:
+            return recompute(self.model, windows, self.method.pads)
+        self.cache, logits = prefill(self.model, windows, self.max_new_tokens)
+        self.step = functools.partial(forward_cached, self.model, cache=self.cache)
+        if self.method.graph:
+            self.step = TokenGraph(self.model, self.cache)
+        return logits
 
 
 # ---- Choosing a token ----------------------------------------------------------------------------
@@ -178,18 +452,22 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
     logits (B, V), seen (B, V) bool -> (B, V): divided by the penalty where positive, else
     multiplied by it.
     """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    less_likely = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, less_likely, logits)
 
 
 def restrict(
     logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> torch.Tensor:
-    """Logits (B, V) with -inf for every token that one of the three filters removes; they apply in
-    this order.
+    """Logits (B, V) with -inf for every token that one of the three filters removes.
+
+    They apply in this order:
 
     top_k   keeps the k most likely tokens; 0 keeps all
-    top_p   keeps the fewest tokens that together have this probability (nucleus, Holtzman et al. 2019); 1 keeps all
-    min_p   keeps tokens with at least this share of the top token's probability (Nguyen et al. 2024); 0 keeps all
+    top_p   keeps the fewest tokens that together have this probability; 1 keeps all
+            (nucleus sampling, Holtzman et al. 2019)
+    min_p   keeps tokens with at least this share of the top token's probability; 0 keeps all
+            (Nguyen et al. 2024)
     """
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -197,11 +475,11 @@ def restrict(
     if top_p < 1:
         sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
         p = F.softmax(sorted_logits, dim=-1)
-        out = (
-            p.cumsum(dim=-1) - p >= top_p
-        )  # the more likely tokens already reach top_p without this one
-        out[:, 0] = False  # the top token always stays
-        logits = logits.masked_fill(out.gather(1, order.argsort(dim=-1)), float("-inf"))
+        # The more likely tokens already reach top_p without this one. The top token always stays.
+        is_removed = p.cumsum(dim=-1) - p >= top_p
+        is_removed[:, 0] = False
+        rank = order.argsort(dim=-1)
+        logits = logits.masked_fill(is_removed.gather(1, rank), float("-inf"))
     if min_p > 0:
         least = logits.max(dim=-1, keepdim=True).values + math.log(min_p)
         logits = logits.masked_fill(logits < least, float("-inf"))
@@ -214,14 +492,15 @@ def sample(
     """One token for each row: logits (B, V) and uniform numbers in [0, 1) (B,) -> ids (B,) int64.
 
     temperature divides the logits, and 0 always takes the most likely token; for the filters see
-    `restrict`. The draw becomes a token by inverting the cumulative distribution: a row's token
-    depends on its own logits and number only.
+    `restrict`. The draw becomes a token by inverting the cumulative distribution, so that a row's
+    token depends on its own logits and number only.
     """
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
-    cdf = F.softmax(restrict(logits / temperature, **filters), dim=-1).cumsum(dim=-1)  # (B, V)
-    # The first token whose cumulative probability exceeds the draw's share of the total (rounded,
-    # it need not be 1).
+    p = F.softmax(restrict(logits / temperature, **filters), dim=-1)
+    cdf = p.cumsum(dim=-1)  # (B, V)
+    # The first token whose cumulative probability exceeds the draw's share of the total, which is
+    # not exactly 1 because of rounding.
     return torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
 
@@ -235,19 +514,19 @@ class Step(NamedTuple):
 @torch.no_grad()
 def stream(
     model: GPT,
-    prompts,
-    max_new_tokens,
-    seeds=None,
-    stop_token=None,
-    repetition_penalty=1.0,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    seeds: Sequence[int] | None = None,
+    stop_token: int | None = None,
+    repetition_penalty: float = 1.0,
     **sampling,
 ) -> Iterator[Step]:
-    """Continue each prompt (a list of token ids); yield a Step for each new token. The model is in
-    eval mode.
+    """Continue each prompt, a list of token ids, and yield a Step for each new token.
 
-    seeds                one for each prompt: a row's text depends on its own seed, not on the rows beside it (in bf16,
-                         a batch of another shape rounds differently, and near ties may fall
-                         differently)
+    model                in eval mode
+    seeds                one for each prompt, by default 0, 1, ...; a row's text depends on its own
+                         seed, not on the rows beside it (in bf16, a batch of another shape rounds
+                         differently, and near ties may fall differently)
     stop_token           a row ends with this id (usually end of text)
     repetition_penalty   see `penalize`; 1 is none
     sampling             temperature, top_k, top_p, min_p: see `sample`
@@ -255,212 +534,237 @@ def stream(
     The context of a token is the block_size tokens before it. Raises ValueError for a prompt that
     is empty or longer than block_size, and for weights that give NaN.
     """
-    block_size, device = model.config.block_size, model.transformer.wte.weight.device
+    block_size = model.config.block_size
     for prompt in prompts:
         if not 0 < len(prompt) <= block_size:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens: this model takes 1 to {block_size}; shorten it"
             )
-    generators = [
-        torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))
-    ]  # always on the CPU
+    if seeds is None:
+        seeds = range(len(prompts))
+    device = device_of(model)
+    # Always on the CPU, so that a seed gives the same numbers on every device.
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
-    seen = torch.zeros(
-        len(rows), model.config.vocab_size, dtype=torch.bool, device=device
-    )  # (B, V)
-    for mask, row in zip(seen, rows):
-        mask[row] = True
-    graphed = (
-        isinstance(model.lm_head, PackedLinear)
-        and device.type == "cuda"
-        and max_new_tokens >= GRAPH_FROM
-    )
-    cache = None
+    rows = [list(prompt) for prompt in prompts]
+    has_ended = [False] * len(rows)
+    seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
+    for seen_by_row, row in zip(seen, rows):
+        seen_by_row[row] = True
+    predict = Predictor(model, rows, max_new_tokens)
     for _ in range(max_new_tokens):
-        # 1. Compute what the cache lacks: the last token, or everything at first and whenever the cache is full.
-        # Positions are learned, so once the window slides every cached key stands at a wrong position.
-        if cache is None or cache.length == block_size:
-            cache, logits = prefill(model, [row[-block_size:] for row in rows], max_new_tokens)
-            graph = TokenGraph(model, cache) if graphed else None
-        else:
-            idx = torch.tensor([row[-1:] for row in rows], device=device)
-            logits = graph(idx) if graph else forward_cached(model, idx, cache)  # (B, V)
-        logits = logits.float()
+        logits = predict(rows).float()  # (B, V)
         if logits.isnan().any():
             raise ValueError("the model's logits are NaN: it is damaged, or its training diverged")
 
-        # 2. Choose, 3. remember, 4. hand over.
-        draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(
-            device
-        )  # (B)
-        chosen = sample(penalize(logits, seen, repetition_penalty), draws, **sampling)  # (B)
+        draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
+        penalized = penalize(logits, seen, repetition_penalty)
+        chosen = sample(penalized, draws.to(device), **sampling)  # (B)
         seen.scatter_(1, chosen[:, None], True)
-        chosen = chosen.tolist()
-        for row, token in zip(rows, chosen):
-            row.append(token)
-        yield Step([None if done else token for done, token in zip(ended, chosen)], logits)
-        ended = [done or token == stop_token for done, token in zip(ended, chosen)]
-        if all(ended):
+
+        tokens: list[int | None] = []
+        for b, token in enumerate(chosen.tolist()):
+            rows[b].append(token)
+            tokens.append(None if has_ended[b] else token)
+            has_ended[b] = has_ended[b] or token == stop_token
+        yield Step(tokens, logits)
+        if all(has_ended):
             return
 
 
-def prefill(model: GPT, rows: list[list[int]], max_new_tokens: int) -> tuple[KVCache, torch.Tensor]:
-    """A cache filled with the rows, aligned at their right ends, and the logits (B, V) behind
-    them.
-    """
-    device, longest = model.transformer.wte.weight.device, max(map(len, rows))
-    idx = torch.tensor(
-        [[0] * (longest - len(row)) + row for row in rows], device=device
-    )  # (B, longest)
-    pad = torch.tensor([longest - len(row) for row in rows])
-    # With a single query in bf16, a CPU's fused attention takes three times as long over bf16 keys
-    # as over float32.
-    dtype = (
-        torch.float32 if isinstance(model.lm_head, PackedLinear) and device.type == "cpu" else None
-    )
-    capacity = min(model.config.block_size, longest + max_new_tokens)
-    cache = KVCache(model.config.n_layer, capacity, pad.to(device) if pad.any() else None, dtype)
-    return cache, forward_cached(model, idx, cache)
+def generate(
+    model: GPT, prompts: Sequence[list[int]], max_new_tokens: int, **options
+) -> list[list[int]]:
+    """The continuations that `stream` yields, whole: a list of new token ids for each prompt.
 
-
-def generate(model: GPT, prompts, max_new_tokens: int, **options) -> list[list[int]]:
-    """The continuations that `stream` yields, whole: one list of new token ids for each prompt. The
-    mode may be any.
+    The model may be in training mode, and is again afterwards.
     """
     was_training = model.training
     model.eval()
-    steps = [step.tokens for step in stream(model, prompts, max_new_tokens, **options)]
+    continuations: list[list[int]] = [[] for _ in prompts]
+    for step in stream(model, prompts, max_new_tokens, **options):
+        for continuation, token in zip(continuations, step.tokens):
+            if token is not None:
+                continuation.append(token)
     model.train(was_training)
-    return [[tokens[b] for tokens in steps if tokens[b] is not None] for b in range(len(prompts))]
+    return continuations
 
 
 # ---- Texts ---------------------------------------------------------------------------------------
 
 
-# Name: default, smallest and largest value, meaning. The default's type is the setting's.
+class Setting(NamedTuple):
+    """A setting of sampling. Its type is the default's."""
+
+    default: int | float
+    low: float
+    high: float
+    about: str
+
+
+ANY = 2**62
+
 SETTINGS = {
-    "max_tokens": (100, 1, 2**62, "new tokens for each sample"),
-    "temperature": (1.0, 0, 2**62, "0 always takes the most likely token"),
-    "top_k": (50, 0, 2**62, "draw from the k most likely tokens; 0 is all"),
-    "top_p": (
-        1.0,
-        0,
-        1,
-        "draw from the fewest tokens that together have this probability; 1 is all",
+    "max_tokens": Setting(100, 1, ANY, "new tokens for each sample"),
+    "temperature": Setting(1.0, 0, ANY, "0 always takes the most likely token"),
+    "top_k": Setting(50, 0, ANY, "draw from the k most likely tokens; 0 is all"),
+    "top_p": Setting(
+        1.0, 0, 1, "draw from the fewest tokens that together have this probability; 1 is all"
     ),
-    "min_p": (
-        0.0,
-        0,
-        1,
-        "draw from the tokens with this share of the top token's probability; 0 is all",
+    "min_p": Setting(
+        0.0, 0, 1, "draw from the tokens with this share of the top token's probability; 0 is all"
     ),
-    "repetition_penalty": (
-        1.0,
-        0.01,
-        100,
-        "above 1: tokens that are in the text become less likely",
+    "repetition_penalty": Setting(
+        1.0, 0.01, 100, "above 1: tokens that are in the text become less likely"
     ),
-    "seed": (1337, 0, 2**62, "sample number i draws from seed + i"),
+    "seed": Setting(1337, 0, ANY, "sample number i draws from seed + i"),
 }
 
 
-def checked(values: dict) -> dict:
-    """The settings among these values. ValueError if one is missing, not a number, or out of
-    range.
+def check_settings(values: dict) -> dict:
+    """The settings of sampling among these values.
+
+    Raises ValueError if one is missing, not a number, or out of range.
     """
-    for name, (default, low, high, _) in SETTINGS.items():
+    for name, setting in SETTINGS.items():
         value = values.get(name)
-        if type(value) not in (int, type(default)):
-            raise ValueError(f"{name} must be a {'whole ' if type(default) is int else ''}number")
-        if not low <= value <= high:
-            raise ValueError(
-                f"{name} must be {f'at most {high}' if value > high else f'{low} or more'}"
-            )
+        if type(setting.default) is int and type(value) is not int:
+            raise ValueError(f"{name} must be a whole number")
+        if type(value) not in (int, float):
+            raise ValueError(f"{name} must be a number")
+        if value > setting.high:
+            raise ValueError(f"{name} must be at most {setting.high}")
+        if not value >= setting.low:  # NaN is not
+            raise ValueError(f"{name} must be {setting.low} or more")
     return {name: values[name] for name in SETTINGS}
 
 
+class Candidate(NamedTuple):
+    """A token that could stand in a place of a text."""
+
+    text: str
+    logprob: float  # nats
+    id: int
+
+
+class Record(NamedTuple):
+    """A token of a text, and the five most likely ones in its place."""
+
+    token: Candidate
+    likely: list[Candidate]
+
+
 class Text:
-    """A prompt's continuation, token by token. It shows no incomplete characters and no part of a
-    stop text.
+    """A prompt's continuation, token by token.
+
+    It shows neither a part of a character nor a part of a stop text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, seed: int, stops: list[str]):
-        self.tokenizer, self.prompt, self.seed = tokenizer, prompt, seed
-        self.ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]  # of the prompt
+        """stops: texts that end it, and are not shown; "\\n" in them is a newline."""
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.seed = seed
+        self.ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]  # the prompt's
         self.stops = [stop.replace("\\n", "\n") for stop in stops if stop]
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.text, self.held, self.done = (
-            "",
-            "",
-            False,
-        )  # shown; held back, as it may become a stop text; complete
-        # If wanted, for each token: its text, log-probability and id, and those of the five most
-        # likely in its place.
-        self.record: list[tuple[str, float, int, list[tuple[str, float, int]]]] = []
+        self.text = ""  # what was shown
+        self.held = ""  # what is not shown yet, because it may become a stop text
+        self.done = False
+        self.record: list[Record] = []  # of each token, if log-probabilities were given
 
     def add(self, token: int | None, logprobs: torch.Tensor | None = None) -> str:
-        """Append a token (None: no more come) and return what is ready to show; logprobs (V) are
-        those of its place.
+        """Append a token and return what is ready to show; None says that no more come.
+
+        logprobs (V): those of all tokens in this place, for the record.
         """
         if logprobs is not None:
-            values, ids = logprobs.topk(min(5, len(logprobs)))
-            likely = [
-                (self.tokenizer.decode([i]), value, i)
-                for i, value in zip(ids.tolist(), values.tolist())
-            ]
-            self.record.append(
-                (self.tokenizer.decode([token]), logprobs[token].item(), token, likely)
-            )
-        last = token in (None, self.tokenizer.end_of_text)
-        self.held += self.decoder.decode(
-            b"" if last else self.tokenizer.decode_bytes([token]), final=last
-        )
-        ends = [at for at in map(self.held.find, self.stops) if at >= 0]
-        starts = [
-            n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])
-        ]
-        self.done = last or bool(ends)
-        end = min(ends) if ends else len(self.held) - (0 if last else max(starts, default=0))
-        shown, self.held = self.held[:end], self.held[end:]
+            self.record.append(self.make_record(token, logprobs))
+        is_last = token is None or token == self.tokenizer.end_of_text
+        if is_last:
+            self.held += self.decoder.decode(b"", final=True)
+        else:
+            self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        end = len(self.held)
+        first_stop = find_first(self.held, self.stops)
+        if first_stop is not None:
+            end = first_stop
+        elif not is_last:
+            end -= count_held_back(self.held, self.stops)
+        self.done = is_last or first_stop is not None
+        shown = self.held[:end]
+        self.held = self.held[end:]
         self.text += shown
         return shown
 
-    def take(self, tokens: list[int]) -> list[str]:
-        """Append tokens that stand already; returns what each of them shows. Neither stop text nor
-        id ends the text.
+    def make_record(self, token: int, logprobs: torch.Tensor) -> Record:
+        values, ids = logprobs.topk(min(5, len(logprobs)))
+        likely = []
+        for i, value in zip(ids.tolist(), values.tolist()):
+            likely.append(Candidate(self.tokenizer.decode([i]), value, i))
+        own = Candidate(self.tokenizer.decode([token]), logprobs[token].item(), token)
+        return Record(own, likely)
+
+    def append_given(self, tokens: list[int]) -> list[str]:
+        """Append tokens that are part of the text already; return what each of them shows.
+
+        Neither a stop text nor end of text ends the text here.
         """
-        stops, self.stops = self.stops, []
+        stops = self.stops
+        self.stops = []
         shown = [self.add(token) for token in tokens]
-        self.ids, self.stops, self.done = self.ids + tokens, stops, False
+        self.stops = stops
+        self.ids = self.ids + tokens
+        self.done = False
         return shown
 
 
+def find_first(text: str, stops: list[str]) -> int | None:
+    """Where the first stop text begins; None if there is none."""
+    starts = [text.find(stop) for stop in stops if stop in text]
+    return min(starts, default=None)
+
+
+def count_held_back(text: str, stops: list[str]) -> int:
+    """How many characters at the end of the text may be the beginning of a stop text."""
+    longest = 0
+    for stop in stops:
+        for n in range(1, len(stop)):
+            if text.endswith(stop[:n]):
+                longest = max(longest, n)
+    return longest
+
+
 def complete(
-    model: GPT, texts: list[Text], settings: dict, logprobs=False, cut=False
+    model: GPT, texts: list[Text], settings: dict, logprobs: bool = False, cut: bool = False
 ) -> Iterator[list[str]]:
     """Continue the texts as one batch; after each token, yield what each of them can show.
 
-    cut: of a long prompt, the model reads the end. New tokens get room, because generation past the
-    window is slow.
+    logprobs   keep a record of the log-probabilities in each text
+    cut        truncate long prompts on the left to leave space for new tokens, because generation
+               past the window is slow
     """
-    max_tokens, block_size = settings["max_tokens"], model.config.block_size
-    longest = max(block_size - max_tokens, block_size // 2)
-    prompts, seeds = (
-        [text.ids[-longest:] if cut else text.ids for text in texts],
-        [text.seed for text in texts],
-    )
-    sampling = {
-        name: value for name, value in settings.items() if name not in ("max_tokens", "seed")
-    }
-    for step in stream(
-        model, prompts, max_tokens, seeds, texts[0].tokenizer.end_of_text, **sampling
-    ):
-        rows = step.logits.log_softmax(dim=-1) if logprobs else [None] * len(texts)
-        yield [
-            "" if text.done else text.add(token, row)
-            for text, token, row in zip(texts, step.tokens, rows)
-        ]
+    max_tokens = settings["max_tokens"]
+    sampling = {name: settings[name] for name in settings if name not in ("max_tokens", "seed")}
+    prompts = [text.ids for text in texts]
+    if cut:
+        block_size = model.config.block_size
+        longest = max(block_size - max_tokens, block_size // 2)
+        prompts = [ids[-longest:] for ids in prompts]
+    seeds = [text.seed for text in texts]
+    stop_token = texts[0].tokenizer.end_of_text
+    for step in stream(model, prompts, max_tokens, seeds, stop_token, **sampling):
+        if logprobs:
+            step_logprobs = step.logits.log_softmax(dim=-1)
+        shown = [""] * len(texts)
+        for i, text in enumerate(texts):
+            if text.done:
+                continue
+            if logprobs:
+                shown[i] = text.add(step.tokens[i], step_logprobs[i])
+            else:
+                shown[i] = text.add(step.tokens[i])
+        yield shown
         if all(text.done for text in texts):
             return
     yield ["" if text.done else text.add(None) for text in texts]

@@ -1,10 +1,10 @@
-"""A page for sample.py --web: a prompt, the settings, and the text as it comes, each token with
-what else was likely.
+"""The page of sample.py --web: a prompt, the settings, and the text as it is written, with the
+alternatives to each token.
 
 It is for the person at this computer. The server listens on 127.0.0.1 only, and refuses what other
-pages in the same browser may send there: requests under another host's name, or from another
-origin. (Through `ssh -L` it is the same page under the same name, on whatever port.) The page is
-page.html, one file that asks nothing of any other host.
+pages in the same browser may send: requests under another host's name, or from another origin.
+(Through `ssh -L` it is the same page under the same name, on any port.) The page is page.html, one
+file that loads nothing from any other host.
 """
 
 import json
@@ -17,98 +17,120 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
-from parts import GPT, inference, runtime
-from parts.inference import Text, checked, complete
-from parts.metrics import evenly, of_kind, read_metrics, updates
+import torch
+
+from parts import GPT
+from parts.inference import Candidate, Text, check_settings, complete, pack
+from parts.metrics import pick_evenly, read_metrics, select, updates_done
 from parts.pretrained import checkpoints
 from parts.tokenizer import Tokenizer
 
 HOST = "127.0.0.1"
+CURVE_POINTS = 300  # at most, of the training loss and of the validation loss
 HEADERS = {
-    # The page's own script and style, and requests to this server: should text ever become HTML, it
-    # can send nothing.
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    # The page may run its own script and style, and send requests to this server. Even if generated
+    # text were taken for HTML, it could not send anything out.
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
 
-# A request (prompt, stop, settings, checkpoint, taken: ids of tokens that the text has already) ->
-# events. The first is {"taken": what each of those shows}, the others {"text": what can be shown
-# now, "tokens": [{"id", "token", "p", "likely": [{"id", "token", "p"}, ...]}]}. ValueError if
-# something is missing or wrong.
+# A function from the page's request to events. The request has the settings of sampling, and prompt
+# (text), stop (text), checkpoint (name), taken (ids of tokens that the text has already). The first
+# event is {"taken": [what each of those shows]}. The others, one a token, are {"text": what can be
+# shown now, "tokens": [{"id", "token", "p", "likely": [{"id", "token", "p"}, ...]}]}. Raises
+# ValueError if a value is wrong.
 Answer = Callable[[dict], Generator[dict, None, None]]
 
 
+# ---- The models, and their answers ---------------------------------------------------------------
+
+
 class Shelf:
-    """The page's models: the checkpoints of a run, of which one at a time is open, or one model
-    that is no run's.
+    """The models that the page can use: a run's checkpoints, one loaded at a time, or a single
+    model.
     """
 
     def __init__(
-        self, source: Path, model: GPT, machine: runtime.Runtime, open_model: Callable[[Path], GPT]
+        self, source: Path, model: GPT, dtype: torch.dtype, open_model: Callable[[Path], Any]
     ):
+        """source: the folder that the model comes from. The model is packed in `dtype` already.
+
+        open_model: a function from a checkpoint's folder to what has its model as `.model`, in
+        float32 on the CPU.
+        """
         folder = source.resolve()
-        self.run_folder, self.is_run = folder.parent, folder in checkpoints(folder.parent)
-        self.title = folder.parent.name if self.is_run else folder.name
-        self.name, self.opened, self.machine, self.open_model = (
-            folder.name,
-            model,
-            machine,
-            open_model,
-        )
+        self.run_folder = folder.parent
+        self.is_run = folder in checkpoints(self.run_folder)
+        self.title = self.run_folder.name if self.is_run else folder.name
+        self.name = folder.name
+        self.loaded: GPT | None = model  # of that name
+        self.device = next(model.parameters()).device
+        self.dtype = dtype
+        self.open_model = open_model
 
-    def names(self) -> list[str]:
-        """Oldest first. A run that is still going adds checkpoints and deletes old ones."""
-        return [folder.name for folder in checkpoints(self.run_folder)] if self.is_run else []
+    def list_checkpoints(self) -> list[str]:
+        """Their names, oldest first. A run that still trains adds some, and deletes old ones."""
+        if not self.is_run:
+            return []
+        return [folder.name for folder in checkpoints(self.run_folder)]
 
-    def model(self, name: str) -> GPT:
-        """The model of a name that `names` gave. ValueError if it is not there, or damaged."""
-        if name != self.name or self.opened is None:
-            if name not in self.names():
-                raise ValueError(f"there is no checkpoint {name} (any more); choose another")
-            self.name, self.opened = name, None  # two at once may need too much memory
-            found = self.open_model(self.run_folder / name).to(self.machine.device)
-            self.opened = inference.pack(found, self.machine.dtype)
-        return self.opened
+    def load(self, name: str) -> GPT:
+        """The model of this name. Raises ValueError if it is not there, or damaged."""
+        if name == self.name and self.loaded is not None:
+            return self.loaded
+        if name not in self.list_checkpoints():
+            raise ValueError(f"there is no checkpoint {name} (any more); choose another")
+        self.name = name
+        self.loaded = None  # two models at once may need too much memory
+        model = self.open_model(self.run_folder / name).model
+        self.loaded = pack(model.to(self.device), self.dtype)
+        return self.loaded
 
     def progress(self) -> dict:
-        """The checkpoints' names, and the losses in nats a token as pairs (steps, loss), 300 at
-        most.
+        """The checkpoints' names as "checkpoints", and "train" and "val": pairs (updates done, loss
+        in nats a token).
         """
-        records = read_metrics(self.run_folder / "metrics.jsonl") if self.is_run else []
-        curves = {kind: evenly(of_kind(records, kind, "loss"), 300) for kind in ("train", "val")}
-        pairs = {
-            kind: [(updates(record), record["loss"]) for record in curve]
-            for kind, curve in curves.items()
-        }
-        return dict(checkpoints=self.names(), **pairs)
+        records = []
+        if self.is_run:
+            records = read_metrics(self.run_folder / "metrics.jsonl")
+        told: dict[str, list] = dict(checkpoints=self.list_checkpoints())
+        for kind in ("train", "val"):
+            curve = pick_evenly(select(records, kind, "loss"), CURVE_POINTS)
+            told[kind] = [(updates_done(record), record["loss"]) for record in curve]
+        return told
 
 
-def answer(shelf: Shelf, tokenizer: Tokenizer, asked: dict) -> Iterator[dict]:
-    """The events of web.py: after each token, the text that can be shown, and the token with its
-    probability.
-    """
-    settings, taken, model = checked(asked), asked["taken"], shelf.model(asked["checkpoint"])
-    if not all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in taken):
-        raise ValueError("taken must be the ids of tokens")
-    text = Text(
-        tokenizer, asked["prompt"], settings["seed"] + len(taken), [asked["stop"]]
-    )  # other draws than before
-    yield dict(taken=text.take(taken))
-    for [new] in complete(model, [text], settings, logprobs=True, cut=True):
-        tokens = [
-            dict(
-                token=token,
-                p=math.exp(p),
-                id=i,
-                likely=[dict(token=t, p=math.exp(q), id=j) for t, q, j in likely],
-            )
-            for token, p, i, likely in text.record
-        ]
+def answer(shelf: Shelf, tokenizer: Tokenizer, request: dict) -> Generator[dict, None, None]:
+    """The events that answer a request of the page: see Answer."""
+    settings = check_settings(request)
+    taken = request["taken"]
+    model = shelf.load(request["checkpoint"])
+    for token in taken:
+        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+            raise ValueError("taken must be the ids of tokens")
+    # Not the draws that gave the tokens taken.
+    seed = settings["seed"] + len(taken)
+    text = Text(tokenizer, request["prompt"], seed, [request["stop"]])
+    yield dict(taken=text.append_given(taken))
+    for [shown] in complete(model, [text], settings, logprobs=True, cut=True):
+        tokens = []
+        for record in text.record:
+            likely = [as_json(candidate) for candidate in record.likely]
+            tokens.append(as_json(record.token) | dict(likely=likely))
         text.record.clear()
-        yield dict(text=new, tokens=tokens)
+        yield dict(text=shown, tokens=tokens)
+
+
+def as_json(candidate: Candidate) -> dict:
+    return dict(token=candidate.text, p=math.exp(candidate.logprob), id=candidate.id)
+
+
+# ---- The server ----------------------------------------------------------------------------------
 
 
 class Desk:
@@ -117,23 +139,26 @@ class Desk:
     """
 
     def __init__(self, answer: Answer):
-        self.answer, self.turn, self.closed = answer, threading.Lock(), threading.Event()
+        self.answer = answer
+        self.turn = threading.Lock()
+        self.is_closed = threading.Event()
 
-    def lines(self, asked: dict) -> Iterator[str]:
+    def lines(self, request: dict) -> Iterator[str]:
         """The events, a line of JSON each. When the reader leaves, this generator is closed, and
         the answer with it.
         """
         while not self.turn.acquire(timeout=0.5):
             yield line(waiting=True)  # fails if the reader has left
         try:
-            with closing(self.answer(asked)) as events:
+            with closing(self.answer(request)) as events:
                 for event in events:
                     yield line(**event)
-                    if self.closed.is_set():
+                    if self.is_closed.is_set():
                         return
         except ValueError as error:
             yield line(error=str(error))
-        except Exception as error:  # a mistake in the program, or no memory left: all of it belongs on the terminal
+        except Exception as error:
+            # A mistake in the program, or no memory left: the terminal gets the whole traceback.
             traceback.print_exc()
             yield line(error=f"{type(error).__name__}: {error}")
         finally:
@@ -143,7 +168,7 @@ class Desk:
         """End the running text at its next token, because a thread must not be in the model when
         Python ends.
         """
-        self.closed.set()
+        self.is_closed.set()
         self.turn.acquire(timeout=10)
 
 
@@ -152,17 +177,19 @@ def line(**event) -> str:
 
 
 def make_app(answer: Answer, progress: Callable[[], dict], form: dict):
-    """The Flask application: the page, what fills its form, how the run's training went, and the
-    answers.
+    """The Flask application. It serves the page, the values that fill its form, the progress of the
+    run's training, and the answers.
     """
     from flask import Flask, Response, abort, request
 
     app = Flask("page", static_folder=None)
-    app.desk = desk = Desk(answer)
+    desk = Desk(answer)
+    app.desk = desk
 
     @app.before_request
     def refuse_strangers():
-        host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+        host = request.headers.get("Host", "")
+        origin = request.headers.get("Origin")
         if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host):  # DNS rebinding
             abort(403, f"this page is http://{HOST} only")
         if origin not in (None, f"http://{host}"):
@@ -174,29 +201,35 @@ def make_app(answer: Answer, progress: Callable[[], dict], form: dict):
         return response
 
     @app.get("/")
-    def page():
+    def send_page():
         return Response(Path(__file__).with_name("page.html").read_bytes(), mimetype="text/html")
 
     @app.get("/form")
-    def fill():
+    def send_form():
         return form
 
-    app.add_url_rule("/run", view_func=progress)
+    @app.get("/run")
+    def send_progress():
+        return progress()
 
     @app.post("/answer")
-    def answer_one():
+    def send_answer():
         return Response(desk.lines(request.get_json(force=True)), mimetype="application/x-ndjson")
 
     return app
 
 
 def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -> None:
-    """Until Ctrl-C. Port 0 is any free one."""
+    """Serve the page until Ctrl-C, and print its address. Port 0 is any free one.
+
+    progress: see Shelf.progress. form: the values that the page's form begins with. Raises
+    ValueError if the port cannot be had.
+    """
     app = make_app(answer, progress, form)
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Handler(WSGIRequestHandler):
-        timeout = 60  # seconds, for a client that connects and says nothing, or does not read
+        timeout = 60  # seconds, for a client that connects and sends nothing, or does not read
         disable_nagle_algorithm = True  # a token is sent at once
         log = staticmethod(lambda *_: None)
 
@@ -204,9 +237,8 @@ def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -
         listener = socket.create_server((HOST, port))
     except (OSError, OverflowError) as error:
         raise ValueError(f"--port {port}: {error} (try another, or 0 for any free one)") from None
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background job, as with nohup, ignores Ctrl-C
+    # A job in the background, such as one of nohup, starts with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with listener, suppress(KeyboardInterrupt):
         server = make_server(
             HOST, port, app, threaded=True, request_handler=Handler, fd=listener.fileno()

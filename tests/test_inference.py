@@ -139,7 +139,7 @@ def test_several_tokens_onto_a_filled_cache(toy):
     is needed there.
     """
     x = ids(2, 16)
-    cache = KVCache(toy.config.n_layer, capacity=16)
+    cache = KVCache(capacity=16)
     parts = [forward_cached(toy, part, cache) for part in x.split([5, 1, 7, 3], dim=1)]
     assert torch.allclose(torch.stack(parts, dim=1), toy(x)[:, [4, 5, 12, 15]], atol=1e-5)
 
@@ -183,13 +183,13 @@ def test_packed_is_autocast_made_ready(device):
     exact = plain(x)
     assert torch.equal(packed(x).float(), expected)
     assert not torch.allclose(expected, exact, atol=1e-4)  # it was bf16
-    cache = KVCache(packed.config.n_layer, 16, dtype=torch.float32 if device == "cpu" else None)
+    cache = KVCache(16, dtype=torch.float32 if device == "cpu" else None)
     parts = [forward_cached(packed, part, cache) for part in x.split([9, 1, 1, 5], dim=1)]
     last = exact[:, [8, 9, 10, 15]]
     assert torch.allclose(
         torch.stack(parts, dim=1).float(), last, atol=3 * (expected - exact).abs().max().item()
     )
-    assert cache.layers[0].dtype == (cache.dtype or torch.bfloat16)
+    assert cache.layers[0][0].dtype == (cache.dtype or torch.bfloat16)
     assert next(stream(packed, [[1]], 1)).logits.dtype == torch.float32
 
 

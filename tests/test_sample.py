@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 from parts import inference, pretrained
 from parts import page as page_room
 from parts.console import printable
-from parts.inference import SETTINGS, Text, checked, complete, generate
+from parts.inference import SETTINGS, Text, check_settings, complete, generate
 from parts.tokenizer import BytesTokenizer, get_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +121,7 @@ def test_the_newest_checkpoint_and_its_prompt_are_the_default(
 ):
     """Without any, an untrained model says so."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "GPTConfig", lambda: GPTConfig(vocab_size=257, **TOY_MODEL))
+    monkeypatch.setattr(sample, "GPTConfig", lambda: GPTConfig(**TOY_MODEL))
     out, err = run(capsys, "-m", "2")
     assert "UNTRAINED" in err and out.startswith(sample.HELLO)
     for age, name, steps in ((100, "older", 3), (0, "newer", 2)):
@@ -310,7 +310,8 @@ def test_a_stop_text_ends_the_sample(toy, capsys):
     # It stays ended beside one that goes on.
     assert run(capsys, *arguments, "-p", "x", "--stop", stop)[0].startswith(stopped + RULE)
     # Nothing is computed behind it.
-    model, settings = GPT.from_pretrained(toy), checked(vars(sample.parse_arguments(["-m", "80"])))
+    model = GPT.from_pretrained(toy)
+    settings = check_settings(vars(sample.parse_arguments(["-m", "80"])))
     grown = Text(get_tokenizer("bytes"), "ab", 1337, [stop])
     assert len(list(complete(model, [grown], settings, logprobs=True))) == len(grown.record) < 80
 
