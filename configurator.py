@@ -1,21 +1,76 @@
-"""Settings: a dataclass of defaults + config files + --key=value -> one checked object. And a
-script's exit code.
+"""Settings: a dataclass of defaults + config files + --key=value -> one checked object.
 
     python train.py config/quickstart.py config/mine.py --batch_size=8 --compile=False
 
-A config file is plain Python that assigns settings; it sees the values so far, so `min_lr =
-learning_rate / 10` works. Files are run from left to right, flags come last wherever they stand.
-Every mistake is found before any is reported.
+A config file is plain Python that assigns settings. It sees the values so far, so that
+`min_lr = learning_rate / 10` works. Files are run from left to right; flags come last wherever they
+stand. All mistakes are reported together.
+
+A setting is one line of a dataclass: its type, its default, what it means, and, in `setting(...)`,
+its bounds and how it counts when a run is resumed.
 """
 
 import ast
+import dataclasses
 import difflib
 import inspect
+import io
 import re
+import textwrap
+import tokenize
 import traceback
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+# How a setting counts when a checkpoint is resumed with another value. A setting that says nothing
+# changes the losses, so that what is forgotten is refused instead of mixed in silence.
+FIXED = "fixed"  # refused: the tensors would not fit
+CHANGES_LOSSES = "changes the losses"  # refused, unless resume_anyway says otherwise
+FREE = "free"  # it changes rounding, paths or intervals only
+
+
+def setting(
+    default: Any,
+    *,
+    resume: str = CHANGES_LOSSES,
+    at_least: float = 0,
+    below: float = 2**63,
+) -> Any:
+    """A dataclass field with a default, its bounds (of numbers), and how it counts on a resume."""
+    metadata = dict(resume=resume, at_least=at_least, below=below)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(cls: type) -> dict[str, dataclasses.Field]:
+    """The fields that can be set, by name; a field with init=False is the program's own."""
+    return {field.name: field for field in dataclasses.fields(cls) if field.init}
+
+
+def resume_rules(cls: type) -> dict[str, str]:
+    """How each setting counts on a resume. What a class inherits and does not declare is fixed."""
+    rules = {}
+    for name, field in settings_of(cls).items():
+        default = CHANGES_LOSSES if name in cls.__annotations__ else FIXED
+        rules[name] = field.metadata.get("resume", default)
+    return rules
+
+
+def out_of_bounds(config: Any) -> list[str]:
+    """A sentence for each number outside its setting's bounds."""
+    mistakes = []
+    for name, field in settings_of(type(config)).items():
+        value = getattr(config, name)
+        if type(value) not in (int, float):
+            continue
+        low = field.metadata.get("at_least", 0)
+        high = field.metadata.get("below", 2**63)
+        if not low <= value < high:
+            mistakes.append(f"{name} is {value}: it must be at least {low} and below {high}")
+    return mistakes
+
+
+# ---- From the command line to an object ----------------------------------------------------------
 
 
 def configure(cls: type, argv: list[str]) -> Any:
@@ -24,30 +79,33 @@ def configure(cls: type, argv: list[str]) -> Any:
     ValueError has a line for each unknown name, wrong type, file that fails, and sentence of
     `cls.mistakes()`.
     """
-    types_of, values, mistakes = get_type_hints(cls), vars(cls()).copy(), []
+    types_of = get_type_hints(cls)
+    values = {name: field.default for name, field in settings_of(cls).items()}
+    mistakes: list[str] = []
+
     flags = [argument for argument in argv if argument.startswith("-")]
-    for path in (argument for argument in argv if argument not in flags):
+    files = [argument for argument in argv if not argument.startswith("-")]
+    for path in files:
         for name, value in run_config_file(path, values, mistakes).items():
             assign(values, types_of, name, value, f"{path}: {name} = {value!r}", mistakes)
     for flag in flags:
         name, equals, text = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not equals:
-            mistakes.append(
-                f"{flag}: settings are written --key=value" + nearest(name.lstrip("-"), values)
-            )
+            hint = nearest(name.lstrip("-"), values)
+            mistakes.append(f"{flag}: settings are written --key=value{hint}")
         else:
-            assign(values, types_of, name, parse(text, types_of.get(name, str)), flag, mistakes)
+            value = parse(text, types_of.get(name, str))
+            assign(values, types_of, name, value, flag, mistakes)
 
     config = cls(**values)
-    if mistakes := mistakes + config.mistakes():
+    mistakes += config.mistakes()
+    if mistakes:
         raise ValueError("\n".join(mistakes))
     return config
 
 
 def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
-    """What a config file assigns, run over the values so far; nothing, and a mistake, if it
-    fails.
-    """
+    """What a config file assigns, run over the values so far; nothing if it fails."""
     if not Path(path).is_file():
         files = [str(file) for file in Path(path).parent.glob("*.py")]
         hint = nearest(path, files) or ". A config file is Python, a setting is --key=value"
@@ -57,19 +115,22 @@ def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
     except (Exception, SystemExit) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == path
-        ]
-        where = (
-            f"{path}, line {lines[-1]}" if lines else path
-        )  # the text of a SyntaxError has the line itself
-        mistakes.append(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}")
+        where = path
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == path:
+                where = f"{path}, line {frame.lineno}"
+        # The text of a SyntaxError names the line itself.
+        reason = " ".join(str(error).split())
+        mistakes.append(f"{where}: {type(error).__name__}: {reason}")
         return {}
-    # Names with a leading underscore are the file's own; so are what it imports and defines.
+
+    # Names with a leading underscore are the file's own, and so is what it imports and defines.
     own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return {n: v for n, v in namespace.items() if not n.startswith("_") and not isinstance(v, own)}
+    assigned = {}
+    for name, value in namespace.items():
+        if not name.startswith("_") and not isinstance(value, own):
+            assigned[name] = value
+    return assigned
 
 
 def assign(
@@ -80,35 +141,39 @@ def assign(
         mistakes.append(f"{where}: there is no setting {name!r}" + nearest(name, values))
     elif not accepts(types_of[name], value):
         mistakes.append(f"{where}: {name} takes {describe(types_of[name])}, not {value!r}")
+    elif types_of[name] is float:
+        values[name] = float(value)
     else:
-        values[name] = float(value) if types_of[name] is float else value
+        values[name] = value
+
+
+# ---- Types ---------------------------------------------------------------------------------------
 
 
 def accepts(annotation: Any, value: Any) -> bool:
-    """Whether a setting of this type may have this value. int serves as float; bool is never a
-    number.
-    """
+    """Whether a setting of this type may have this value. int serves as float, bool does not."""
     if get_origin(annotation) is Literal:
-        return any(
-            value == choice and type(value) is type(choice) for choice in get_args(annotation)
-        )
+        return any(value == one and type(value) is type(one) for one in get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
         return any(accepts(one, value) for one in get_args(annotation))
-    if annotation is float:
-        return type(value) is float or (type(value) is int and abs(value) < 1e300)
-    return type(value) is annotation
+    if annotation is float and type(value) is int:
+        return abs(value) < 1e300
+    return type(value) is annotation or (value is None and annotation is type(None))
 
 
 def parse(text: str, annotation: Any) -> Any:
-    """The text behind --key= as a value: as it stands where the setting takes a str, else as a
-    Python literal.
+    """The text behind --key= as a value.
+
+    Where the setting takes a str the text stays as it is; elsewhere it is a Python literal.
     """
     if text == "None" and accepts(annotation, None):
         return None
     if accepts(annotation, text):
         return text
+    if text in ("true", "false"):
+        return text == "true"
     try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
@@ -116,31 +181,99 @@ def parse(text: str, annotation: Any) -> Any:
 def describe(annotation: Any) -> str:
     """A type in words: 'an int', "'auto', True or False"."""
     if not get_args(annotation):
-        return {int: "an int", float: "a float", str: "a str", bool: "True or False"}.get(
-            annotation, "None"
-        )
-    say = repr if get_origin(annotation) is Literal else describe
-    words = [say(one) for one in get_args(annotation)]
-    return " or ".join([", ".join(words[:-1]), words[-1]])
+        words = {int: "an int", float: "a float", str: "a str", bool: "True or False"}
+        return words.get(annotation, "None")
+    choices = []
+    for one in get_args(annotation):
+        choices.append(repr(one) if get_origin(annotation) is Literal else describe(one))
+    return " or ".join([", ".join(choices[:-1]), choices[-1]])
 
 
 def nearest(name: str, names: Any) -> str:
+    """A hint at the name that was probably meant; empty if none is near."""
     close = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
     return f": did you mean {close[0]}?" if close else ""
 
 
+# ---- Help ----------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """What the source of a dataclass says of a setting."""
+
+    heading: str
+    name: str
+    default: str
+    comment: str
+
+
 def help_text(cls: type) -> str:
-    """Every setting with its default and its comment, by group, as the source of the dataclass has
-    them.
+    """Every setting with its default and its comment, by group, as the source has them.
+
+    A heading is a comment such as `# ---- The batch ----`. What a setting means stands behind it,
+    or in the comment lines above it.
     """
-    types_of, lines = get_type_hints(cls), []
-    for line in inspect.getsource(cls).splitlines():
-        if heading := re.fullmatch(r"    # (.+)", line):
-            lines += ["", heading[1]]
-        elif setting := re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line):
-            name, default, meaning = setting.groups()
-            choices = (
-                f" ({describe(types_of[name])})" if get_origin(types_of[name]) is Literal else ""
-            )
-            lines.append(f"  --{name + '=' + default.strip(chr(34)):<40}  {meaning}{choices}")
-    return "\n".join(lines)
+    types_of = get_type_hints(cls)
+    lines: dict[str, Line] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            for line in read_source(base):
+                lines.pop(line.name, None)  # declared anew in a subclass, it is described there
+                lines[line.name] = line
+
+    groups: dict[str, list[str]] = {}
+    for line in lines.values():
+        if line.name not in settings_of(cls):
+            continue
+        meaning = line.comment
+        if get_origin(types_of[line.name]) is Literal:
+            meaning += f" ({describe(types_of[line.name])})"
+        shown = f"  --{line.name}={line.default}".ljust(44) + "  "
+        # Within 100 columns, indented behind the names.
+        text = textwrap.fill(meaning, 100, initial_indent=shown, subsequent_indent=" " * 46)
+        groups.setdefault(line.heading, []).append(text)
+
+    blocks = []
+    for heading, shown_settings in groups.items():
+        blocks.append("\n".join([heading, *shown_settings]))
+    return "\n" + "\n\n".join(blocks)
+
+
+def read_source(cls: type) -> list[Line]:
+    """The settings in the source of one dataclass, without those of its bases."""
+    source = inspect.getsource(cls)
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if not token.string.startswith("# type:"):
+                comments[token.start[0]] = token.string.removeprefix("#").strip()
+
+    settings = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.AnnAssign):
+            settings[node.lineno] = node
+
+    lines = []
+    heading = cls.__name__
+    above: list[str] = []  # the comment lines above the next setting
+    for number in range(1, source.count("\n") + 1):
+        comment = comments.get(number, "")
+        title = re.fullmatch(r"-+ (.+?) -+", comment)
+        if number in settings:
+            node = settings[number]
+            assert isinstance(node.target, ast.Name) and node.value is not None
+            value = node.value
+            if isinstance(value, ast.Call) and value.args:  # setting(default, ...)
+                value = value.args[0]
+            default = (ast.get_source_segment(source, value) or "").strip('"')
+            comment = comments.get(node.end_lineno or number) or " ".join(above)
+            lines.append(Line(heading, node.target.id, default, comment))
+            above = []
+        elif title:
+            heading = title[1]
+            above = []
+        elif comment:
+            above.append(comment)
+        else:
+            above = []
+    return lines

@@ -1,52 +1,75 @@
 """The loss at the head of the model, without keeping the logits.
 
-Logits are the largest tensor of all: for 64 x 1,024 tokens of GPT-2 they take 13 GB in float32, and
-autograd would keep several tensors of that size.
+Logits are the largest tensors of all: for 64 x 1,024 tokens of GPT-2 they take 13 GB in float32,
+and autograd would keep several tensors of that size.
 """
 
 import torch
 import torch.nn.functional as F
 
-ROWS = 8192  # of logits that exist at once: 0.8 GB in bf16
-# Of these, float32 copies exist of a slice at a time: on a CPU what stays in its cache, 32 rows of
-# GPT-2's.
-CACHE_BYTES, GPU_ROWS = 6_500_000, 1024
+# Logits are computed so many rows at a time: 8,192 rows of GPT-2's take 0.8 GB in bf16.
+ROWS = 8192
+# They are converted to float32 in slices of those rows. On a CPU a slice fits into the cache, which
+# is 32 rows of GPT-2's.
+CACHE_BYTES = 6_500_000
+GPU_ROWS = 1024
+
+
+def head_loss(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """The mean of F.cross_entropy(x Wᵀ, targets) in nats, float32.
+
+    x (..., C) float; weight (PV, C), whose rows from vocab_size on are padding and have no part in
+    it; targets (...) int64 below vocab_size. Under autocast the product has autocast's dtype.
+    """
+    # Inside autograd.Function.forward grad mode is always off, so it has to be told whether a
+    # backward pass will follow.
+    with_grad = torch.is_grad_enabled()
+    return HeadLoss.apply(x.flatten(0, -2), weight, targets.flatten(), vocab_size, with_grad)
 
 
 class HeadLoss(torch.autograd.Function):
-    """The mean of F.cross_entropy(x Wᵀ, targets) in nats, without keeping the logits.
+    """The gradient is made in the forward pass, because the logits are at hand there.
 
-    The gradient of the loss with respect to the logits, softmax(logits) - one_hot(targets), is
-    known as soon as they are. So a slice of logits is computed, overwritten by its gradient,
-    multiplied into the gradients of x and W, and freed.
+    The gradient of the loss with respect to the logits is softmax(logits) - one_hot(targets). So
+    the logits of some rows are computed, overwritten by their gradient, multiplied into the
+    gradients of x and W, and freed.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size: int, with_grad: bool) -> torch.Tensor:
-        """x (N, C), weight (PV, C), targets (N) int64 below vocab_size -> the mean loss,
-        float32.
-        """
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        # The gradient of W is a sum over ROWS, and fp16 ends at 65,504: its summands are divided by
-        # this.
-        ctx.room = 256 if dtype == torch.float16 else 1
-        with torch.autocast(kind, enabled=False):  # the dtypes below are explicit
-            low, w = x.to(dtype), weight.to(dtype)
+        """x (N, C), weight (PV, C), targets (N) -> the mean loss, float32."""
+        device = x.device.type
+        dtype = x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        # grad_w sums up to 8,192 rows, and fp16 overflows at 65,504: each term is scaled down.
+        ctx.scale_down = 256 if dtype == torch.float16 else 1
+
+        with torch.autocast(device, enabled=False):  # the dtypes below are explicit
+            x = x.to(dtype)
+            w = weight.to(dtype)
             total = torch.zeros((), device=x.device)
-            grad_x, grad_w = torch.empty_like(low) if with_grad else None, None
-            for first in range(0, len(low), ROWS):
+            grad_x = torch.empty_like(x) if with_grad else None
+            grad_w = None
+            for first in range(0, len(x), ROWS):
                 rows = slice(first, first + ROWS)
-                logits = F.linear(low[rows], w)  # (rows, PV)
-                # Padding gets no probability, so it has no part in the loss and a gradient of zero.
+                logits = F.linear(x[rows], w)  # (rows, PV)
+                # Padding gets no probability: it has no part in the loss and a gradient of zero.
                 logits[:, vocab_size:] = float("-inf")
-                total = total + summed_loss(
-                    logits, targets[rows], with_grad
-                )  # overwrites logits with their gradient
+                # This overwrites the logits with their gradient.
+                total = total + summed_loss(logits, targets[rows], with_grad)
                 if with_grad:
                     grad_x[rows] = logits @ w
-                    piece = logits.t() @ (low[rows] / ctx.room if ctx.room > 1 else low[rows])
-                    grad_w = piece.float() if grad_w is None else grad_w.add_(piece)
+                    x_rows = x[rows]
+                    if ctx.scale_down > 1:
+                        x_rows = x_rows / ctx.scale_down
+                    grad_w_rows = logits.t() @ x_rows
+                    if grad_w is None:
+                        grad_w = grad_w_rows.float()
+                    else:
+                        grad_w = grad_w.add_(grad_w_rows)
                 del logits  # before the next ones are made
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w)
@@ -57,33 +80,35 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
         scale = grad_loss / len(grad_x)
-        return grad_x.float() * scale, grad_w * (scale * ctx.room), None, None, None
+        return grad_x.float() * scale, grad_w * (scale * ctx.scale_down), None, None, None
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> torch.Tensor:
-    """The sum of the cross entropies of logits (N, PV), float32. With grad, the gradient overwrites
-    the logits.
+    """The sum of the cross entropies of logits (N, PV) at targets (N), float32.
+
+    With grad, the gradient overwrites the logits.
     """
-    fused = (
-        torch.compiler.is_compiling()
-    )  # into kernels that write no float32 logits, so no slices are needed
-    if fused:
+    # Compiled kernels write no float32 logits to memory, so they need no slices.
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         rows = len(logits)
+    elif logits.device.type == "cpu":
+        rows = max(1, CACHE_BYTES // (4 * logits.size(1)))
     else:
-        rows = (
-            max(1, CACHE_BYTES // (4 * logits.size(1))) if logits.device.type == "cpu" else GPU_ROWS
-        )
+        rows = GPU_ROWS
+
     total = torch.zeros((), device=logits.device)
-    for some, target in zip(logits.split(rows), targets[:, None].split(rows)):
-        log_p = F.log_softmax(some, dim=-1, dtype=torch.float32)
+    for chunk, target in zip(logits.split(rows), targets[:, None].split(rows)):
+        log_p = F.log_softmax(chunk, dim=-1, dtype=torch.float32)
         total = total - log_p.gather(1, target).sum()
-        if with_grad and fused:  # one kernel, where a scatter is another one and writes p to memory
-            p, columns = log_p.exp(), torch.arange(logits.size(1), device=logits.device)
-            some.copy_(torch.where(columns == target, p - 1, p))
-        elif with_grad:
-            some.copy_(
-                log_p.exp_().scatter_add_(
-                    1, target, torch.full_like(target, -1, dtype=torch.float32)
-                )
-            )
+        if not with_grad:
+            continue
+        if compiling:
+            # One kernel, where a scatter would be another one and write p to memory.
+            p = log_p.exp()
+            columns = torch.arange(logits.size(1), device=logits.device)
+            chunk.copy_(torch.where(columns == target, p - 1, p))
+        else:
+            minus_one = torch.full_like(target, -1, dtype=torch.float32)
+            chunk.copy_(log_p.exp_().scatter_add_(1, target, minus_one))
     return total

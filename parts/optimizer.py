@@ -3,36 +3,43 @@
 from collections import Counter
 
 import torch
+import torch.nn as nn
 
 from parts import GPT
 
 # Muon (K. Jordan and others, 2024, kellerjordan.github.io/posts/muon): the coefficients of its
 # polynomial.
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """The optimizer that the settings name. A group's learning rate is the schedule's times its
-    `lr_ratio`.
+    """The optimizer that the settings name.
 
-    dtype: of matrix products on this machine.
+    A group's learning rate is the schedule's times its `lr_ratio`. dtype: of matrix products on
+    this machine.
     """
-    decay, no_decay = model.param_groups(config.weight_decay)
-    groups, lr, betas = [decay, no_decay], config.learning_rate, (config.beta1, config.beta2)
-    for group in groups:
-        group |= dict(rule="sgd" if config.optimizer == "sgd" else "adamw", lr=lr, lr_ratio=1.0)
+    lr = config.learning_rate
+    betas = (config.beta1, config.beta2)
     if config.optimizer == "sgd":
+        groups = make_groups(model, "sgd", lr, config.weight_decay)
         return torch.optim.SGD(groups, lr=lr, momentum=config.beta1, fused=config.fused)
+    adamw = make_groups(model, "adamw", lr, config.weight_decay)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=config.fused)
-    muon = decay | dict(
-        rule="muon", lr=config.muon_learning_rate, lr_ratio=config.muon_learning_rate / lr
+        return torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=1e-8, fused=config.fused)
+
+    matrices = hidden_matrices(model)
+    muon = dict(
+        params=list(matrices),
+        splits=list(matrices.values()),
+        rule="muon",
+        weight_decay=config.weight_decay,
+        lr=config.muon_learning_rate,
+        lr_ratio=config.muon_learning_rate / lr,
     )
-    muon["params"] = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    matrices = set(muon["params"])
-    decay["params"] = [p for p in decay["params"] if p not in matrices]
+    for group in adamw:
+        group["params"] = [p for p in group["params"] if p not in matrices]
     return Muon(
-        [muon, *groups],
+        [muon, *adamw],
         config.muon_momentum,
         dtype,
         lr=lr,
@@ -42,28 +49,50 @@ def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optim
     )
 
 
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """The rules of a new optimizer, with the number of their parameters and the peak learning rate,
-    in a line.
-    """
-    sizes = Counter()
-    for group in optimizer.param_groups:
-        sizes[group["rule"], group["lr"]] += sum(parameter.numel() for parameter in group["params"])
-    words = [
-        f"{rule} for {size:,} parameters, learning rate up to {lr:g}"
-        for (rule, lr), size in sizes.items()
+def make_groups(model: GPT, rule: str, lr: float, weight_decay: float) -> list[dict]:
+    """Two groups of all parameters: matrices and embeddings decay, biases and norms do not."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    no_decay = [p for p in model.parameters() if p.dim() < 2]
+    shared = dict(rule=rule, lr=lr, lr_ratio=1.0)
+    return [
+        dict(params=decay, weight_decay=weight_decay, **shared),
+        dict(params=no_decay, weight_decay=0.0, **shared),
     ]
-    return "; ".join(words)
+
+
+def hidden_matrices(model: GPT) -> dict[nn.Parameter, tuple[int, ...]]:
+    """The matrices that Muon updates: those of the linear layers in the blocks.
+
+    For each, the rows of the matrices it consists of, which the model states where it makes the
+    layer (model.Linear's `splits`).
+    """
+    matrices = {}
+    for layer in model.transformer.h.modules():
+        if isinstance(layer, nn.Linear):
+            matrices[layer.weight] = getattr(layer, "splits", (layer.out_features,))
+    return matrices
+
+
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """The rules of a new optimizer in a line, with their parameters and peak learning rates."""
+    sizes: Counter = Counter()
+    for group in optimizer.param_groups:
+        n_parameters = sum(parameter.numel() for parameter in group["params"])
+        sizes[group["rule"], group["lr"]] += n_parameters
+    rules = []
+    for (rule, lr), size in sizes.items():
+        rules.append(f"{rule} for {size:,} parameters, learning rate up to {lr:g}")
+    return "; ".join(rules)
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the groups whose rule is "muon", AdamW for the others: to checkpoints and GradScaler
-    one optimizer.
+    """Muon for the groups whose rule is "muon", AdamW for the others.
 
-    A matrix's update is its momentum with all singular values made about equal: the steepest
-    descent for the change that a matrix can make to any input. An update of A x B is scaled by 0.2
-    sqrt(max(A, B)), which gives its elements the root mean square of AdamW's (Liu and others 2025,
-    arXiv 2502.16982), so a rate fits matrices of every shape.
+    To checkpoints and to GradScaler it is one optimizer. A matrix's update is its momentum with all
+    singular values made about equal: the steepest descent for the change that a matrix can make to
+    any input. An update of A x B is scaled by 0.2 sqrt(max(A, B)), which gives its elements the
+    root mean square of AdamW's (Liu and others 2025, arXiv 2502.16982), so that one rate fits
+    matrices of every shape.
 
     torch.optim.Muon does the same in bfloat16 only, which some CPUs compute slowly, and takes
     queries, keys and values for one matrix.
@@ -72,40 +101,42 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict], momentum: float, dtype: torch.dtype, **adamw):
         super().__init__(groups, **adamw)
         self.momentum = momentum
-        self.dtype = (
-            torch.float32 if dtype == torch.float16 else dtype
-        )  # a Gram matrix's elements are too small there
+        # A Gram matrix's elements are too small for fp16.
+        self.dtype = torch.float32 if dtype == torch.float16 else dtype
 
     @torch.no_grad()
     def step(self) -> None:
-        groups = self.param_groups
-        for group in groups:
-            for parameter in group["params"] if group["rule"] == "muon" else ():
-                self.update(parameter, group["lr"], group["weight_decay"])
-        self.param_groups = [group for group in groups if group["rule"] != "muon"]
+        adamw_groups = []
+        for group in self.param_groups:
+            if group["rule"] != "muon":
+                adamw_groups.append(group)
+                continue
+            for parameter, splits in zip(group["params"], group["splits"]):
+                self.update(parameter, splits, group["lr"], group["weight_decay"])
+        all_groups = self.param_groups
+        self.param_groups = adamw_groups
         super().step()
-        self.param_groups = groups
+        self.param_groups = all_groups
 
-    def update(self, parameter: torch.Tensor, lr: float, weight_decay: float) -> None:
+    def update(
+        self, parameter: torch.Tensor, splits: tuple[int, ...], lr: float, weight_decay: float
+    ) -> None:
+        """One step of one parameter, which is matrices of so many rows, one below the other."""
         state = self.state[parameter]
         if not state:
-            # AdamW looks for "step" in every state that it loads.
-            state |= dict(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
-        average = state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
-        ahead = parameter.grad.lerp(
-            average, self.momentum
-        )  # Nesterov: as if the next average were known
-        rows, columns = parameter.shape
-        if rows == 3 * columns:  # queries, keys and values: three matrices in one
-            ahead = ahead.view(3, columns, columns)
-        update = orthogonalise(ahead, self.dtype)
-        scale = 0.2 * max(update.shape[-2:]) ** 0.5
-        parameter.mul_(1 - lr * weight_decay).add_(update.reshape(rows, columns), alpha=-lr * scale)
+            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
+        # Nesterov: as if the next momentum were known.
+        ahead = parameter.grad.lerp(momentum, self.momentum)
+        for weight, direction in zip(parameter.split(splits), ahead.split(splits)):
+            update = orthogonalise(direction, self.dtype)
+            scale = 0.2 * max(direction.shape) ** 0.5
+            weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale)
 
 
 def orthogonalise(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """U S V^T -> about U V^T, for matrices of shape (..., A, B): the singular values become 0.7 to
-    1.2.
+    """U S Vᵀ -> about U Vᵀ, for matrices of shape (..., A, B): singular values become 0.7 to 1.2.
 
     Five Newton-Schulz iterations, products only. Each applies a s + b s^3 + c s^5 to every singular
     value s, with a steep slope at zero. Values below a thousandth of the matrix's norm stay
@@ -114,7 +145,8 @@ def orthogonalise(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x  # the Gram matrix of the shorter side is the smaller one
+    if tall:
+        x = x.mT  # the Gram matrix of the shorter side is the smaller one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above 1 now
     for _ in range(5):
         gram = x @ x.mT

@@ -1,31 +1,43 @@
-"""Models as files: Hugging Face folders and the hub, a run's checkpoints, and those of nanoGPT and
-llm.c.
+"""Models as files: Hugging Face folders and the hub, checkpoints, and files of nanoGPT and llm.c.
 
-`read` gives a shape and tensors, `write` takes them; neither knows the network. Inside this project
-a tensor has the name of its parameter in model.py, such as transformer.h.0.attn.c_attn.weight, and
-nn.Linear's orientation (out, in). GPT-2's files hold those matrices as (in, out): its authors wrote
-the layers as one-dimensional convolutions.
+Inside this project a tensor has the name of its parameter in model.py, such as
+transformer.h.0.attn.c_attn.weight, and nn.Linear's orientation (out, in). GPT-2's files hold those
+matrices as (in, out): its authors wrote the layers as one-dimensional convolutions.
+
+Files follow the model. A model that computes what GPT-2 computes is written as a Hugging Face GPT-2
+(config.json, model.safetensors), which many programs open. Where model.py was changed so that it
+computes something else, its folder has names of its own (gpt.json, gpt.safetensors, and the
+model.py that made them), so that no other program takes it for a GPT-2.
 """
 
+import dataclasses
+import functools
+import inspect
 import json
 import math
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+from parts import GPT, GPTConfig
 
 # The sizes of a model: GPTConfig's names -> config.json's
-SHAPE = dict(
-    vocab_size="vocab_size",
-    block_size="n_positions",
-    n_layer="n_layer",
-    n_head="n_head",
-    n_embd="n_embd",
-)
+SHAPE = {
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
 
-# What config.json may say otherwise and model.py does not do.
+# What config.json may say otherwise and GPT-2 does not do.
 ONLY = {
     "model_type": "gpt2",
     "n_inner": None,
@@ -34,13 +46,43 @@ ONLY = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
-GELU = {
-    "gelu_new": False,
-    "gelu": True,
-}  # config.json's activation_function -> GPTConfig's exact_gelu
+GELU = {"gelu_new": False, "gelu": True}  # config.json's activation_function -> exact_gelu
+
+# The files of a model that is not a GPT-2. transformers looks for config.json and finds none.
+OWN_CONFIG = "gpt.json"
+OWN_WEIGHTS = "gpt.safetensors"
+OWN_MODEL = "model.py"
+OWN_FORMAT = 1
+
+# Fields of GPTConfig that do not change what a model computes once it is trained: they can differ
+# from those it was saved with.
+RUNTIME_FIELDS = ("dropout", "flash", "pad_vocab", "recompute")
+
+
+class Stored(NamedTuple):
+    """A model as its files have it."""
+
+    path: Path
+    config: dict  # the fields of GPTConfig that the files decide
+    weights: dict[str, torch.Tensor]
+    is_gpt2: bool
+    probe: dict | None = None  # of a model that is not a GPT-2: see `make_probe`
+
+
+class ModelState(NamedTuple):
+    """A copy of a model, ready to be written while training goes on."""
+
+    config: GPTConfig
+    weights: dict[
+        str, torch.Tensor
+    ]  # float32, on the CPU, without the rows that pad the vocabulary
+    departure: str  # empty for a GPT-2, else how it differs from one
+    source: str  # of a model that is not a GPT-2: the text of its model.py
+    probe: dict | None
 
 
 def is_conv1d(name: str) -> bool:
+    """Whether GPT-2's files hold this matrix as (in, out)."""
     return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
 
 
@@ -48,23 +90,29 @@ def is_conv1d(name: str) -> bool:
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoints of a run's folder (step_0000100, step_0000200, ...), oldest first; empty if
-    there are none.
-    """
-    folders = [
-        path for path in Path(run).glob("step_*") if path.is_dir() and path.name[5:].isdecimal()
-    ]
-    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+    """The checkpoints of a run's folder (step_0000100, ...), oldest first; empty if none."""
+    folders = []
+    for path in Path(run).glob("step_*"):
+        if path.is_dir() and path.name.removeprefix("step_").isdecimal():
+            folders.append(path)
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """step_0000100 -> 100."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def resolve(name: str | Path) -> str | Path:
     """A run's folder -> its newest checkpoint; any other name of a model stays as it is."""
-    return checkpoints(name)[-1] if checkpoints(name) else name
+    folders = checkpoints(name)
+    return folders[-1] if folders else name
 
 
 def locate(name: str | Path) -> Path:
-    """The folder or file behind a name; a hub id is fetched into the hub's cache. ValueError if
-    there is none.
+    """The folder or file behind a name. A hub id is fetched into the hub's cache.
+
+    ValueError if there is none.
     """
     path = Path(resolve(name))
     if path.exists():
@@ -73,28 +121,29 @@ def locate(name: str | Path) -> Path:
         return fetch(f"openai-community/{name}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir():
         return fetch(str(name))
-    runs = (
-        ", ".join(str(run) for run in sorted(Path("out").glob("*")) if checkpoints(run))
-        or "no runs"
-    )
+    runs = [str(folder) for folder in sorted(Path("out").glob("*")) if checkpoints(folder)]
+    known = ", ".join(runs) or "no runs"
     raise ValueError(
-        f"{name}: no such model; name gpt2, gpt2-medium, ..., a hub id or a folder (here are {runs})"
+        f"{name}: no such model; "
+        f"name gpt2, gpt2-medium, ..., a hub id or a folder (here are {known})"
     )
 
 
 def fetch(repo: str, timeout: float = 10) -> Path:
-    """A model of the hub as a folder in the hub's cache: its safetensors or, where it has none, its
-    pickled weights.
+    """A model of the hub as a folder in the hub's cache.
+
+    Its safetensors or, where it has none, its pickled weights. ValueError if it cannot be had.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    options, why = dict(ignore_patterns="*/*"), None
+    options: dict[str, Any] = dict(ignore_patterns="*/*")
+    unreachable = None
     try:
-        HfApi().model_info(
-            repo, revision="main", timeout=timeout
-        )  # snapshot_download might wait for ever
+        # snapshot_download might wait for ever.
+        HfApi().model_info(repo, revision="main", timeout=timeout)
     except Exception as error:  # of many types; the cache may have the model
-        options["local_files_only"], why = True, error
+        options["local_files_only"] = True
+        unreachable = error
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             wanted = ["config.json", "tokenizer.json", weights]
@@ -103,121 +152,147 @@ def fetch(repo: str, timeout: float = 10) -> Path:
                 break
         return folder
     except Exception as error:
-        reason = f"{type(why or error).__name__}: {str(why or error).strip()}".splitlines()[0]
-        raise ValueError(
-            f"{repo}: not a folder here, and not fetched from the Hugging Face hub ({reason})"
-        ) from None
+        cause = unreachable or error
+        reason = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]
+        problem = "not a folder here, and not fetched from the Hugging Face hub"
+        raise ValueError(f"{repo}: {problem} ({reason})") from None
 
 
 # ---- Reading -------------------------------------------------------------------------------------
 
 
-def read(name: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Shape (fields of GPTConfig) and tensors of a model, before it is built. ValueError if they
-    are not a GPT-2's.
-    """
+def read(name: str | Path) -> Stored:
+    """A model's settings and tensors, before it is built. ValueError if they are no model's."""
     path = locate(name)
-    is_folder = path.is_dir()
-    if is_folder:
-        shape = read_config(path / "config.json")
+    if path.is_dir() and (path / OWN_CONFIG).exists():
+        return read_own(path)
+
+    if path.is_dir():
+        config = read_config(path / "config.json")
         # A large model comes in parts, such as model-00001-of-00004.safetensors.
         files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not files:
             raise ValueError(
-                f"{path}: no model.safetensors in this folder; a checkpoint has it beside config.json"
+                f"{path}: no model.safetensors in this folder; "
+                "a checkpoint has it beside config.json"
             )
-        state = {name: tensor for file in files for name, tensor in read_file(file).items()}
+        tensors: dict = {}
+        for file in files:
+            tensors.update(read_file(file))
+    elif is_llmc(path):
+        config, tensors = read_llmc(path)
     else:
-        shape, state = read_llmc(path) if is_llmc(path) else read_nanogpt(path)
-    if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
-        raise ValueError(f"{path}: not a table of names and tensors")
+        config, tensors = read_nanogpt(path)
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: not a table of names and tensors")
 
     # Some files have names without "transformer.", attention's triangle of ones as a buffer, or the
     # tied head again.
-    state = {
-        ("" if n.startswith(("transformer.", "lm_head.")) else "transformer.") + n: t
-        for n, t in state.items()
-    }
-    state = {n: t for n, t in state.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
-    head, embedding = state.pop("lm_head.weight", None), state.get("transformer.wte.weight")
+    weights = {}
+    for key, tensor in tensors.items():
+        if key.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if not key.startswith(("transformer.", "lm_head.")):
+            key = f"transformer.{key}"
+        weights[key] = tensor
+    head = weights.pop("lm_head.weight", None)
+    embedding = weights.get("transformer.wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise ValueError(
             f"{path}: lm_head differs from the token embedding; GPT-2 shares one matrix for both"
         )
-    if is_folder:
-        state = {n: t.t() if is_conv1d(n) else t for n, t in state.items()}
-    check(shape, state, path)
-    return shape, state
+    if path.is_dir():
+        for key in weights:
+            if is_conv1d(key):
+                weights[key] = weights[key].t()
+    check(config, weights, path)
+    return Stored(path, config, weights, is_gpt2=True)
 
 
-def check(shape: dict, state: dict[str, torch.Tensor], path: Path) -> None:
-    """ValueError unless the tensors are those of a GPT-2 of this shape. Zero biases may be left
-    over without bias.
+def check(config: dict, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """ValueError unless the tensors are those of a GPT-2 of this shape.
+
+    Biases of zeros may be left over in a model without bias.
     """
-    layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
-    if len(layers) != shape["n_layer"]:
+    layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+    if len(layers) != config["n_layer"]:
         raise ValueError(
-            f"{path}: n_layer is {shape['n_layer']}, but the file has the tensors of {len(layers)} layers"
+            f"{path}: n_layer is {config['n_layer']}, "
+            f"but the file has the tensors of {len(layers)} layers"
         )
-    expected = parameter_shapes(shape)
-    for name, size in expected.items():
-        found = tuple(state[name].shape) if name in state else "missing"
-        if found != size:
+    expected = parameter_shapes(config)
+    for name, shape in expected.items():
+        stored_shape = tuple(weights[name].shape) if name in weights else "missing"
+        if stored_shape != shape:
             raise ValueError(
-                f"{path}: {name} is {found}, but a GPT-2 of this config has it with the shape {size}"
+                f"{path}: {name} is {stored_shape}, "
+                f"but a GPT-2 of this config has it with the shape {shape}"
             )
-    extra = [
-        n
-        for n, t in state.items()
-        if n not in expected and (shape["bias"] or not n.endswith("bias") or t.any())
-    ]
+    extra = []
+    for name, tensor in weights.items():
+        left_over = not config["bias"] and name.endswith("bias") and not tensor.any()
+        if name not in expected and not left_over:
+            extra.append(name)
     if extra:
         raise ValueError(f"{path}: {extra[0]} has no place in a GPT-2 ({len(extra)} such tensors)")
 
 
-def parameter_shapes(shape: dict) -> dict[str, tuple[int, ...]]:
-    """Every parameter's name -> its shape in nn.Linear's orientation."""
-    V, T, n_layer, _, C = (shape[name] for name in SHAPE)
-    shapes = {"transformer.ln_f.weight": (C,)}
-    for layer in range(n_layer):
-        block = f"transformer.h.{layer}."
-        shapes |= {f"{block}{norm}.weight": (C,) for norm in ("ln_1", "ln_2")}
-        shapes |= {f"{block}attn.c_attn.weight": (3 * C, C), f"{block}attn.c_proj.weight": (C, C)}
-        shapes |= {f"{block}mlp.c_fc.weight": (4 * C, C), f"{block}mlp.c_proj.weight": (C, 4 * C)}
-    if shape["bias"]:
-        shapes |= {name.removesuffix("weight") + "bias": size[:1] for name, size in shapes.items()}
-    return shapes | {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C)}
+def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a GPT-2 -> its shape, in nn.Linear's orientation."""
+    V = config["vocab_size"]
+    T = config["block_size"]
+    C = config["n_embd"]
+    shapes: dict[str, tuple[int, ...]] = {"transformer.ln_f.weight": (C,)}
+    for layer in range(config["n_layer"]):
+        block = f"transformer.h.{layer}"
+        shapes[f"{block}.ln_1.weight"] = (C,)
+        shapes[f"{block}.ln_2.weight"] = (C,)
+        shapes[f"{block}.attn.c_attn.weight"] = (3 * C, C)
+        shapes[f"{block}.attn.c_proj.weight"] = (C, C)
+        shapes[f"{block}.mlp.c_fc.weight"] = (4 * C, C)
+        shapes[f"{block}.mlp.c_proj.weight"] = (C, 4 * C)
+    if config["bias"]:
+        for name, shape in list(shapes.items()):
+            shapes[name.removesuffix("weight") + "bias"] = shape[:1]
+    shapes["transformer.wte.weight"] = (V, C)
+    shapes["transformer.wpe.weight"] = (T, C)
+    return shapes
 
 
 def read_config(file: Path) -> dict:
-    """config.json -> shape. ValueError for what GPT-2 can be told to do differently and model.py
-    does not do.
+    """config.json -> fields of GPTConfig.
+
+    ValueError for what GPT-2 can be told to do differently and model.py does not do.
     """
     try:
         hf = json.loads(file.read_text())
-        shape = {name: hf[theirs] for name, theirs in SHAPE.items()}
-        if not all(type(size) is int and size > 0 for size in shape.values()):
-            raise TypeError(f"sizes are not positive integers: {shape}")
+        config = {name: hf[theirs] for name, theirs in SHAPE.items()}
+        for size in config.values():
+            if type(size) is not int or size < 1:
+                raise TypeError(f"sizes are not positive integers: {config}")
     except FileNotFoundError:
         raise ValueError(
             f"{file.parent}: no config.json in this folder; a checkpoint has one"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file}: not the config.json of a GPT-2 ({type(error).__name__}: {error})"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: not the config.json of a GPT-2 ({reason})") from None
+
+    if hf.get("n_inner") == 4 * config["n_embd"]:
+        hf["n_inner"] = None  # the same, spelled out
     for name, value in ONLY.items():
-        # n_inner may be spelled out: None means four times the width.
-        if hf.get(name, value) != value and (name, hf[name]) != ("n_inner", 4 * hf["n_embd"]):
+        if hf.get(name, value) != value:
             raise ValueError(
                 f"{file}: {name} is {hf[name]!r}; this model is GPT-2 with {value!r} only"
             )
     activation = str(hf.get("activation_function", "gelu_new"))
     if activation not in GELU:
-        raise ValueError(
-            f"{file}: activation_function is {activation!r}; this model has {' or '.join(GELU)}"
-        )
-    return shape | dict(bias=bool(hf.get("bias", True)), exact_gelu=GELU[activation])
+        known = " or ".join(GELU)
+        raise ValueError(f"{file}: activation_function is {activation!r}; this model has {known}")
+    config["bias"] = bool(hf.get("bias", True))
+    config["exact_gelu"] = GELU[activation]
+    return config
 
 
 def read_file(file: Path) -> dict:
@@ -232,50 +307,44 @@ def read_file(file: Path) -> dict:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
         needs = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"{needs[1]} in it could run code"
-            if needs
-            else f"damaged, or half copied: {type(error).__name__}"
-        )
+        if needs:
+            reason = f"{needs[1]} in it could run code"
+        else:
+            reason = f"damaged, or half copied: {type(error).__name__}"
         raise ValueError(f"{file}: not a file of weights ({reason})") from None
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{file}: holds a {type(content).__name__}, not a table of names and tensors"
-        )
+        kind = type(content).__name__
+        raise ValueError(f"{file}: holds a {kind}, not a table of names and tensors")
     return content
 
 
 def read_nanogpt(file: Path) -> tuple[dict, dict]:
-    """Shape and tensors of nanoGPT's ckpt.pt or build-nanogpt's model_*.pt."""
+    """Config and tensors of nanoGPT's ckpt.pt or build-nanogpt's model_*.pt."""
     content = read_file(file)
     try:
-        options = dict(
-            content["model_args"] if "model_args" in content else vars(content["config"])
-        )
-        shape = {name: options[name] for name in SHAPE} | dict(bias=bool(options.get("bias", True)))
+        from_nanogpt = "model_args" in content
+        options = dict(content["model_args"] if from_nanogpt else vars(content["config"]))
+        config = {name: options[name] for name in SHAPE}
+        config["bias"] = bool(options.get("bias", True))
         # nanoGPT took the exact GELU in June 2023, months after its option `bias`. build-nanogpt
         # has GPT-2's.
-        shape["exact_gelu"] = "model_args" in content and "bias" in options
-        state = {
-            str(name).removeprefix("_orig_mod."): tensor
-            for name, tensor in content["model"].items()
-        }
-        if shape["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
-            shape["vocab_size"] = 50257
-            state |= {
-                name: state[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")
-            }
+        config["exact_gelu"] = from_nanogpt and "bias" in options
+        tensors = {}
+        for name, tensor in content["model"].items():
+            tensors[str(name).removeprefix("_orig_mod.")] = tensor
+        if config["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
+            config["vocab_size"] = 50257
+            for name in ("transformer.wte.weight", "lm_head.weight"):
+                tensors[name] = tensors[name][:50257]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: not nanoGPT's ckpt.pt ({error!r}); for weights alone, name their folder"
         ) from None
-    return shape, state
+    return config, tensors
 
 
-LLMC_MAGIC, LLMC_DTYPES = (
-    20240326,
-    {3: torch.float32, 5: torch.bfloat16},
-)  # a file's first number; version -> dtype
+LLMC_MAGIC = 20240326  # a file's first number
+LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # version of the format -> dtype
 LLMC_HEADER = 1024  # bytes: 256 int32
 
 
@@ -285,79 +354,359 @@ def is_llmc(file: Path) -> bool:
 
 
 def read_llmc(file: Path) -> tuple[dict, dict]:
-    """Shape and tensors of llm.c's gpt2_124M.bin or model_*.bin, mapped into memory (write_model in
-    its train_gpt2.py).
+    """Config and tensors of llm.c's gpt2_124M.bin or model_*.bin, mapped into memory.
 
-    Behind the header stand the numbers alone: both embeddings; then, one kind of parameter after
-    the other, that of every layer; then the last LayerNorm. The token embedding has rows of zeros
-    up to a multiple of 128.
+    See write_model in llm.c's train_gpt2.py. Behind the header are the numbers alone: both
+    embeddings; then, one kind of parameter after the other, that of every layer; then the last
+    LayerNorm. The token embedding has rows of zeros up to a multiple of 128.
     """
     size = file.stat().st_size
     if size < LLMC_HEADER:
         raise ValueError(f"{file}: damaged, or half copied: it ends within llm.c's header")
-    _, version, T, V, n_layer, n_head, C, rows = torch.from_file(
-        str(file), size=8, dtype=torch.int32
-    ).tolist()
+    header = torch.from_file(str(file), size=8, dtype=torch.int32).tolist()
+    _, version, T, V, n_layer, n_head, C, rows = header
     if version not in LLMC_DTYPES:
         raise ValueError(
             f"{file}: version {version} of llm.c's format; this reads 3 (float32) and 5 (bfloat16)"
         )
     dtype = LLMC_DTYPES[version]
-    expected = LLMC_HEADER + dtype.itemsize * (
-        (rows + T) * C + n_layer * (12 * C * C + 13 * C) + 2 * C
-    )
+    n_numbers = (rows + T) * C + n_layer * (12 * C * C + 13 * C) + 2 * C
+    expected = LLMC_HEADER + dtype.itemsize * n_numbers
     if min(T, V, n_layer, n_head, C) < 1 or rows < V or size != expected:
         raise ValueError(
-            f"{file}: damaged, or half copied: it has {size:,} bytes, but its header says {expected:,}"
+            f"{file}: damaged, or half copied: "
+            f"it has {size:,} bytes, but its header says {expected:,}"
         )
-    shape = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=C, bias=True)
-    sizes = parameter_shapes(shape | dict(vocab_size=rows))
+
+    config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=C, bias=True)
+    shapes = parameter_shapes(config | dict(vocab_size=rows))
     names = ["transformer.wte.weight", "transformer.wpe.weight"]
     for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
         for kind in ("weight", "bias"):
-            names += [f"transformer.h.{layer}.{part}.{kind}" for layer in range(n_layer)]
+            for layer in range(n_layer):
+                names.append(f"transformer.h.{layer}.{part}.{kind}")
     names += ["transformer.ln_f.weight", "transformer.ln_f.bias"]
     content = torch.from_file(str(file), size=expected // dtype.itemsize, dtype=dtype)
-    parts = content[LLMC_HEADER // dtype.itemsize :].split(
-        [math.prod(sizes[name]) for name in names]
-    )
-    state = {name: part.view(sizes[name]) for name, part in zip(names, parts)}
-    state["transformer.wte.weight"] = state["transformer.wte.weight"][:V]
-    return shape, state
+    numbers = content[LLMC_HEADER // dtype.itemsize :]
+    tensors = {}
+    for name, flat in zip(names, numbers.split([math.prod(shapes[name]) for name in names])):
+        tensors[name] = flat.view(shapes[name])
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:V]
+    return config, tensors
 
 
-# ---- Writing -------------------------------------------------------------------------------------
+def read_own(folder: Path) -> Stored:
+    """A model that is not a GPT-2, as `write` has written it."""
+    file = folder / OWN_CONFIG
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] != OWN_FORMAT:
+            raise ValueError(f"format {content['format']}; this reads {OWN_FORMAT}")
+        config = dict(content["config"])
+        probe = dict(content["probe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
+    if not (folder / OWN_WEIGHTS).exists():
+        raise ValueError(f"{folder}: no {OWN_WEIGHTS} beside {OWN_CONFIG}; copy the folder whole")
+    weights = read_file(folder / OWN_WEIGHTS)
+    return Stored(folder, config, weights, is_gpt2=False, probe=probe)
 
 
-def write(folder: str | Path, config, weights: dict[str, torch.Tensor]) -> None:
-    """Write config.json and model.safetensors as transformers' GPT2LMHeadModel does. `config` is a
-    GPTConfig.
+# ---- From files to a model -----------------------------------------------------------------------
+
+
+def make_config(cls: type, stored: Stored, settings: dict) -> GPTConfig:
+    """The GPTConfig of a stored model: its files decide the shape, `settings` the rest.
+
+    ValueError if the files have settings that this model.py does not know.
     """
+    config = settings | stored.config
+    for name in RUNTIME_FIELDS:
+        if name in settings:
+            config[name] = settings[name]
+    unknown = config.keys() - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"{stored.path}: model.py has no setting {names}; {own_model(stored)}")
+    return cls(**config)
+
+
+@torch.no_grad()
+def load(model: GPT, stored: Stored) -> None:
+    """Copy the stored tensors into a model. ValueError if they do not fit.
+
+    Where model.py has been changed, tensors of a GPT-2 that it has no place for are left out, and
+    what it has beyond a GPT-2 keeps its initial values: one line on stderr says so.
+    """
+    parameters = own_tensors(model)
+    missing = sorted(parameters.keys() - stored.weights.keys())
+    extra = sorted(stored.weights.keys() - parameters.keys())
+    if stored.is_gpt2 and not stored.config["bias"]:
+        extra = [name for name in extra if not name.endswith("bias")]  # zeros
+    if not stored.is_gpt2 and (missing or extra):
+        different = f"model.py has no {extra[0]}" if extra else f"{missing[0]} is not in it"
+        raise ValueError(f"{stored.path}: {different}; {own_model(stored)}")
+
+    for name, parameter in parameters.items():
+        if name not in stored.weights:
+            continue
+        value = stored.weights[name]
+        rows = parameter
+        if name == "transformer.wte.weight":
+            rows = parameter[: len(value)]  # the rows that pad the vocabulary stay zero
+        if rows.shape != value.shape:
+            raise ValueError(
+                f"{stored.path}: {name} is {tuple(value.shape)}, "
+                f"in model.py it is {tuple(rows.shape)}; {own_model(stored)}"
+            )
+        rows.copy_(value)
+
+    if not stored.is_gpt2:
+        compare_with_probe(model, stored)
+        return
+    departure = compare_with_gpt2(type(model), model.config, n_tokens=64)
+    if departure and os.environ.get("RANK", "0") == "0":
+        left_out = f"; {len(extra)} of its tensors are left out" if extra else ""
+        new = f"; {missing[0]} and the like keep their initial values" if missing else ""
+        print(
+            f"NOTE: {stored.path} is a GPT-2, and model.py is not one ({departure}): "
+            f"it computes something else with these weights{left_out}{new}",
+            file=sys.stderr,
+        )
+
+
+def own_model(stored: Stored) -> str:
+    """What to do about a checkpoint that this model.py does not fit."""
+    if stored.is_gpt2:
+        return "this model.py is not GPT-2's any more; train it from scratch"
+    return (
+        f"the model.py that made it is {stored.path / OWN_MODEL}; copy it over model.py to use it"
+    )
+
+
+def compare_with_probe(model: GPT, stored: Stored) -> None:
+    """ValueError unless the model computes what the one that was saved computed."""
+    saved_source = stored.path / OWN_MODEL
+    if saved_source.exists() and saved_source.read_text(encoding="utf-8") == source_of(model):
+        return
+    assert stored.probe is not None
+    expected = torch.tensor(stored.probe["logits"])
+    logits = torch.tensor(make_probe(model)["logits"])
+    if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"{stored.path}: model.py has the same tensors but computes something else with them; "
+            f"{own_model(stored)}"
+        )
+
+
+# ---- Is it a GPT-2? ------------------------------------------------------------------------------
+
+
+def departure_from_gpt2(model: GPT) -> str:
+    """Empty if the model, with the weights it has, is a GPT-2 to all other programs.
+
+    Otherwise how it differs, in words. Numbers decide: the weights as they would be exported, put
+    through a plain GPT-2, must give the model's own logits.
+    """
+    departure = compare_with_gpt2(type(model), model.config, n_tokens=1024)
+    if departure:
+        return departure
+    return compare_logits(model, n_tokens=32, tolerance=1e-3)
+
+
+@functools.cache
+def compare_with_gpt2(cls: type, config: GPTConfig, n_tokens: int) -> str:
+    """The same for any weights: by a small model of this class and config, with random weights.
+
+    Random, because a new layer may do nothing at first. In float64, to see small differences.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            width = config.n_head * min(4, config.n_embd // config.n_head)
+            depth = min(4, config.n_layer)
+            small = dataclasses.replace(config, n_layer=depth, n_embd=width, vocab_size=64)
+            model = cls(small)
+        except (ValueError, RuntimeError, TypeError):  # a changed model.py may want its own width
+            model = cls(config)
+        model = model.double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:
+                    parameter.normal_(std=1 / math.sqrt(parameter.size(-1)))
+                else:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            model.transformer.wte.weight[model.config.vocab_size :] = 0.0
+        return compare_logits(model, n_tokens, tolerance=1e-6)
+
+
+@torch.no_grad()
+def compare_logits(model: GPT, n_tokens: int, tolerance: float) -> str:
+    """Empty if a plain GPT-2 gives the model's logits; else the difference, in words."""
+    tensors = own_tensors(model)
+    config = vars(model.config)
+    expected = parameter_shapes(config | dict(bias=True))
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if name == "transformer.wte.weight":
+            shape = (model.config.vocab_size, *shape[1:])
+        if name not in expected:
+            return f"{name} has no place in it"
+        if shape != expected[name]:
+            return f"{name} is {shape} instead of {expected[name]}"
+    for name in expected:
+        if name not in tensors and not name.endswith("bias"):
+            return f"it has no {name}"
+
+    hf_config, hf_tensors = export(model.config, tensors)
+    T = min(n_tokens, model.config.block_size)
+    idx = probe_ids(model, T)
+    was_training = model.training
+    model.eval()
+    logits = model(idx)
+    model.train(was_training)
+    plain = gpt2_logits(hf_config, hf_tensors, idx)
+    difference = (logits - plain).abs().max().item()
+    if difference <= tolerance * plain.abs().max().item():
+        return ""
+    return f"its logits differ from a GPT-2's by up to {difference:.2g}"
+
+
+def gpt2_logits(config: dict, tensors: dict[str, torch.Tensor], idx: torch.Tensor) -> torch.Tensor:
+    """GPT-2 (Radford et al. 2019) as a function of config.json and of model.safetensors' tensors.
+
+    Token ids (B, T) -> logits (B, T, V).
+    """
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = tensors[f"{name}.weight"]
+        return F.layer_norm(x, weight.shape, weight, tensors[f"{name}.bias"], 1e-5)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    B, T = idx.shape
+    C = config["n_embd"]
+    heads = config["n_head"]
+    approximate = "none" if config["activation_function"] == "gelu" else "tanh"
+    x = tensors["transformer.wte.weight"][idx] + tensors["transformer.wpe.weight"][:T]
+    for layer in range(config["n_layer"]):
+        block = f"transformer.h.{layer}"
+        qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
+        q, k, v = qkv.view(B, T, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        x = x + linear(y, f"{block}.attn.c_proj")
+        y = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        x = x + linear(F.gelu(y, approximate=approximate), f"{block}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ tensors["transformer.wte.weight"].t()
+
+
+# ---- From a model to files -----------------------------------------------------------------------
+
+
+def own_tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """The model's parameters and persistent buffers, each once: the tied head counts as wte."""
+    tensors = {}
+    known = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in known:
+            known.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def copy_state(model: GPT, departure: str) -> ModelState:
+    """A copy of the model in memory, as `write` takes it. departure: see `departure_from_gpt2`."""
+    weights = {}
+    for name, tensor in own_tensors(model).items():
+        if name == "transformer.wte.weight":
+            tensor = tensor[: model.config.vocab_size]
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        weights[name] = tensor.detach().to("cpu", dtype, copy=True)
+    if not departure:
+        return ModelState(model.config, weights, "", "", None)
+    return ModelState(model.config, weights, departure, source_of(model), make_probe(model))
+
+
+def source_of(model: GPT) -> str:
+    """The text of the model.py that the model comes from."""
+    file = inspect.getsourcefile(type(model))
+    assert file is not None
+    return Path(file).read_text(encoding="utf-8")
+
+
+def probe_ids(model: GPT, T: int) -> torch.Tensor:
+    """The same (1, T) ids each time, spread over the vocabulary."""
+    device = next(model.parameters()).device
+    return (torch.arange(T, device=device) * 7919 % model.config.vocab_size)[None]
+
+
+@torch.no_grad()
+def make_probe(model: GPT) -> dict:
+    """Some logits by which another model.py can be told from the one that made a checkpoint."""
+    T = min(64, model.config.block_size)
+    precision = torch.get_float32_matmul_precision()
+    was_training = model.training
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    logits = model(probe_ids(model, T))[0, [0, T // 2, T - 1], :32]
+    torch.set_float32_matmul_precision(precision)
+    model.train(was_training)
+    return dict(n_tokens=T, logits=logits.float().tolist())
+
+
+def export(config: GPTConfig, weights: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+    """config.json and the tensors of model.safetensors, as transformers' GPT-2 has them."""
+    tensors = {}
+    for name, value in weights.items():
+        if name == "transformer.wte.weight":
+            value = value[: config.vocab_size]
+        tensors[name] = value.t() if is_conv1d(name) else value
+    # transformers' GPT-2 always has biases.
+    for name, shape in parameter_shapes(vars(config) | dict(bias=True)).items():
+        if name not in tensors:
+            like = weights["transformer.wte.weight"]
+            tensors[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+    hf: dict[str, Any] = dict(ONLY)
+    hf.update(architectures=["GPT2LMHeadModel"], dtype="float32", initializer_range=0.02)
+    hf["activation_function"] = "gelu" if config.exact_gelu else "gelu_new"
+    for name, theirs in SHAPE.items():
+        hf[theirs] = getattr(config, name)
+    hf["n_ctx"] = config.block_size
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        hf[name] = config.dropout
+    # End of text is the last id in every tokenizer of this project, as in GPT-2's.
+    hf["bos_token_id"] = config.vocab_size - 1
+    hf["eos_token_id"] = config.vocab_size - 1
+    # This project's own: False means that the biases in the file are all zero.
+    hf["bias"] = config.bias
+    return hf, tensors
+
+
+def write(folder: Path, state: ModelState) -> list[str]:
+    """Write a model into a folder; returns the names of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.departure:
+        content = dict(
+            format=OWN_FORMAT,
+            not_a_gpt2=state.departure,
+            config=vars(state.config),
+            probe=state.probe,
+        )
+        (folder / OWN_MODEL).write_text(state.source, encoding="utf-8")
+        tensors = state.weights
+        config_file, weights_file = OWN_CONFIG, OWN_WEIGHTS
+    else:
+        content, views = export(state.config, state.weights)
+        tensors = {name: view.contiguous() for name, view in views.items()}
+        config_file, weights_file = "config.json", "model.safetensors"
+
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: value.t().contiguous() if is_conv1d(name) else value
-        for name, value in weights.items()
-    }
-    shapes = parameter_shapes(
-        vars(config) | dict(bias=True)
-    )  # transformers' GPT-2 always has biases
-    state |= {name: torch.zeros(size) for name, size in shapes.items() if name not in state}
-    hf = ONLY | dict(architectures=["GPT2LMHeadModel"], dtype="float32", initializer_range=0.02)
-    hf["activation_function"] = "gelu" if config.exact_gelu else "gelu_new"
-    hf |= {theirs: getattr(config, name) for name, theirs in SHAPE.items()} | dict(
-        n_ctx=config.block_size
-    )
-    hf |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
-    # End of text is the last id in every tokenizer of this project, as in GPT-2's.
-    hf |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
-    hf["bias"] = (
-        config.bias
-    )  # this project's own: False means that the biases in the file are all zero
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # safetensors gives access to the owner only
+    (folder / config_file).write_text(json.dumps(content, indent=2) + "\n")
+    save_file(tensors, folder / weights_file, metadata={"format": "pt"})
+    # safetensors gives access to the owner only.
+    shutil.copymode(folder / config_file, folder / weights_file)
+    return [config_file, weights_file] + ([OWN_MODEL] if state.departure else [])
