@@ -1,10 +1,10 @@
-"""A CUDA or Apple GPU that computes nothing: shapes, dtypes and devices are as on a real one,
-values are not there.
+"""A CUDA or Apple GPU that computes nothing: its tensors have shapes, dtypes and devices as on a
+real one, but no values.
 
-CPU tensors stay real, and all else of a run too: files, tokenizers, logs. Every operation on a
-GPU's tensor goes to torch's FakeTensorMode, which refuses a mixture of devices as the GPU does.
-Whatever the CPU reads from a tensor is noted, because each such read makes it wait for the GPU.
-`main` does whole runs that way and prints what happened, as JSON.
+CPU tensors are real, and so are a run's files, tokenizers and logs. Every operation on a tensor of
+the GPU goes to torch's FakeTensorMode, which refuses to mix devices as the GPU does. Each value
+that the CPU reads from a tensor is noted, because the CPU waits for the GPU there. `main` does
+whole runs this way and prints what happened, as JSON.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -31,9 +32,9 @@ from parts.metrics import Log
 
 PROJECT = Path(__file__).parent.parent
 
-# A CPU build of torch has no place to run the backward pass of a GPU's tensors: autograd asks for
-# the device's guard and hooks. These do nothing. They have to be in the process before torch is.
-# For Apple's GPU, CUDA is replaced by MPS.
+# The backward pass of a GPU's tensors asks for the device's guard and hooks, which a CPU build of
+# torch lacks. These do nothing. They must be loaded before torch. For Apple's GPU, the word CUDA is
+# replaced by MPS.
 SHIM = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -43,7 +44,9 @@ const c10::Device GPU(c10::DeviceType::CUDA, 0);
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   c10::Device exchangeDevice(c10::Device) const override { return GPU; }
   c10::Device getDevice() const override { return GPU; }
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, GPU); }
+  c10::Stream getStream(c10::Device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, GPU);
+  }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
@@ -63,7 +66,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 }  // namespace at
 """
 
-
+# What only one of them has.
 ONLY = {
     "cuda": "explicit CUDAHooks(CUDAHooksArgs) {}",
     "mps": "bool isOnMacOSorNewer(unsigned, unsigned) const override { return true; }",
@@ -71,27 +74,18 @@ ONLY = {
 
 
 def build(folder: Path, kind: str) -> Path:
-    """Compile the shim for "cuda" or "mps". Raises OSError with the reason where that is
-    impossible.
-    """
+    """Compile the shim for "cuda" or "mps". OSError with the reason where that is impossible."""
     if sys.platform != "linux" or torch.version.cuda or torch.version.hip:
         raise OSError("the fake GPU is for CPU builds of torch on Linux")
-    if not (compiler := shutil.which("g++")):
+    if not shutil.which("g++"):
         raise OSError("no g++ to compile the fake GPU's shim")
-    source, shim = folder / f"{kind}.cpp", folder / f"{kind}.so"
+    source = folder / f"{kind}.cpp"
+    shim = folder / f"{kind}.so"
     source.write_text(SHIM.replace("CUDA", kind.upper()).replace("ONLY", ONLY[kind]))
     [libraries] = library_paths()
-    flags = ["-std=c++20", "-shared", "-fPIC", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
-    command = [
-        compiler,
-        *flags,
-        *(f"-I{path}" for path in include_paths()),
-        source,
-        "-o",
-        shim,
-        "-lc10",
-        "-ltorch_cpu",
-    ]
+    includes = [f"-I{path}" for path in include_paths()]
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", *includes, source, "-o", shim]
+    command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"the fake GPU's shim does not compile: {done.stderr[:300]}")
@@ -108,61 +102,64 @@ class FakeGPU(TorchDispatchMode):
 
     def __init__(self, kind: str):
         super().__init__()
-        self.kind, self.fake = kind, FakeTensorMode()
+        self.kind = kind
+        self.fake = FakeTensorMode()
         self.reads: list[str] = []
-        self.capturing = (
-            False  # a CUDA graph, which can neither hand out values nor wait for the CPU's
-        )
+        # Whether a CUDA graph is being captured. It can neither hand out values nor use the CPU's.
+        self.capturing = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)
-        real = any(
-            isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) for leaf in leaves
-        )
-        to = kwargs.get("device")
-        if not fake and not (to and to.type == self.kind):
-            return func(*args, **kwargs)  # the CPU's own business
-        if self.capturing and real:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        has_fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        has_real = any(not isinstance(tensor, FakeTensor) for tensor in tensors)
+        device = kwargs.get("device")
+        if not has_fake and not (device and device.type == self.kind):
+            return func(*args, **kwargs)  # on the CPU alone
+        if self.capturing and has_real:
             raise RuntimeError(f"{func} uses a CPU tensor while a CUDA graph is captured")
 
-        if fake and func is torch.ops.aten._local_scalar_dense.default:
+        # The CPU reads a number, copies a tensor to the CPU, or copies it into one of the CPU's.
+        if has_fake and func is torch.ops.aten._local_scalar_dense.default:
             self.note_read(func)
             return torch.zeros((), dtype=args[0].dtype).item()
-        if fake and func is torch.ops.aten._to_copy.default and to and to.type == "cpu":
+        to_cpu = device and device.type == "cpu"
+        if has_fake and func is torch.ops.aten._to_copy.default and to_cpu:
             self.note_read(func)
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if func._schema.is_mutable and real and not isinstance(args[0], (FakeTensor, list)):
+        if func._schema.is_mutable and has_real and not isinstance(args[0], (FakeTensor, list)):
             if func is not torch.ops.aten.copy_.default:
                 raise RuntimeError(f"{func} writes from the GPU into a CPU tensor")
             self.note_read(func)
             return args[0].fill_(1)
+
         args, kwargs = tree_map(self.as_fake, (args, kwargs))
         with self.fake:
             out = func(*args, **kwargs)
-        if self.kind == "mps" and any(
-            getattr(leaf, "dtype", None) == torch.float64 for leaf in tree_leaves(out)
-        ):
-            raise TypeError(f"{func}: MPS has no float64")
+        if self.kind == "mps":
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64:
+                    raise TypeError(f"{func}: MPS has no float64")
         return out
 
     def as_fake(self, value):
-        is_real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
-        return self.fake.from_tensor(value.detach()) if is_real else value
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+            return self.fake.from_tensor(value.detach())
+        return value
 
     def note_read(self, func) -> None:
+        """Note the innermost line of the project that is running."""
         if self.capturing:
             raise RuntimeError(f"{func} reads a value while a CUDA graph is captured")
-        ours = [
-            f"{Path(file).name}:{line}"
-            for file, line in frames()
-            if Path(file).parent in (PROJECT, PROJECT / "parts")
-        ]
-        self.reads.append(ours[0] if ours else str(func))
+        for file, line in frames():
+            if Path(file).parent in (PROJECT, PROJECT / "parts"):
+                self.reads.append(f"{Path(file).name}:{line}")
+                return
+        self.reads.append(str(func))
 
     @contextlib.contextmanager
     def capture(self, graph, stream=None):
+        """In place of torch.cuda.graph."""
         self.capturing = True
         try:
             yield
@@ -171,7 +168,7 @@ class FakeGPU(TorchDispatchMode):
 
 
 def frames():
-    """(file, line) of each call that is under way, the innermost first."""
+    """(file, line) of each running call, the innermost first."""
     frame = sys._getframe()
     while frame:
         yield frame.f_code.co_filename, frame.f_lineno
@@ -179,8 +176,8 @@ def frames():
 
 
 def move(module: torch.nn.Module, device) -> torch.nn.Module:
-    """In place of Module.to, which ties weights again only where .data can be set, and a fake
-    cannot be set there.
+    """In place of Module.to, which sets .data to keep weights tied. A fake tensor cannot be set
+    there, so tied weights are moved once here.
     """
     moved = {}
     for part in module.modules():
@@ -192,9 +189,26 @@ def move(module: torch.nn.Module, device) -> torch.nn.Module:
 
 
 def pretend(gpu: FakeGPU, bf16: bool = True) -> contextlib.ExitStack:
-    """A context in which torch says that it has this GPU."""
+    """A context in which torch says that it has this GPU: an H100 with bf16, or a T4 without."""
+    if gpu.kind == "cuda":
+        changes = pretend_cuda(gpu, bf16)
+    else:
+        changes = pretend_mps()
+    changes.append((torch.nn.Module, "to", move))
+    changes.append((FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()))
     stack = contextlib.ExitStack()
-    cuda = dict(
+    for target, name, value in changes:
+        stack.enter_context(mock.patch.object(target, name, value))
+    # torch.tensor(..., device="cuda") shall make a CPU tensor and copy it, so that FakeGPU sees it.
+    torch._C._set_only_lift_cpu_tensors(True)
+    stack.callback(torch._C._set_only_lift_cpu_tensors, False)
+    stack.enter_context(gpu)
+    return stack
+
+
+def pretend_cuda(gpu: FakeGPU, bf16: bool) -> list[tuple]:
+    """(object, name, value) of each change."""
+    functions = dict(
         is_available=lambda: True,
         is_bf16_supported=lambda including_emulation=True: bf16,
         device_count=lambda: 1,
@@ -215,38 +229,31 @@ def pretend(gpu: FakeGPU, bf16: bool = True) -> contextlib.ExitStack:
         CUDAGraph=mock.MagicMock(),
         graph=gpu.capture,
     )
-    changes = [(torch.cuda, name, value) for name, value in cuda.items()]
+    changes = [(torch.cuda, name, value) for name, value in functions.items()]
     changes.append((torch.Tensor, "pin_memory", lambda tensor: tensor))
-    if gpu.kind == "mps":
-        changes = [
-            (torch.backends.mps, "is_available", lambda: True),
-            (torch.mps, "synchronize", lambda: None),
-        ]
-        math = (
-            torch.ops.aten._scaled_dot_product_attention_math
-        )  # the fused kernel is in builds for macOS only
-        changes.append(
-            (F, "scaled_dot_product_attention", lambda *args, **options: math(*args, **options)[0])
-        )
-    for change in [*changes, (torch.nn.Module, "to", move)]:
-        stack.enter_context(mock.patch.object(*change))
-    stack.enter_context(
-        mock.patch.object(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())
-    )
-    # torch.tensor(..., device="cuda") shall make a CPU tensor and copy it, so that the copy passes
-    # by here.
-    torch._C._set_only_lift_cpu_tensors(True)
-    stack.callback(torch._C._set_only_lift_cpu_tensors, False)
-    stack.enter_context(gpu)
-    return stack
+    return changes
 
 
-# --------------------------------------------------------------------------------------------------
-# The runs
+def pretend_mps() -> list[tuple]:
+    """(object, name, value) of each change."""
+
+    def attention(*args, **options):
+        # The fused kernel exists in builds for macOS only.
+        out, _ = torch.ops.aten._scaled_dot_product_attention_math(*args, **options)
+        return out
+
+    return [
+        (torch.backends.mps, "is_available", lambda: True),
+        (torch.mps, "synchronize", lambda: None),
+        (F, "scaled_dot_product_attention", attention),
+    ]
 
 
-def do(run, bf16: bool = True, kind: str = "cuda") -> dict:
-    """Do one run on a GPU of its own. What is found:
+# ---- The runs ------------------------------------------------------------------------------------
+
+
+def watch(run, bf16: bool = True, kind: str = "cuda") -> dict:
+    """Do one run on a GPU of its own. Return what was seen:
 
     error         the traceback of what ended it, else None
     reads         [step, the lines of the reads since the step before] for each training step
@@ -254,122 +261,161 @@ def do(run, bf16: bool = True, kind: str = "cuda") -> dict:
     replays       how often a CUDA graph was replayed
     out           what was printed
     """
+    gpu = FakeGPU(kind)
+    log = Log.__call__
+    reads = []
+    error = None
+    out = io.StringIO()
 
-    gpu, reads, log, error, out = FakeGPU(kind), [], Log.__call__, None, io.StringIO()
-
-    def noting(self, kind, step, **values):
+    def log_and_note_reads(self, kind, step, **values):
         if kind == "train":
             reads.append((step, gpu.reads))
             gpu.reads = []
         return log(self, kind, step, **values)
 
-    watched = mock.patch.object(Log, "__call__", noting)
     with (
         pretend(gpu, bf16),
-        watched,
+        mock.patch.object(Log, "__call__", log_and_note_reads),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
     ):
         try:
             run()
-        except (Exception, SystemExit) as caught:
-            error = f"{''.join(traceback.format_tb(caught.__traceback__))}{caught!r}"
-        replays = torch.cuda.CUDAGraph().replay.call_count if kind == "cuda" else 0
+        except (Exception, SystemExit) as raised:
+            error = f"{''.join(traceback.format_tb(raised.__traceback__))}{raised!r}"
+        replays = 0
+        if kind == "cuda":
+            replays = torch.cuda.CUDAGraph().replay.call_count
     return dict(
-        error=error, reads=reads, out=out.getvalue(), replays=replays, reads_after=len(gpu.reads)
+        error=error, reads=reads, reads_after=len(gpu.reads), replays=replays, out=out.getvalue()
     )
+
+
+class Runs:
+    """The runs of a kind of GPU, on these shards and HellaSwag tasks, into this folder."""
+
+    def __init__(self, kind: str, shards: Path, tasks: Path, folder: Path):
+        self.kind = kind
+        self.shards = shards
+        self.tasks = tasks
+        self.folder = folder
+        self.command = ["--model", f"{folder}/bf16", "--device", kind]
+
+    def train(self, name: str, **settings) -> Callable:
+        from conftest import toy_config
+
+        import train
+
+        defaults = dict(
+            device=self.kind,
+            n_layer=1,
+            max_steps=3,
+            total_batch_size=256,
+            checkpoint_every=2,
+            eval_every=3,
+            eval_tokens=256,
+            sample_every=3,
+            sample_tokens=8,
+            hellaswag_every=3,
+            hellaswag_data=str(self.tasks),
+        )
+        config = toy_config(self.shards, self.folder / name, **(defaults | settings))
+        return functools.partial(train.train, config)
+
+    def sample(self, *options: str) -> Callable:
+        import sample
+
+        return functools.partial(sample.main, [*self.command, "-m", "40", *options])
+
+    def sample_two_prompts(self) -> Callable:
+        prompts = ["-p", "the quick", "-p", "brown fox jumps"]
+        return self.sample("--json", *prompts, "--top_p", "0.9", "--repetition_penalty", "1.1")
+
+    def sample_one_prompt(self) -> Callable:
+        return self.sample("-p", "the quick", "--temperature", "0")
+
+    def score(self) -> Callable:
+        import hellaswag
+
+        return functools.partial(
+            hellaswag.main, [*self.command, "--data", str(self.tasks), "--json"]
+        )
+
+
+def do_mps_runs(runs: Runs) -> dict[str, dict]:
+    watch_mps = functools.partial(watch, kind="mps")
+    chosen = dict(device="auto", dtype="auto", batch_size="auto", compile="auto")
+    return {
+        "bf16": watch_mps(runs.train("bf16", dtype="bf16", dropout=0.1, recompute=True)),
+        "fp32": watch_mps(runs.train("fp32", **chosen)),
+        "sample": watch_mps(runs.sample_two_prompts()),
+        "hellaswag": watch_mps(runs.score()),
+        "float64": watch_mps(functools.partial(torch.ones, 2, dtype=torch.float64, device="mps")),
+    }
+
+
+def do_cuda_runs(runs: Runs) -> dict[str, dict]:
+    import train
+
+    fp16 = runs.train("fp16", dtype="auto", optimizer="muon")
+    results = {
+        "bf16": watch(runs.train("bf16", dtype="auto", dropout=0.1, recompute=True)),
+        "fp16": watch(fp16, bf16=False),
+        "fp32": watch(runs.train("fp32", flash=False, pad_vocab=False)),
+        "muon": watch(runs.train("muon", dtype="auto", optimizer="muon")),
+    }
+    # fp16 resumed: the optimizer's and the scaler's state go to the GPU.
+    shutil.rmtree(runs.folder / "fp16" / "step_0000003", ignore_errors=True)
+    results["resumed"] = watch(fp16, bf16=False)
+
+    results["sample"] = watch(runs.sample_two_prompts())
+    results["one prompt"] = watch(runs.sample_one_prompt())
+    results["hellaswag"] = watch(runs.score())
+
+    # A run must see that memory is too small before its first evaluation, which takes minutes.
+    full = mock.patch.object(auto, "try_step", side_effect=torch.OutOfMemoryError("full"))
+    with full, mock.patch.object(train, "evaluate", side_effect=AssertionError("evaluated")):
+        results["full"] = watch(runs.train("full", checkpoint_every=0))
+    return results
+
+
+def do_broken_cuda_runs(runs: Runs) -> dict[str, dict]:
+    """Runs that are broken on purpose."""
+    from model import GPT
+
+    batch = data.BatchLoader.batch
+    hidden = GPT.hidden
+    forward_cached = inference.forward_cached
+
+    def batch_with_targets_on_cpu(self, step, micro_step):
+        x, y = batch(self, step, micro_step)
+        return x, torch.zeros(y.shape, dtype=y.dtype)
+
+    def hidden_with_positions_on_cpu(self, idx, **options):
+        return hidden(self, idx, position=torch.arange(idx.size(1)))
+
+    def forward_and_read(model, idx, cache):
+        return forward_cached(model, idx, cache) * idx.max().item()
+
+    short = runs.train("broken", checkpoint_every=0)
+    results = {}
+    with mock.patch.object(data.BatchLoader, "batch", batch_with_targets_on_cpu):
+        results["targets on the CPU"] = watch(short)
+    with mock.patch.object(GPT, "hidden", hidden_with_positions_on_cpu):
+        results["positions on the CPU"] = watch(short)
+    with mock.patch.object(inference, "forward_cached", forward_and_read):
+        results["read in a graph"] = watch(runs.sample_one_prompt())
+    return results
 
 
 def main(kind: str, shards: str, tasks: str, folder: str) -> None:
-    """Do all of its runs into the folder; the last line of the output is a JSON object of their
-    results.
-    """
-    from conftest import toy_config
-
-    import hellaswag
-    import model
-    import sample
-    import train
-
-    def training(name, **settings):
-        watching = dict(
-            eval_every=3, sample_every=3, sample_tokens=8, hellaswag_every=3, hellaswag_data=tasks
-        )
-        small = dict(
-            n_layer=1, max_steps=3, checkpoint_every=2, total_batch_size=256, eval_tokens=256
-        )
-        config = toy_config(
-            Path(shards), Path(folder) / name, **dict(device=kind) | watching | small | settings
-        )
-        return functools.partial(train.train, config)
-
-    command = ["--model", f"{folder}/bf16", "--device", kind]
-    prompts = [
-        "-p",
-        "the quick",
-        "-p",
-        "brown fox jumps",
-        "--top_p",
-        "0.9",
-        "--repetition_penalty",
-        "1.1",
-    ]
-    sampling = functools.partial(sample.main, [*command, "-m", "40", "--json", *prompts])
-    scoring = functools.partial(hellaswag.main, [*command, "--data", tasks, "--json"])
+    """Do all runs into the folder. The last line printed is a JSON object of the results."""
+    runs = Runs(kind, Path(shards), Path(tasks), Path(folder))
     if kind == "mps":
-        chosen = dict(device="auto", dtype="auto", batch_size="auto", compile="auto")
-        runs = dict(
-            bf16=training("bf16", dtype="bf16", dropout=0.1, recompute=True),
-            fp32=training("fp32", **chosen),
-        )
-        results = {
-            name: do(run, kind=kind)
-            for name, run in dict(**runs, sample=sampling, hellaswag=scoring).items()
-        }
-        in_float64 = functools.partial(torch.ones, 2, dtype=torch.float64, device=kind)
-        print(json.dumps(results | dict(float64=do(in_float64, kind=kind))))
-        sys.stdout.flush()
-        os._exit(0)
-
-    results = {
-        "bf16": do(training("bf16", dtype="auto", dropout=0.1, recompute=True)),
-        "fp16": do(training("fp16", dtype="auto", optimizer="muon"), bf16=False),
-        "fp32": do(training("fp32", flash=False, pad_vocab=False)),
-        "muon": do(training("muon", dtype="auto", optimizer="muon")),
-    }
-    # fp16 resumed: the optimizer's and the scaler's state go to the GPU.
-    shutil.rmtree(Path(folder) / "fp16" / "step_0000003", ignore_errors=True)
-    results["resumed"] = do(training("fp16", dtype="auto", optimizer="muon"), bf16=False)
-
-    results["sample"] = do(sampling)
-    one_prompt = functools.partial(
-        sample.main, [*command, "-m", "40", "-p", "the quick", "--temperature", "0"]
-    )
-    results["one prompt"] = do(one_prompt)
-    results["hellaswag"] = do(scoring)
-
-    # Too little memory is known before the first evaluation, which takes minutes.
-    full = mock.patch.object(auto, "try_step", side_effect=torch.OutOfMemoryError("full"))
-    with full, mock.patch.object(train, "evaluate", side_effect=AssertionError("evaluated")):
-        results["full"] = do(training("full", checkpoint_every=0))
-
-    # Broken on purpose.
-    hidden, prefetch, step = model.GPT.hidden, data.prefetch, inference.forward_cached
-
-    def with_targets_on_cpu(*args):
-        return ((x, torch.zeros(y.shape, dtype=y.dtype)) for x, y in prefetch(*args))
-
-    short = training("broken", checkpoint_every=0)
-    with mock.patch.object(data, "prefetch", with_targets_on_cpu):
-        results["targets on the CPU"] = do(short)
-    with mock.patch.object(
-        model.GPT, "hidden", lambda self, idx, *_: hidden(self, idx, torch.arange(idx.size(1)))
-    ):
-        results["positions on the CPU"] = do(short)
-    with mock.patch.object(
-        inference, "forward_cached", lambda *args: step(*args) * args[1].max().item()
-    ):
-        results["read in a graph"] = do(one_prompt)
+        results = do_mps_runs(runs)
+    else:
+        results = do_cuda_runs(runs) | do_broken_cuda_runs(runs)
     print(json.dumps(results))
     sys.stdout.flush()
-    os._exit(0)  # autograd's thread for the GPU would abort the process at its end
+    # At a normal exit, autograd's thread for the GPU would abort the process.
+    os._exit(0)

@@ -1,5 +1,5 @@
-"""The path over a GPU, on machines without one: whole runs on fake CUDA tensors, and what the
-compilers make of it.
+"""The GPU's path on machines without a GPU: whole runs on fake CUDA tensors, and what torch's
+compilers make of a step.
 """
 
 import json
@@ -17,6 +17,8 @@ from torch._inductor.graph import GraphLowering
 
 from parts import loss as head_loss
 
+# ---- Whole runs ----------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -25,29 +27,31 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(shards, folder) -> dict[str, dict]:
-    return results_of("cuda", shards, folder)
+    return do_runs("cuda", shards, folder)
 
 
-def results_of(kind: str, shards: Path, folder: Path) -> dict[str, dict]:
-    """What fake_cuda.main found in each of its runs. They are done in a process of their own."""
+def do_runs(kind: str, shards: Path, folder: Path) -> dict[str, dict]:
+    """Do the runs of fake_cuda.main in a process of their own. Return what was seen of each."""
     try:
         shim = fake_cuda.build(folder, kind)
     except OSError as error:
         pytest.skip(str(error))
     task = dict(ctx="the quick", endings=["brown fox", "jumps", "over", "a lazy dog"], label=3)
-    (folder / "tasks.jsonl").write_text(json.dumps(task) + "\n")
-    arguments = kind, str(shards), str(folder / "tasks.jsonl"), str(folder)
+    tasks = folder / "tasks.jsonl"
+    tasks.write_text(json.dumps(task) + "\n")
     script = f"""
 import ctypes, sys
 ctypes.CDLL({str(shim)!r}, ctypes.RTLD_GLOBAL)  # before torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import fake_cuda
-from parts import loss as head_loss
-fake_cuda.main(*{arguments!r})
+fake_cuda.main({kind!r}, {str(shards)!r}, {str(tasks)!r}, {str(folder)!r})
 """
-    command = [sys.executable, "-c", script]
     done = subprocess.run(
-        command, env=clean_environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -74,13 +78,14 @@ def test_what_is_broken_on_purpose_is_seen(results, run, error):
     assert error in results[run]["error"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "muon"])
-def test_a_step_reads_two_values(results, dtype):
-    """The norm of the gradient and the loss. Each read makes the CPU wait until the GPU has nothing
-    left to do.
+@pytest.mark.parametrize("run", ["bf16", "fp16", "fp32", "muon"])
+def test_a_step_reads_two_values(results, run):
+    """The norm of the gradient and the loss. At each read the CPU waits until the GPU has finished
+    all its work.
     """
-    reads = dict(results[dtype]["reads"])[1]  # a step that follows no evaluation
-    assert len(reads) <= 2, reads
+    reads_of_step = dict(results[run]["reads"])
+    after_no_evaluation = reads_of_step[1]
+    assert len(after_no_evaluation) <= 2, after_no_evaluation
 
 
 def test_a_token_takes_one_graph_and_two_reads(results):
@@ -92,57 +97,61 @@ def test_a_token_takes_one_graph_and_two_reads(results):
 
 
 @pytest.mark.parametrize(
-    "dtype, chosen", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")]
+    "run, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")]
 )
-def test_metrics_of_a_run(results, folder, dtype, chosen):
+def test_metrics_of_a_run(results, folder, run, dtype):
     """What `auto` chose on a GPU with and without bf16, and a record of each thing."""
-    starts = [0, 2] if dtype == "fp16" else [0]  # it was resumed
+    starts = [0]
+    if run == "fp16":
+        starts.append(2)  # where it was resumed
     expected = dict(
         run=starts, train=[0, 1, 2], val=[0, 3], hellaswag=[3], sample=[3], checkpoint=[2, 3]
     )
-    assert {
-        kind: [r["step"] for r in metrics(folder / dtype, kind)] for kind in expected
-    } == expected
-    assert metrics(folder / dtype, "run")[-1]["dtype"] == chosen
+    for kind, steps in expected.items():
+        records = metrics(folder / run, kind)
+        assert [record["step"] for record in records] == steps, kind
+    assert metrics(folder / run, "run")[-1]["dtype"] == dtype
 
 
 def test_a_mac(shards, tmp_path):
     """Training, watching, checkpoints and the commands on mps, which has no float64, no pinned
     memory and no scaler.
     """
-    results = results_of("mps", shards, tmp_path)
+    results = do_runs("mps", shards, tmp_path)
     assert "MPS has no float64" in results.pop("float64")["error"]
-    assert not [found["error"] for found in results.values() if found["error"]]
+    for name, result in results.items():
+        assert result["error"] is None, f"{name}: {result['error']}"
     start = metrics(tmp_path / "fp32", "run")[0]
     assert (start["device"], start["dtype"], start["compiled"]) == ("mps", "float32", False)
     assert metrics(tmp_path / "fp32")[-1]["loss"] is not None
 
 
-# ---- What the compilers make of it ---------------------------------------------------------------
+# ---- What the compilers make of a step -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_training_forward_is_one_graph(monkeypatch, recompute):
     """With the loss in several pieces. A break in the graph hands the rest of it to Python."""
     monkeypatch.setattr(head_loss, "ROWS", 50)
-    gpt = make_toy(recompute=recompute).train()
+    model = make_toy(recompute=recompute).train()
     x = ids(4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch._dynamo.explain(gpt)(x, x)
-    assert (found.graph_count, found.break_reasons) == (1, [])
+        explained = torch._dynamo.explain(model)(x, x)
+    assert (explained.graph_count, explained.break_reasons) == (1, [])
 
 
 def test_the_compiled_loss_is_the_loss():
     """Compiled, the gradient of the logits is computed in another way."""
-    gpt = make_toy()
-    found = []
-    for function in (gpt, torch.compile(gpt, backend="eager")):
-        gpt.zero_grad()
+    model = make_toy()
+    results = []
+    for function in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
         loss = function(ids(2, 16), ids(2, 16, seed=1))
         loss.backward()
-        found.append([loss.detach(), *(p.grad for p in gpt.parameters())])
-    for one, two in zip(*found):
-        assert torch.allclose(one, two, atol=1e-6)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append([loss.detach(), *gradients])
+    for plain, compiled in zip(*results):
+        assert torch.allclose(plain, compiled, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo")
@@ -153,25 +162,28 @@ def test_the_compiled_head_moves_no_more_bytes_than_cross_entropy(monkeypatch):
     moved = []
 
     def count_bytes(graph: GraphLowering):
+        """In place of building the graph: count, and return a module that gives zeros."""
         graph.init_wrapper_code()
         graph._update_scheduler()
         moved.append(graph.count_bytes()[0])
-        values = [node and node.meta["val"] for node in graph.module.graph.output_node().args[0]]
-        zeros = [
-            None if value is None else torch.zeros(value.shape, dtype=value.dtype)
-            for value in values
-        ]
+        zeros = []
+        for node in graph.module.graph.output_node().args[0]:
+            value = node.meta["val"] if node else None
+            if value is not None:
+                value = torch.zeros(value.shape, dtype=value.dtype)
+            zeros.append(value)
         return SimpleNamespace(call=lambda inputs: zeros, __file__="", key="")
 
     def ours(x, weight, targets):
-        return head_loss.HeadLoss.apply(x, weight, targets, 1000, True)
+        return head_loss.head_loss(x, weight, targets, 1000)
 
     def plain(x, weight, targets):
         return F.cross_entropy(F.linear(x, weight)[:, :1000].float(), targets)
 
     monkeypatch.setattr(GraphLowering, "compile_to_module", count_bytes)
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    x, weight = torch.randn(512, 16, requires_grad=True), torch.randn(1024, 16, requires_grad=True)
+    x = torch.randn(512, 16, requires_grad=True)
+    weight = torch.randn(1024, 16, requires_grad=True)
     totals = []
     for head in (ours, plain):
         moved.clear()
