@@ -1,6 +1,6 @@
 """Repeat a run with independent code: transformers' GPT-2 and torch's optimizers in a plain loop.
 
-    python train.py CONFIG --dtype=fp32 --log_every=1 --max_steps=300 --out_dir=out/ours
+    python train.py config/books.py --dtype=fp32 --log_every=1 --max_steps=300 --out_dir=out/ours
     python tests/reference.py out/ours out/reference
 
 The run must be one process that starts from scratch. It gives its settings, initial weights and

@@ -1,16 +1,22 @@
-"""The documents: the lines of code they point at, their links, commands, examples and drawings.
+"""The documents: their links, commands, figures, examples and drawings.
 
-    python tests/test_docs.py        corrects the line numbers, after code has moved
+    python tests/test_docs.py      # corrects line numbers and counted lines, after code has moved
 
 A link such as [`class Block`](../model.py#L281) stands for the line that has the text between the
 backticks.
 """
 
+import argparse
+import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import io
+import json
+import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,20 +30,17 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "results" / "README.md"])
-FOREIGN = {"llama.cpp/convert_hf_to_gguf.py"}  # scripts of other projects
+README = ROOT / "README.md"
+WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 
-TO_CODE = re.compile(
-    r"\[`([^`\n]+)`\]\(([^()\s#]+)#L(\d+)\)"
-)  # what stands there, the file, the line
-FENCE = re.compile(
-    r"^( *)```(\w*)[^\n]*\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL
-)  # language and content
+# A link to a line of code: the text in that line, the file, the number of the line.
+TO_CODE = re.compile(r"\[`([^`\n]+)`\]\(([^()\s#]+)#L(\d+)\)")
+# A block of code: its indentation, language and content.
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n *\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
-BLOCK = r"((?:(?!```).*\n)*)^```"  # content up to the closing fence
+# A block of Python and, right below it, a block with what it prints.
+BLOCK = r"((?:(?!```).*\n)*)^```"
 EXAMPLE = re.compile(rf"^```python\n{BLOCK}\n\n?^```(?:text)?\n{BLOCK}$", re.MULTILINE)
-OURS = re.compile(
-    r"(?<![\w./-])(?:config|docs|results|tests)/[\w./-]*\.\w+"
-)  # files of this repository
 
 
 each_document = pytest.mark.parametrize(
@@ -45,34 +48,37 @@ each_document = pytest.mark.parametrize(
 )
 
 
-def code(text: str) -> Iterator[str]:
-    """A document's blocks of code, and its code spans."""
-    yield from (content for _, _, content in FENCE.findall(text))
-    yield from (" ".join(content.split()) for _, content in SPAN.findall(FENCE.sub("", text)))
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """A document's blocks of code in this language."""
+    return [content for _, name, content in FENCE.findall(text) if name == language]
 
 
 # ---- Links to lines of code ----------------------------------------------------------------------
 
 
 def right_line(file: Path, text: str, line: int) -> int | None:
-    """The number of the line that has the text, of several the nearest to `line`; None if no line
-    has it.
+    """The number of the line that has the text, the nearest to `line` if several have it; None if
+    no line has it.
     """
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
-    found = [number for number, content in enumerate(lines, 1) if text in content]
-    return min(found, key=lambda number: abs(number - line), default=None)
+    if not file.is_file():
+        return None
+    lines = enumerate(read(file).splitlines(), 1)
+    numbers = [number for number, content in lines if text in content]
+    return min(numbers, key=lambda number: abs(number - line), default=None)
 
 
 def wrong_lines(document: Path) -> Iterator[str]:
-    for text, target, line in TO_CODE.findall(document.read_text(encoding="utf-8")):
+    for text, target, line in TO_CODE.findall(read(document)):
         right = right_line(document.parent / target, text, int(line))
-        if right != int(line):
-            where = (
-                f"it is line {right}: python tests/test_docs.py"
-                if right
-                else "no line of that file has it"
-            )
-            yield f"{document.name}: `{text}` is not in line {line} of {target}; {where}"
+        if right is None:
+            yield f"{document.name}: no line of {target} has `{text}`"
+        elif right != int(line):
+            advice = "run python tests/test_docs.py"
+            yield f"{document.name}: `{text}` is in line {right} of {target}, not {line}; {advice}"
 
 
 @each_document
@@ -83,7 +89,7 @@ def test_links_to_code_show_the_line_they_name(document):
 # ---- Links ---------------------------------------------------------------------------------------
 
 
-def targets(text: str) -> list[str]:
+def link_targets(text: str) -> list[str]:
     """Where a document's links and images lead, except for those in code."""
     return re.findall(r"\]\(([^()\s]+)\)", SPAN.sub("", FENCE.sub("", text)))
 
@@ -102,137 +108,555 @@ def is_ignored(file: Path) -> bool:
     return bool(shutil.which("git")) and subprocess.run(command).returncode == 0
 
 
-def broken(target: str, document: Path) -> str:
-    """What is wrong with a link, in words; empty if it leads somewhere."""
+def what_is_wrong(target: str, document: Path) -> str:
+    """What is wrong with a link, as a sentence; empty if it leads somewhere."""
     if re.match(r"[a-z][a-z0-9+.-]*:", target):
         address = urlsplit(target)
-        well_formed = address.scheme in ("http", "https") and re.fullmatch(
-            r"[\w.-]+\.\w+(:\d+)?", address.netloc
-        )
-        return "" if well_formed else "not the address of a page"
+        is_host = re.fullmatch(r"[\w.-]+\.\w+(:\d+)?", address.netloc)
+        if address.scheme in ("http", "https") and is_host:
+            return ""
+        return "not the address of a page"
     name, _, fragment = unquote(target).partition("#")
-    file = (document.parent / name).resolve() if name else document
+    file = document
+    if name:
+        file = (document.parent / name).resolve()
     if not file.is_relative_to(ROOT.resolve()) or not file.exists() or is_ignored(file):
         return "no such file in the repository"
     if re.fullmatch(r"L\d+", fragment):
-        links = {
-            f"{code_file}#L{line}"
-            for _, code_file, line in TO_CODE.findall(document.read_text(encoding="utf-8"))
-        }
-        return "" if target in links else f"say what stands in that line, as [`def f`]({target})"
-    return (
-        "no such heading"
-        if fragment and fragment not in anchors(file.read_text(encoding="utf-8"))
-        else ""
-    )
+        known = [f"{path}#L{line}" for _, path, line in TO_CODE.findall(read(document))]
+        if target not in known:
+            return f"the text of the link must be what stands in that line: [`def f`]({target})"
+    elif fragment and fragment not in anchors(read(file)):
+        return "no such heading"
+    return ""
 
 
 @each_document
 def test_links_lead_somewhere(document):
-    found = dict.fromkeys(targets(document.read_text(encoding="utf-8")))
-    assert [f"{target}: {wrong}" for target in found if (wrong := broken(target, document))] == []
+    wrong = {target: what_is_wrong(target, document) for target in link_targets(read(document))}
+    assert {target: sentence for target, sentence in wrong.items() if sentence} == {}
 
 
 # ---- Commands ------------------------------------------------------------------------------------
 
+# What a line of a shell block may begin with, beside python and torchrun.
+OTHER_PROGRAMS = set("git cd make source curl bash sbatch export ruff mypy hf vllm lm_eval".split())
+FOREIGN_SCRIPTS = {"llama.cpp/convert_hf_to_gguf.py"}
+COMMAND = re.compile(r"\$ |(?:python3?|torchrun|make|bash|sbatch) ")
+OURS = re.compile(r"(?<![\w./-])(?:config|docs|results|tests)/[\w./-]*\.\w+")
 
-def commands(block: str) -> Iterator[tuple[str, list[str]]]:
-    """The scripts that a block of code calls, with their arguments. Two spaces after a command
-    begin a comment.
+
+def shell_commands(block: str) -> Iterator[list[str]]:
+    """The commands of a block as a shell reads them: words, without comments and redirections.
+    ValueError if a quote is not closed.
     """
     for line in block.replace("\\\n", " ").splitlines():
-        found = re.search(r"(?:\b(?:python3?|torchrun) +|^(?=\w+\.py\b))(.+)", line.strip())
-        words = re.split(r"\s{2,}| [|<>&;#]", found[1])[0].split() if found else []
-        while words and words[0].startswith("-") and words[0] not in ("-c", "-m"):  # torchrun's own
-            words.pop(0)
-        if words and words[0].endswith(".py"):
-            yield words[0], words[1:]
+        # In a notebook, "!" runs a command, and "%cd" is the notebook's own.
+        line = line.removeprefix("!").removeprefix("%")
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="<>|&;")
+        lexer.whitespace_split = True
+        command = []
+        skip = False
+        for word in lexer:
+            if re.fullmatch(r"[|&;]+", word):
+                yield command
+                command = []
+            elif re.fullmatch(r"[<>]+", word):
+                skip = True
+            elif skip:
+                skip = False
+            else:
+                command.append(word)
+        if command:
+            yield command
 
 
-@functools.cache
-def help_of(script: str, *arguments: str) -> str:
-    """What `python script ARGUMENTS --help` prints."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        importlib.import_module(Path(script).stem).main([*arguments, "--help"])
-    return out.getvalue()
+class ParsedError(BaseException):
+    """Raised in place of what follows a command's parser, when its arguments are right."""
 
 
-def unknown_options(script: str, arguments: list[str]) -> list[str]:
-    """The options that the script's help lacks; or the first word, if it should be a subcommand and
-    is not.
+def parse(program: str, main, arguments: list[str]) -> str:
+    """Give the arguments to the parser in `main`, and stop there. Returns the parser's complaint,
+    or "" if it has none.
     """
-    text = (
-        help_of(script) if arguments and "/" not in script else ""
-    )  # those in folders have no options
-    choices = re.search(r"^usage: \S+\s+\[-h\]\s+\{([\w,]+)\}", text)
-    if choices and not arguments[0].startswith("-"):
-        if arguments[0] not in choices[1].split(","):
-            return arguments[:1]
-        text = help_of(script, arguments[0])
-    known = re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", text)
-    used = (word.split("=")[0] for word in arguments if re.match(r"--?[A-Za-z]", word))
-    return [option for option in used if option not in known]
+
+    def stop(method):
+        def parse_and_stop(*arguments, **options):
+            method(*arguments, **options)
+            raise ParsedError
+
+        return parse_and_stop
+
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            method = getattr(argparse.ArgumentParser, name)
+            patch.setattr(argparse.ArgumentParser, name, stop(method))
+        try:
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+                main(arguments)
+        except ParsedError:
+            return ""
+        except SystemExit as end:
+            if not end.code:  # --help
+                return ""
+    return f"{program}: {errors.getvalue().strip()}"
 
 
-def wrong_commands(text: str) -> Iterator[str]:
-    for block in code(text):
-        yield from (
-            f"{file}: no such file" for file in OURS.findall(block) if not (ROOT / file).exists()
-        )
-        for script, arguments in commands(block):
-            if (ROOT / script).exists():
-                for option in unknown_options(script, arguments):
-                    # Unless the block shows how the script refuses it.
-                    if not re.search(rf"^{script}: .*{option}", block, re.MULTILINE):
-                        yield f"{script} has no option {option}"
-            elif script not in FOREIGN and f"# {script}\n" not in text:  # nor shown in the document
-                yield f"{script}: no such script"
+def configure(arguments: list[str]) -> str:
+    """What train.py says against these arguments; "" if they are right."""
+    import configurator
+    import train
+
+    if "--help" in arguments:
+        return ""
+    try:
+        configurator.configure(train.TrainConfig, arguments)
+    except ValueError as error:
+        return f"train.py: {error}"
+    return ""
+
+
+def complaint(command: list[str]) -> str:
+    """What is wrong with a command, in the words of its program; "" if nothing is."""
+    while command and re.match(r"\w+=", command[0]):  # a variable of the environment
+        command = command[1:]
+    if not command:
+        return ""
+    program, *arguments = command
+    program = program.removeprefix(".venv/bin/")
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launch = get_args_parser()
+        wrong = parse("torchrun", lambda arguments: launch.parse_args(arguments), arguments)
+        if wrong:
+            return wrong
+        parsed = launch.parse_args(arguments)
+        program = "python"
+        arguments = [parsed.training_script, *parsed.training_script_args]
+    if program == "sbatch":
+        program = "python"
+        arguments = ["train.py", *arguments[1:]]
+    if program == "make":
+        missing = [name for name in arguments if f"\n{name}:" not in read(ROOT / "Makefile")]
+        return f"make: no such target: {missing}" if missing else ""
+    if program == "bash" and arguments[0] != "-c":
+        return "" if (ROOT / arguments[0]).is_file() else f"{arguments[0]}: no such script"
+    if program not in ("python", "python3"):
+        return "" if program in OTHER_PROGRAMS or "/pip" in command[0] else f"{program}: unknown"
+    script, *arguments = arguments
+    if script in ("-c", "-m") or script in FOREIGN_SCRIPTS:
+        return ""
+    if not (ROOT / script).is_file():
+        return f"{script}: no such script"
+    if script == "train.py":
+        return configure(arguments)
+    if "/" in script:  # the scripts in tests/ and results/ have no options
+        return ""
+    return parse(script, importlib.import_module(Path(script).stem).main, arguments)
+
+
+def wrong_commands(block: str) -> Iterator[str]:
+    """What the shell and the programs themselves say against a block of commands."""
+    for line in block.splitlines():
+        # sample.py would take the words of a comment for prompts.
+        if re.search(r"\S\s{2,}(?!#)\S", line):
+            yield f"{line}\n    a comment must begin with #"
+    if shutil.which("bash"):
+        script = re.sub(r"^[!%]", "", block, flags=re.MULTILINE)
+        run = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        if run.returncode:
+            yield run.stderr
+    for command in shell_commands(block):
+        wrong = complaint(command)
+        if wrong:
+            yield f"{' '.join(command)}\n    {wrong}"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with our config files, to which a document's own can be added."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    (tmp_path / "config" / "mine.py").touch()  # the reader's own
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @each_document
-def test_commands_exist(document):
-    """LOG.md is left out: it has the commands of its days."""
-    if document.name != "LOG.md":
-        assert list(wrong_commands(document.read_text(encoding="utf-8"))) == []
+def test_commands_paste_and_are_understood(document, workplace):
+    """Each line is read by a shell's parser, then its arguments by the program's own. LOG.md is
+    left out: it has the commands of its days.
+    """
+    if document.name == "LOG.md":
+        return
+    text = read(document)
+    for content in blocks(text, "python"):
+        named = re.match(r"# (\w+\.py)\n", content)
+        if named:
+            (workplace / named[1]).write_text(content, encoding="utf-8")
+    wrong = []
+    for language in ("bash", "ipython"):
+        for block in blocks(text, language):
+            wrong += wrong_commands(block)
+    assert wrong == []
 
 
-# ---- Examples, drawings, length ------------------------------------------------------------------
+@each_document
+def test_commands_are_marked_as_such(document):
+    """A block that shows both a command and what it prints cannot be pasted."""
+    text = read(document)
+    for language in ("", "text"):
+        for block in blocks(text, language):
+            assert not [line for line in block.splitlines() if COMMAND.match(line)]
 
 
-def printed(source: str) -> str:
+@each_document
+def test_options_and_files_in_sentences_exist(document, workplace):
+    """Sentences may leave out what a command needs beside the options that they speak of."""
+    if document.name == "LOG.md":
+        return
+    text = read(document)
+    wrong = [name for name in OURS.findall(text) if not (ROOT / name).exists()]
+    for _, span in SPAN.findall(FENCE.sub("", text)):
+        span = " ".join(span.split())
+        if COMMAND.match(span) and "..." not in span:
+            (command,) = shell_commands(span)
+            sentence = complaint(command)
+            if not re.search("^$|are required|expected one argument", sentence):
+                wrong.append(f"{span}: {sentence}")
+    assert wrong == []
+
+
+def docstring_blocks(path: Path) -> Iterator[str]:
+    """The paragraphs of a file's docstring that are commands."""
+    docstring = ast.get_docstring(ast.parse(read(path))) or ""
+    for paragraph in re.split(r"\n\s*\n", docstring):
+        block = inspect.cleandoc(paragraph)
+        if COMMAND.match(re.sub(r"\A(#.*\n)+", "", block)):
+            yield block
+
+
+WITH_DOCSTRINGS = sorted(
+    [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("config/*.py"),
+        *ROOT.glob("tests/*.py"),
+        *ROOT.glob("results/**/*.py"),
+    ]
+)
+
+
+@pytest.mark.parametrize("path", WITH_DOCSTRINGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_docstrings_paste(path, workplace):
+    wrong = []
+    for block in docstring_blocks(path):
+        wrong += wrong_commands(block)
+    assert wrong == []
+
+
+def test_what_make_prints_pastes(workplace):
+    makefile = read(ROOT / "Makefile")
+    wrong = [*wrong_commands("\n".join(re.findall(r"^#     (make .+)$", makefile, re.MULTILINE)))]
+    after = makefile.partition("== next:")[2].partition("\n\n")[0]
+    printed = re.findall(r'^\t@echo "(.+)"$', after, re.MULTILINE)
+    assert len(printed) >= 4
+    wrong += wrong_commands("\n".join(printed))
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "python sample.py -i      write with the model",
+        "python train.py config/quickstart.py      what it does",
+        "python train.py config/quickstart.py --learning_rte=1e-3",
+        "python bench.py plan --gpu",
+        "python bench.py plot",
+        "python hellaswag.py --style harnes",
+        "torchrun --standalone --nproc_per_machine=8 train.py",
+        "torchrun --standalone --nproc_per_node=8 train.py config/nothing.py",
+        "python nothing.py",
+        "make everything",
+        'python sample.py -p "Hello',
+        "it trains a model",
+    ],
+)
+def test_a_wrong_command_is_seen(block, workplace):
+    try:
+        assert list(wrong_commands(block))
+    except ValueError:
+        assert block.count('"') == 1
+
+
+def test_the_mistakes_that_readme_shows(workplace):
+    """The arguments in the sentence above the block give the messages in the block."""
+    text = read(README)
+    (shown,) = [block for block in blocks(text, "text") if block.startswith("train.py: ")]
+    arguments = re.search(r"`(--learning_rte.+?)`", text)[1].split()
+    said = configure(arguments).removeprefix("train.py: ").splitlines()
+    assert [f"train.py: {line}" for line in said] == shown.splitlines()
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def metrics(run: str) -> list[dict]:
+    return [json.loads(line) for line in read(ROOT / "results" / run).splitlines()]
+
+
+@functools.cache
+def losses(run: str) -> list[dict]:
+    """A run's records of validation, in their order."""
+    return [r for r in metrics(f"{run}/metrics.jsonl") if r["kind"] == "val"]
+
+
+def measured(name: str) -> dict:
+    """The rows of a result of bench.py."""
+    return json.loads(read(ROOT / "results" / name))["rows"]
+
+
+def peers_sentences() -> Iterator[str]:
+    """The rows of README's table of speed, from results/peers/cpu.json."""
+    rows = measured("peers/cpu.json")
+    ours = rows["ours"]
+    nanogpt = rows["nanoGPT"]
+    bf16 = rows["nanoGPT, bf16"]
+    build = rows["build-nanogpt"]
+    hf = rows["transformers"]
+
+    def seconds(row: dict) -> str:
+        return f"{row['ms a step'] / 1000:.2f}"
+
+    yield (
+        f"| a training step of 1,024 tokens | **{seconds(ours)} s** | {seconds(nanogpt)} | "
+        f"{seconds(bf16)} | {seconds(build)} | {seconds(hf)}, Trainer |"
+    )
+    start = "start s"
+    yield (
+        f"| start of the program to the end of a step | **{ours[start]:.1f} s** | "
+        f"{nanogpt[start]:.1f} | {bf16[start]:.1f} | {build[start]:.1f} | {hf[start]:.1f} |"
+    )
+    resume = "resume s"
+    yield (
+        f"| the same, resumed | **{ours[resume]:.1f} s** | {nanogpt[resume]:.1f} | "
+        f"{bf16[resume]:.1f} | | {hf[resume]:.1f} |"
+    )
+    yield (
+        f"| most memory, with a save | {ours['GB']:.2f} GB | {nanogpt['GB']:.2f} | "
+        f"**{bf16['GB']:.2f}** | {build['GB']:.2f}, no save | {hf['GB']:.2f} |"
+    )
+    rate = "tokens/s"
+    yield (
+        f"| generation, one sample | **{ours[rate]:.0f} tokens/s** | {nanogpt[rate]:.0f} | | | "
+        f"{hf[rate]:.0f}, bf16 |"
+    )
+    tasks = "tasks/s"
+    yield f"| HellaSwag | **{ours[tasks]:.1f} tasks/s** | | | {build[tasks]:.1f} | |"
+    text = "MB/s"
+    yield (
+        f"| text to token files | **{ours[text]:.1f} MB/s** | {nanogpt[text]:.1f} | | "
+        f"{build[text]:.1f} | |"
+    )
+
+
+def readme_sentences() -> Iterator[str]:
+    quickstart = losses("quickstart")
+    for record in (quickstart[0], quickstart[-1]):
+        bits = record["val_bpb"]
+        yield f"step {record['step']} | val loss {record['loss']:.4f} ({bits:.4f} bits a byte)"
+    yield f"| {quickstart[-1]['val_bpb'] * math.log(2):.3f} a byte, Python |"
+    yield f"| {losses('shakespeare')[-1]['loss']:.3f} a byte |"
+    yield f"ends at {losses('shakespeare')[-1]['loss']:.2f} nats a byte"
+
+    books = metrics("books/metrics.jsonl")
+    run = books[0]
+    score = [r for r in books if r["kind"] == "hellaswag"][-1]
+    tokens = losses("books")[-1]["step"] * run["settings"]["total_batch_size"]
+    yield (
+        f"| [books](results/books/report.md), {run['parameters'] / 1e6:.1f}M | "
+        f"{tokens / 1e6:.1f}M | {losses('books')[-1]['loss']:.3f} a token | "
+        f"{score['acc_norm']:.3f} of {score['n']:,} |"
+    )
+    yield f"reads {tokens / 1e6:.1f}M tokens of old books"
+
+    tuned = losses("finetune_books")
+    yield f"before: {tuned[0]['loss']:.2f} "
+    yield f"after: {tuned[-1]['loss']:.2f}"
+    yield from peers_sentences()
+
+
+def walkthrough_sentences() -> Iterator[str]:
+    yield f"its first validation loss is {losses('quickstart')[0]['loss']:.3f}"
+    settings = metrics("quickstart/metrics.jsonl")[0]["settings"]
+    variance = 0.02**2 * settings["n_embd"]
+    yield f"= {math.log(4096) + variance / 2:.3f}$"
+    ladder = measured("cpu/ladder.json")
+    rungs = {
+        "| `dtype=bf16` |": "bf16 autocast",
+        "| `compile=True` |": "torch.compile",
+        "| `flash=True` |": "flash attention",
+        "| `pad_vocab=True` |": "padded vocabulary",
+        "| `fused=True` |": "fused AdamW",
+    }
+    yield f"all below off | {ladder['float32']['ms']:,.0f} ms |"
+    for setting, name in rungs.items():
+        yield f"{setting} {ladder[name]['ms']:,.0f} ms |"
+    yield (
+        f"Four micro-steps took {ladder['4 micro-steps']['ms'] / 1000:.1f} s where one took "
+        f"{ladder['fused AdamW']['ms'] / 1000:.1f}"
+    )
+    step = measured("cpu/train_8.json")
+    yield (
+        f"takes {step['ours']['ms'] / 1000:.1f} s, where `transformers` takes "
+        f"{step['transformers']['ms'] / 1000:.1f}"
+    )
+    half = [losses(f"muon/final_muon_500_{seed}")[-1]["loss"] for seed in (1, 2, 3)]
+    full = [losses(f"muon/final_adamw_1000_{seed}")[-1]["loss"] for seed in (1, 2, 3)]
+    yield (
+        f"it ends at {min(half):.2f} to {max(half):.2f}, "
+        f"AdamW with all of them at {min(full):.2f} to {max(full):.2f}"
+    )
+    compiled = [r for r in metrics("books/metrics.jsonl") if r["kind"] == "train"]
+    seconds = (compiled[0]["ms"] - compiled[1]["ms"]) / 1000
+    yield f"({seconds:.0f} s in the [run on books]"
+
+
+def other_sentences() -> Iterator[tuple[str, str]]:
+    """Sentences of other files: the file, and what must stand in it."""
+    books = metrics("books/metrics.jsonl")[0]["data"]
+    yield "config/books.py", f"{books['documents']} books of Project Gutenberg"
+    yield "config/books.py", f"{books['train_tokens'] / 1e6:.0f}M training tokens"
+    loss = losses("shakespeare")[-1]["loss"]
+    yield "config/shakespeare.py", f"validation loss of {loss:.2f} nats a byte"
+    ours = metrics("curves/ours.jsonl")
+    theirs = metrics("curves/transformers.jsonl")
+    pairs = zip(select_losses(ours), select_losses(theirs), strict=True)
+    largest = max(abs(a - b) for a, b in pairs)
+    row = f"| `transformers` and torch | AdamW, 1e-3 | {largest:.1e} |".replace("e-0", "e-")
+    yield "results/README.md", row
+
+
+def select_losses(records: list[dict]) -> list[float]:
+    return [r["loss"] for r in records if r.get("kind", "train") == "train"]
+
+
+def test_figures_are_those_of_the_results():
+    """A sentence is built from the figures in results/ and must stand in the document."""
+    expected = [("README.md", sentence) for sentence in readme_sentences()]
+    expected += [("docs/walkthrough.md", sentence) for sentence in walkthrough_sentences()]
+    expected += other_sentences()
+    missing = []
+    for name, sentence in expected:
+        if sentence not in " ".join(read(ROOT / name).split()):
+            missing.append(f"{name}: {sentence}")
+    assert missing == []
+
+
+def test_tables_of_results_are_what_bench_prints(capsys):
+    """Below `python bench.py show FILE` stands what it prints."""
+    import bench
+
+    text = read(ROOT / "docs" / "speed.md")
+    shown = re.findall(rf"^python bench.py show (\S+)\n```\n```text\n{BLOCK}$", text, re.MULTILINE)
+    assert len(shown) == 4
+    for file, table in shown:
+        bench.main(["show", str(ROOT / file)])
+        printed = capsys.readouterr().out
+        assert [line.rstrip() for line in printed.splitlines()] == table.splitlines(), file
+
+
+# ---- Counted lines -------------------------------------------------------------------------------
+
+LOADED = re.compile(r"(\| what `train.py` loads \| )(\d+) files, ([\d,]+) lines")
+
+
+def loaded_files(script: str) -> set[Path]:
+    """A script and all files of ours that it imports, directly or not, also inside functions."""
+    files = set()
+    waiting = [ROOT / script]
+    while waiting:
+        path = waiting.pop()
+        if path in files:
+            continue
+        files.add(path)
+        names = []
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names.append(node.module)
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            module = ROOT / name.replace(".", "/")
+            for file in (module.with_suffix(".py"), module / "__init__.py"):
+                if file.is_file():
+                    waiting.append(file)
+    return files
+
+
+def count_lines(files: set[Path]) -> int:
+    return sum(len(read(path).splitlines()) for path in files)
+
+
+def test_readme_counts_what_train_loads():
+    """To within 3 %, so that not every commit must change README."""
+    files = loaded_files("train.py")
+    _, n_files, n_lines = LOADED.search(read(README)).groups()
+    assert int(n_files) == len(files), "run python tests/test_docs.py"
+    assert int(n_lines.replace(",", "")) == pytest.approx(count_lines(files), rel=0.03)
+
+
+def test_readme_names_every_file():
+    section = read(README).partition("\n## Files\n")[2].partition("\n## ")[0]
+    table = "\n".join(re.findall(r"^\| (.+?) \|", section, re.MULTILINE))
+    files = [*ROOT.glob("*.py"), *ROOT.glob("parts/*.py"), *ROOT.glob("parts/*.html")]
+    names = {path.relative_to(ROOT).as_posix() for path in files} - {"parts/__init__.py"}
+    assert {name for name in names if name not in table} == set()
+
+
+# ---- Examples, drawings, width -------------------------------------------------------------------
+
+
+def what_it_prints(source: str) -> str:
     out = io.StringIO()
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(out):
         exec(compile(source, "example", "exec"), {"__name__": "example"})
     return out.getvalue()
 
 
-@pytest.mark.parametrize(
-    "source, output", EXAMPLE.findall((ROOT / "docs" / "walkthrough.md").read_text())
-)
+@pytest.mark.parametrize("source, output", EXAMPLE.findall(read(WALKTHROUGH)))
 def test_examples_print_what_stands_below_them(source, output):
-    assert printed(source) == output
+    assert what_it_prints(source) == output
+
+
+def test_code_without_output_is_the_network_s():
+    """What the walkthrough shows of the product stands in model.py, line by line."""
+    examples = [source for source, _ in EXAMPLE.findall(read(WALKTHROUGH))]
+    code = "\n".join(line.strip() for line in read(ROOT / "model.py").splitlines())
+    shown = [block for block in blocks(read(WALKTHROUGH), "python") if block not in examples]
+    assert shown
+    for block in shown:
+        assert "\n".join(line.strip() for line in block.splitlines()) in code, block
 
 
 @each_document
 def test_python_is_python(document):
-    for _, language, content in FENCE.findall(document.read_text(encoding="utf-8")):
-        if language == "python":
-            compile(content, document.name, "exec")
+    for content in blocks(read(document), "python"):
+        compile(content, document.name, "exec")
 
 
 def test_drawings_are_whole_and_shown():
-    text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    text = "".join(read(document) for document in DOCUMENTS)
     for drawing in ROOT.glob("docs/*.svg"):
         root = ElementTree.parse(drawing).getroot()
-        assert root.get("viewBox") and root.get("aria-label") and f"{drawing.name})" in text, (
-            drawing.name
-        )
+        assert root.get("viewBox"), drawing.name
+        assert root.get("aria-label"), drawing.name
+        assert f"{drawing.name})" in text, drawing.name
 
 
-def test_readme_is_short():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 330 and max(map(len, lines)) <= 120
+def test_readme_is_not_wider_than_a_page():
+    assert max(len(line) for line in read(README).splitlines()) <= 120
 
 
 def main() -> None:
@@ -240,11 +664,15 @@ def main() -> None:
 
         def correct(link: re.Match, folder: Path = document.parent) -> str:
             text, target, line = link.groups()
-            return f"[`{text}`]({target}#L{right_line(folder / target, text, int(line)) or line})"
+            right = right_line(folder / target, text, int(line)) or line
+            return f"[`{text}`]({target}#L{right})"
 
-        document.write_text(
-            TO_CODE.sub(correct, document.read_text(encoding="utf-8")), encoding="utf-8"
-        )
+        text = TO_CODE.sub(correct, read(document))
+        if document == README:
+            files = loaded_files("train.py")
+            count = f"{len(files)} files, {count_lines(files):,} lines"
+            text = LOADED.sub(rf"\g<1>{count}", text)
+        document.write_text(text, encoding="utf-8")
     lost = [line for document in DOCUMENTS for line in wrong_lines(document)]
     print("\n".join(lost) or "all links to code are right")
     sys.exit(bool(lost))
