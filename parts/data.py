@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -383,24 +382,3 @@ class BatchLoader:
     def close(self) -> None:
         """End the thread, after the batch that it is reading."""
         self.thread.shutdown(cancel_futures=True)
-
-
-def prefetch(make: Callable[..., np.ndarray], keys: Iterator[tuple], device) -> Iterator[tuple]:
-    """For each key, (x, y) = make(*key) on the torch.device, (B, T) each; the next is read while
-    this one is in use.
-    """
-    import torch  # here alone, so that prepare.py starts in a tenth of a second
-
-    def read(key):
-        batch = torch.from_numpy(make(*key))
-        return batch.pin_memory() if device.type == "cuda" else batch
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        coming = thread.submit(read, next(keys))
-        while coming:
-            # Only from pinned memory: otherwise the copy may still be reading when the memory is
-            # freed.
-            batch = coming.result().to(device, non_blocking=device.type == "cuda")
-            key = next(keys, None)
-            coming = thread.submit(read, key) if key is not None else None
-            yield batch[:, :-1], batch[:, 1:]
