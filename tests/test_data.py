@@ -201,7 +201,7 @@ def test_an_id_beyond_the_vocabulary_is_named():
         make_windows(32, 32, vocab_size=40).read(np.array([[0, 3], [1, 4]]))
 
 
-# ---- Law 7: batches ------------------------------------------------------------------------------
+# ---- Batches: law 7 of CONTRIBUTING.md -----------------------------------------------------------
 
 
 @settings(max_examples=50)

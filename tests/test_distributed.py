@@ -54,8 +54,8 @@ def torchrun(n: int, config, program: str | Path = "train.py") -> subprocess.Com
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_ranks_equal_one(config, tmp_path, optimizer):
-    """Law 2 over processes: losses, validation, weights; and law 3 when the number of ranks changes
-    from 2 to 1.
+    """Law 2 of CONTRIBUTING.md, over processes: losses, validation and weights are equal. And law
+    3: the number of ranks changes from 2 to 1.
     """
     settings = dict(
         optimizer=optimizer,

@@ -341,7 +341,9 @@ def test_kept_downloads_are_used_again_and_checked(hub, tmp_path, reference):
     ],
 )
 def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference, format, kills):
-    """Law 8: kill -9 during the download, between shards; then the same command runs to its end."""
+    """Law 8 of CONTRIBUTING.md: killed with -9 during the download and between shards, the same
+    command then runs to its end.
+    """
     out, rng = tmp_path / "[1]" / "out", random.Random(0)  # a name with the marks of a pattern
     out.parent.mkdir()
     hub.delay, hub.files = 0.02, tiny(format) | {"README.md": hub.files["README.md"]}

@@ -465,7 +465,9 @@ def test_ranks_share_the_tasks_and_agree(folder, tmp_path):
 
 
 def test_a_run_scores_itself_and_is_not_disturbed(config, tmp_path):
-    """Law 4, with dropout on. The score in the metrics is that of the checkpoint."""
+    """Law 4 of CONTRIBUTING.md, with dropout on. The score in the metrics is that of the
+    checkpoint.
+    """
     path = write_tasks(tmp_path / "tasks.jsonl")
     settings = dict(dropout=0.2, max_steps=6, checkpoint_every=6)
     scoring = dict(hellaswag_every=3, hellaswag_data=str(path), hellaswag_limit=30)

@@ -205,8 +205,8 @@ OPTIONS = ("--shard_tokens", "1500", "--val_fraction", "0.25", "--tokenizer")
 def test_interrupted_at_every_write_and_run_again_ends_with_the_same_bytes(
     tmp_path, monkeypatch, tokenizer
 ):
-    """Law 8: stopped at the first file that is written, then at the second, and so on, all in one
-    folder.
+    """Law 8 of CONTRIBUTING.md: stopped at the first file that is written, then at the second, and
+    so on, all in one folder.
     """
     small_pieces(monkeypatch, 700)
     out = make(tmp_path, FILES, *OPTIONS, tokenizer)
