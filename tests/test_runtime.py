@@ -10,13 +10,17 @@ import torch
 from parts import runtime
 from parts.runtime import choose_device
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+# ---- The device ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretend that this machine has so many GPUs of a name, and a PyTorch with kernels from the T4
-    (7.5) on.
+    """Pretend that this machine has GPUs: how many, their name and their compute capability. Its
+    PyTorch has kernels from the T4 (7.5) on.
     """
 
     def pretend(count: int, name: str = "NVIDIA A100-SXM4-80GB", capability=(8, 0)) -> None:
@@ -35,10 +39,9 @@ def test_a_gpu_is_taken_where_there_is_one(gpus):
     gpus(0)
     assert choose_device("auto")[0] == CPU
     gpus(2)
-    assert choose_device("auto", world_size=2, local_rank=1, local_size=2)[0] == torch.device(
-        "cuda", 1
-    )
-    assert choose_device("cuda:1")[0] == torch.device("cuda", 1)
+    second = torch.device("cuda", 1)
+    assert choose_device("auto", world_size=2, local_rank=1, local_size=2)[0] == second
+    assert choose_device("cuda:1")[0] == second
     assert choose_device("cpu")[0] == CPU
 
 
@@ -63,8 +66,8 @@ def test_devices_that_are_not_there(gpus):
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_an_error_and_not_a_slow_run(gpus, monkeypatch):
-    """A driver that is too old, and a GPU that is: `auto` used to train on the CPU, or to fail in
-    the first kernel.
+    """If the driver is too old, `auto` would train on the CPU. If the GPU is too old, its first
+    kernel would fail.
     """
     gpus(0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -98,12 +101,34 @@ def test_peak_flops_by_name(gpus):
     assert runtime.Runtime(CPU).peak_flops() is None
 
 
+# ---- Computing, and the group --------------------------------------------------------------------
+
+
+def test_products_are_computed_in_the_dtype_of_autocast():
+    machine = runtime.Runtime(CPU)
+    x = torch.ones(2, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        with machine.autocast(dtype):
+            assert (x @ x).dtype == dtype
+    assert (x @ x).dtype == torch.float32
+
+
+def test_a_process_alone_waits_for_nobody():
+    """Nothing of torch.distributed is set up, and nothing is asked of it."""
+    machine = runtime.start("cpu")
+    assert machine.is_main
+    assert machine.max(3) == 3
+    assert machine.broadcast("text") == "text"
+    machine.barrier()
+    machine.wait_at_most(1)
+    machine.close()
+
+
 def test_restarts_over_several_machines_need_a_store_for_each(monkeypatch):
-    for name, value in (("RESTART_COUNT", "1"), ("MAX_RESTARTS", "3")):
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-    monkeypatch.setattr(
-        runtime, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 1)])
-    )
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(runtime, "rendezvous", lambda url: iter([(store, 0, 1)]))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(
         ValueError, match="put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
@@ -117,18 +142,20 @@ def test_restarts_over_several_machines_need_a_store_for_each(monkeypatch):
     assert isinstance(runtime.meeting_place(4, 2), torch.distributed.HashStore)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they do")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
 def test_glibc_is_told_to_keep_what_is_freed(monkeypatch):
-    """Nothing is to be mapped, nothing trimmed; glibc answers 1 to what it accepts."""
-    mallopt, told = ctypes.CDLL(None).mallopt, {}
+    """Nothing is to be mapped or trimmed. glibc answers 1 to what it accepts."""
+    mallopt = ctypes.CDLL(None).mallopt
+    told = {}
 
     def spy(name: int, value: int) -> None:
-        told[name] = value, mallopt(name, value)
+        answer = mallopt(name, value)
+        told[name] = (value, answer)
 
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=spy))
     runtime.start("cpu")
     assert told == {-4: (0, 1), -1: (-1, 1)}
-    monkeypatch.setattr(
-        runtime.ctypes, "CDLL", lambda _: SimpleNamespace()
-    )  # no such function, as elsewhere
+
+    # Another C library has no such function.
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace())
     runtime.start("cpu")
