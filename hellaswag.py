@@ -1,25 +1,32 @@
 """HellaSwag (Zellers et al. 2019): which of four endings continues a context? A random guess is
 right once in four.
 
-    python hellaswag.py --model gpt2                              OpenAI's 124M, on all 10,042 tasks
-    python hellaswag.py --model out/gpt2_124M --limit 1000        an own run's newest checkpoint, the first 1,000
-    python hellaswag.py --model gpt2 --style harness              as lm-evaluation-harness scores
+    # OpenAI's 124M, on all 10,042 tasks.
+    python hellaswag.py --model gpt2
+    # The newest checkpoint of your own run, on the first 1,000 tasks.
+    python hellaswag.py --model out/gpt2_124M --limit 1000
+    # The score that lm-evaluation-harness would give.
+    python hellaswag.py --model gpt2 --style harness
+    # Eight GPUs share the tasks.
     torchrun --standalone --nproc_per_node=8 hellaswag.py --model gpt2-xl
 
-A task is a line of JSON. The fields that count (the others say where it comes from):
+A task is a line of JSON. The fields that count (the others say where the task comes from):
 
-    {"activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b":
-    "he", "label": 3,
-     "ctx": "A man is sitting on a roof. he", "endings": ["is using wrap to wrap a pair of skis.",
-     "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a
-     roof."]}
+    {"activity_label": "Roof shingle removal",
+     "ctx_a": "A man is sitting on a roof.",
+     "ctx_b": "he",
+     "ctx": "A man is sitting on a roof. he",
+     "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+                 "is holding a rubik's cube.", "starts pulling up roofing on a roof."],
+     "label": 3}
 
 The model never sees the endings side by side. Each follows the context, and the losses of its
 tokens are summed. acc takes the ending with the lowest sum, acc_norm the one with the lowest mean.
 There are two styles:
 
-    completion   ctx and endings as they are; the mean is a token's
-    harness      as lm-evaluation-harness: cleaned texts; the mean is a character's; the context above becomes
+    completion   ctx and endings as they are; the mean is over the tokens of an ending
+    harness      what lm-evaluation-harness does: the texts are cleaned, and the mean is over the
+                 characters of an ending; the context above becomes
                  "Roof shingle removal: A man is sitting on a roof. He"
 """
 
@@ -36,90 +43,69 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from model import GPT
+from model import GPT, open_model
 from parts import runtime
 from parts.auto import prepare_for_inference
 from parts.console import command
 from parts.files import write_whole
 from parts.metrics import PUBLISHED
-from parts.pretrained import locate, resolve
 from parts.runtime import Runtime
-from parts.tokenizer import Tokenizer, tokenizer_of_model
+from parts.tokenizer import Tokenizer
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 12 MB
+# 12 MB.
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-HUB = "Rowan/hellaswag"  # the same tasks on the Hugging Face hub, for a machine that GitHub does not answer
+# The same tasks on the Hugging Face hub, in case GitHub cannot be reached.
+HUB = "Rowan/hellaswag"
 N_TASKS = 10_042
-FILE = Path("shards/hellaswag/hellaswag_val.jsonl")  # where it is kept
-BATCH_TOKENS = 8192  # tokens in one forward pass
-LOGIT_ROWS = 256  # how many predictions are over the whole vocabulary at once: 50 MB in float32
+# Where the tasks are kept.
+FILE = Path("shards/hellaswag/hellaswag_val.jsonl")
+
+# Tokens in one forward pass.
+BATCH_TOKENS = 8192
+# So many predictions have logits over the whole vocabulary at once: 50 MB in float32.
+LOGIT_ROWS = 256
+
+
+# ---- Tasks ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Example:
+    """A task as text."""
+
     context: str
     endings: tuple[str, ...]
-    label: int  # the number of the right ending
-    style: str = "completion"  # a key of PUBLISHED
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """An example in tokens: the context once, and the endings that go on from it."""
-
-    context: np.ndarray
-    endings: tuple[np.ndarray, ...]
-
-    def __len__(self) -> int:
-        """Tokens that go into the model: nothing follows an ending's last one, so it is only
-        predicted.
-        """
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
-
-
-def clean(text: str) -> str:
-    """Without the marks of WikiHow's articles, in the steps of lm-evaluation-harness (0.4.13, task
-    version 1.0).
-    """
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
-
-
-def example_of(record: dict, style: str) -> Example:
-    """A task from a line's record. ValueError, KeyError, TypeError or AttributeError if it is not
-    one.
-    """
-    context, endings = record["ctx"], record["endings"]
-    if style == "harness":
-        context = clean(
-            record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize()
-        )
-        endings = [clean(ending) for ending in endings]
-    task = Example(
-        context, tuple(endings), int(record["label"]), style
-    )  # the label is "3" in some copies
-    texts = all(isinstance(text, str) for text in (task.context, *task.endings))
-    if not texts or len(task.endings) != 4 or not 0 <= task.label < 4:
-        raise ValueError("ctx must be a string, endings four strings, label 0 to 3")
-    return task
+    # The index of the right ending.
+    label: int
+    # A key of PUBLISHED.
+    style: str = "completion"
 
 
 def examples(
     path: str | Path | None = None, limit: int = 0, style: str = "completion"
 ) -> list[Example]:
-    """The tasks of a file (None: the official one), the first `limit` or all. ValueError for a line
-    that is not one.
+    """The tasks of a file (None: the official one), the first `limit` or all.
+
+    Raises ValueError for a line that is not a task, and for a file without tasks.
     """
-    path, tasks = Path(path or fetch()), []
-    lines = enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1)
-    for number, line in [(number, line) for number, line in lines if line.strip()][: limit or None]:
+    path = Path(path or fetch())
+    tasks = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if limit and len(tasks) == limit:
+            break
         try:
-            tasks.append(example_of(json.loads(line), style))
+            tasks.append(parse_example(json.loads(line), style))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}, line {number}: not a HellaSwag task ({reason})") from None
@@ -128,134 +114,242 @@ def examples(
     return tasks
 
 
-def fetch() -> Path:
-    """The official file or the hub's copy, downloaded if it is not here yet. ValueError if that
-    fails.
+def parse_example(record: dict, style: str) -> Example:
+    """The task in a line's JSON object. Raises ValueError, KeyError, TypeError or AttributeError if
+    it is not one.
     """
-    if not FILE.is_file():
-        try:
-            with urllib.request.urlopen(URL, timeout=30) as answer:
-                content = answer.read()
-            if hashlib.sha256(content).hexdigest() != SHA256:
-                raise OSError("the SHA-256 of what arrived is not that of the official file")
-        except (OSError, http.client.HTTPException) as error:
-            content = from_hub(f"HellaSwag could not be fetched from {URL} ({error})")
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(FILE, content)
+    context = record["ctx"]
+    endings = record["endings"]
+    if style == "harness":
+        sentence = record["activity_label"] + ": " + record["ctx_a"]
+        context = clean(sentence + " " + record["ctx_b"].capitalize())
+        endings = [clean(ending) for ending in endings]
+    # The label is "3" instead of 3 in some copies.
+    task = Example(context, tuple(endings), int(record["label"]), style)
+    are_texts = all(isinstance(text, str) for text in (task.context, *task.endings))
+    if not are_texts or len(task.endings) != 4 or not 0 <= task.label < 4:
+        raise ValueError("ctx must be a string, endings four strings, label 0 to 3")
+    return task
+
+
+def clean(text: str) -> str:
+    """The text without the marks of WikiHow's articles, in the steps of lm-evaluation-harness
+    (0.4.13, task version 1.0).
+    """
+    text = text.strip().replace(" [title]", ". ")
+    text = re.sub(r"\[.*?\]", "", text)
+    return text.replace("  ", " ")
+
+
+def fetch() -> Path:
+    """The official file or the hub's copy, downloaded if it is not here yet. Raises ValueError if
+    that fails.
+    """
+    if FILE.is_file():
+        return FILE
+    try:
+        with urllib.request.urlopen(URL, timeout=30) as response:
+            content = response.read()
+        if hashlib.sha256(content).hexdigest() != SHA256:
+            raise OSError("the SHA-256 of what arrived is not that of the official file")
+    except (OSError, http.client.HTTPException) as error:
+        content = fetch_from_hub(f"HellaSwag could not be fetched from {URL} ({error})")
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(FILE, content)
     return FILE
 
 
-def from_hub(problem: str) -> bytes:
-    """The tasks of the dataset HUB as JSON lines. ValueError with both problems if that fails
-    too.
+def fetch_from_hub(problem: str) -> bytes:
+    """The tasks of the dataset HUB as lines of JSON. Raises ValueError if that fails too, with the
+    `problem` of the first source in its message.
     """
     try:
         import datasets
         from huggingface_hub.hf_api import HfApi
 
-        commit = (
-            HfApi().dataset_info(HUB, revision="main").sha
-        )  # it fails at once; datasets would ask six times
+        # Without a network this fails at once; datasets would try six times.
+        commit = HfApi().dataset_info(HUB, revision="main").sha
         rows = datasets.load_dataset(HUB, split="validation", revision=commit, streaming=True)
         lines = [json.dumps(row) + "\n" for row in rows]
         if len(lines) != N_TASKS:
             raise ValueError(f"{len(lines):,} tasks instead of {N_TASKS:,}")
         return "".join(lines).encode()
-    except Exception as error:  # of the network, the hub, the dataset's card, or no such package
+    # The network, the hub or the dataset's card can be at fault, or a package is missing.
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{problem} nor from the hub's {HUB} ({reason}); copy the file to {FILE}"
         ) from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Tasks -> batches. The four endings of a task follow its context in one row and do not see each
-# other, so the context is computed once:
-#
-#     context context context | ending 0 | ending 1 ending 1 | ending 2 | ending 3
-#     0       1       2         3          3        4          3          3            positions
+# ---- Tokens --------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=100_000)  # the tasks are the same at each evaluation of a run
+@dataclass(frozen=True)
+class Rendered:
+    """A task in tokens: the context once, and the endings that continue it."""
+
+    context: np.ndarray
+    endings: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        """How many tokens the model reads. The last token of an ending is only predicted, because
+        nothing follows it.
+        """
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+# The tasks are the same at each evaluation of a run.
+@functools.lru_cache(maxsize=100_000)
 def render(example: Example, tokenizer: Tokenizer, block_size: int) -> Rendered:
-    """An example in tokens, cut to what a model with block_size positions can read.
+    """A task in tokens, cut to what a model with block_size positions can read.
 
-    The context loses its beginning, as much as the longest ending needs. An ending longer than the
-    window is judged by its beginning. In the harness style, the white space at a context's end is
+    The context loses its beginning, as much as the longest ending needs. An ending longer than
+    block_size loses its end. In the harness style, white space at the end of the context becomes
     part of each ending.
     """
-    text = example.context.rstrip() if example.style == "harness" else example.context
+    text = example.context
+    if example.style == "harness":
+        text = text.rstrip()
     between = example.context[len(text) :] + " "
     context = tokenizer.encode(text)
-    context = context if len(context) else np.array([tokenizer.end_of_text], dtype=np.uint16)
+    if len(context) == 0:
+        context = np.array([tokenizer.end_of_text], dtype=np.uint16)
     endings = tuple(tokenizer.encode(between + ending)[:block_size] for ending in example.endings)
-    room = block_size - max(len(ending) for ending in endings) + 1
-    return Rendered(context[-room:], endings)
+    max_context = block_size - max(len(ending) for ending in endings) + 1
+    return Rendered(context[-max_context:], endings)
 
 
-def batches_of(rendered: list[Rendered], batch_tokens: int) -> list[list[int]]:
-    """Numbers of the tasks that go through the model together: of like length, batch_tokens with
-    padding at most.
+def make_batches(rendered: list[Rendered], batch_tokens: int) -> list[list[int]]:
+    """Indices of the tasks that go through the model together: tasks of similar length, with at
+    most batch_tokens tokens, padding included.
     """
-    batches, longest = [], 0
-    for i in sorted(range(len(rendered)), key=lambda i: (-len(rendered[i]), i)):
-        full = batches and (len(batches[-1]) + 1) * longest > batch_tokens
-        if not batches or full or len(rendered[i]) < 0.85 * longest:
+    batches = []
+    longest = 0
+    longest_first = sorted(range(len(rendered)), key=lambda i: (-len(rendered[i]), i))
+    for i in longest_first:
+        is_full = bool(batches) and (len(batches[-1]) + 1) * longest > batch_tokens
+        if not batches or is_full or len(rendered[i]) < 0.85 * longest:
             batches.append([])
             longest = len(rendered[i])
         batches[-1].append(i)
     return batches
 
 
-def lay_out(rendered: list[Rendered]) -> tuple[np.ndarray, ...]:
-    """A batch as int64 arrays: ids, positions and parts (B, T); and for each token of an ending, in
-    order, (N) each:
+# ---- Losses --------------------------------------------------------------------------------------
+# The four endings of a task share one row behind their context, and a mask keeps them from seeing
+# each other. So the context is computed once:
+#
+#     context context context | ending 0 | ending 1 ending 1 | ending 2 | ending 3
+#     0       1       2         3          3        4          3          3            positions
+#
+# This is right for a model that knows where a token stands by its position alone, such as GPT-2.
+# A model that counts columns (a sliding window, biases by distance, a convolution over time) would
+# compute something else. can_share_rows finds that out; then each ending has a row of its own.
 
-    where in the flattened (B T) it is predicted, and the token. A part is 0, or 1 + the number of
-    the ending.
-    """
-    B, T = len(rendered), max(map(len, rendered))
+
+class SharedRows(NamedTuple):
+    """A batch of tasks, one in a row, as int64 arrays."""
+
+    # Token ids (B, T).
+    idx: np.ndarray
+    # The position that each token would have if its ending stood alone behind the context (B, T).
+    position: np.ndarray
+    # 0 in the context and the padding, 1 + the number of the ending in an ending (B, T).
+    part: np.ndarray
+    # For each token of each ending, in order (N): its index, in the flattened (B T), is that of the
+    # token that predicts it.
+    predicted_at: np.ndarray
+    # The tokens themselves (N).
+    targets: np.ndarray
+
+
+def lay_out(rendered: list[Rendered]) -> SharedRows:
+    """Put each task into a row of its own, padded at the right."""
+    B = len(rendered)
+    T = max(len(task) for task in rendered)
     idx, position, part = np.zeros((3, B, T), dtype=np.int64)
-    predicted_at, targets = [], []
+    predicted_at = []
+    targets = []
     for b, task in enumerate(rendered):
-        n = column = len(task.context)
-        idx[b, :n], position[b, :n] = task.context, np.arange(n)
+        n = len(task.context)
+        idx[b, :n] = task.context
+        position[b, :n] = np.arange(n)
+        start = n
         for number, ending in enumerate(task.endings, 1):
-            end = column + len(ending) - 1
-            idx[b, column:end], part[b, column:end] = ending[:-1], number
-            position[b, column:end] = np.arange(n, n + len(ending) - 1)
-            # The context's last token predicts the first of each ending.
-            predicted_at += [b * T + n - 1, *range(b * T + column, b * T + end)]
+            end = start + len(ending) - 1
+            idx[b, start:end] = ending[:-1]
+            position[b, start:end] = np.arange(n, n + len(ending) - 1)
+            part[b, start:end] = number
+            # The last token of the context predicts the first of each ending.
+            predicted_at.append(b * T + n - 1)
+            predicted_at += range(b * T + start, b * T + end)
             targets.append(ending)
-            column = end
-    return idx, position, part, np.array(predicted_at), np.concatenate(targets).astype(np.int64)
+            start = end
+    targets = np.concatenate(targets).astype(np.int64)
+    return SharedRows(idx, position, part, np.array(predicted_at), targets)
+
+
+def losses_in_shared_rows(
+    model: GPT, rendered: list[Rendered], machine: Runtime, dtype: torch.dtype
+) -> torch.Tensor:
+    """The loss of each token of each ending, in order: (N) float32, in nats."""
+    arrays = (torch.from_numpy(array).to(machine.device) for array in lay_out(rendered))
+    idx, position, part, predicted_at, targets = arrays
+    T = idx.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=machine.device).tril()
+    same_part = part[:, :, None] == part[:, None, :]
+    of_context = part[:, None, :] == 0
+    mask = causal & (same_part | of_context)  # (B, T, T)
+    losses = []
+    with machine.autocast(dtype):
+        hidden = model.hidden(idx, position, mask[:, None])  # (B, T, C)
+        hidden = hidden.flatten(0, 1)[predicted_at]  # (N, C)
+        for chunk, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
+            logits = model.logits(chunk).float()
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+    return torch.cat(losses)
+
+
+def losses_in_separate_rows(
+    model: GPT, rendered: list[Rendered], machine: Runtime, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same, by the definition: four rows for each task, which are plain text to the model."""
+    losses = []
+    for task in rendered:
+        rows = []
+        for ending in task.endings:
+            row = np.concatenate([task.context, ending[:-1]]).astype(np.int64)
+            rows.append(torch.from_numpy(row))
+        # Padding at the right is in no token's past.
+        idx = pad_sequence(rows, batch_first=True).to(machine.device)
+        with machine.autocast(dtype):
+            logits = model(idx)  # (4, T, V)
+        first = len(task.context) - 1
+        for row_logits, ending in zip(logits, task.endings):
+            target = torch.from_numpy(ending.astype(np.int64)).to(machine.device)
+            ending_logits = row_logits[first : first + len(ending)].float()
+            losses.append(F.cross_entropy(ending_logits, target, reduction="none"))
+    return torch.cat(losses)
 
 
 @torch.no_grad()
-def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.ndarray:
-    """The summed loss, in nats, of each ending of each task: (B, 4). ValueError if they are not
-    numbers.
+def ending_losses(
+    model: GPT,
+    rendered: list[Rendered],
+    machine: Runtime,
+    dtype: torch.dtype = torch.float32,
+    share_rows: bool = True,
+) -> np.ndarray:
+    """The summed loss, in nats, of each ending of each task: (B, 4) float64.
+
+    Matrix products are in dtype. Raises ValueError if a sum is not a finite number.
     """
-    arrays = (torch.from_numpy(array).to(machine.device) for array in lay_out(rendered))
-    idx, position, part, predicted_at, targets = arrays
-    before = torch.ones(idx.size(1), idx.size(1), dtype=torch.bool, device=machine.device).tril()
-    same = part[:, :, None] == part[:, None, :]
-    mask = before & (
-        same | (part[:, None, :] == 0)
-    )  # (B, T, T): what came before in its own part, or in the context
-    with machine.autocast():
-        hidden = model.hidden(idx, position, mask[:, None]).flatten(0, 1)[predicted_at]  # (N, C)
-        losses = [
-            F.cross_entropy(model.logits(some).float(), target, reduction="none")
-            for some, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
-        ]
-    of_endings = (
-        torch.cat(losses)
-        .cpu()
-        .double()
-        .split([len(ending) for task in rendered for ending in task.endings])
-    )
-    sums = torch.stack([of_one.sum() for of_one in of_endings]).view(len(rendered), -1).numpy()
+    compute_losses = losses_in_shared_rows if share_rows else losses_in_separate_rows
+    losses = compute_losses(model, rendered, machine, dtype).cpu().double()
+    lengths = [len(ending) for task in rendered for ending in task.endings]
+    sums = torch.stack([ending.sum() for ending in losses.split(lengths)])
+    sums = sums.view(len(rendered), -1).numpy()
     if not np.isfinite(sums).all():
         raise ValueError(
             "the model's losses are not numbers: it is damaged, or its training diverged"
@@ -263,132 +357,227 @@ def ending_losses(model: GPT, rendered: list[Rendered], machine: Runtime) -> np.
     return sums
 
 
+@torch.no_grad()
+def can_share_rows(
+    model: GPT, tokenizer: Tokenizer, machine: Runtime, tasks: list[Example]
+) -> bool:
+    """Whether the endings of a task can share a row with this model; the same on all ranks.
+
+    Numbers decide: one task is computed both ways, and the losses of its tokens are compared. It is
+    the task with the longest row, where columns and positions differ most: a sliding window changes
+    nothing in a short one. Where the answer is no, the main rank prints a note, once in a process.
+    """
+    rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
+    longest = [max(rendered, key=len)]
+    was_training = model.training
+    model.eval()
+    # With a GPU's TF32, the two ways would be rounded differently.
+    matmul_precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        expected = losses_in_separate_rows(model, longest, machine, torch.float32)
+        losses = try_shared_rows(model, longest, machine)
+        one_token = torch.zeros(1, 1, dtype=torch.int64, device=machine.device)
+        dtype = model(one_token).dtype
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
+        model.train(was_training)
+
+    # The root mean square of the differences, as a fraction of that of the losses. Rounding leaves
+    # 1e-7 to 3e-6 in float32, and 3e-4 to 8e-3 with weights packed in bf16 (inference.pack).
+    # Attention with a bias by column is off by 1e-3 to 6e-2, so it is safer to decide before
+    # weights are packed.
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    differ = False
+    # Losses that are not numbers are an error of the score, not of the rows.
+    if expected.isfinite().all():
+        differ = losses is None or not rms(losses - expected) <= tolerance * rms(expected)
+    differ = machine.max(int(differ)) > 0
+    if differ and machine.is_main:
+        note_separate_rows()
+    return not differ
+
+
+def try_shared_rows(model: GPT, rendered: list[Rendered], machine: Runtime) -> torch.Tensor | None:
+    """losses_in_shared_rows in float32; None if the model fails, because it takes no positions and
+    no mask, or no row longer than block_size.
+    """
+    try:
+        return losses_in_shared_rows(model, rendered, machine, torch.float32)
+    except Exception:
+        return None
+
+
+def rms(values: torch.Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+# A run asks before each of its scores; the note is printed the first time.
+@functools.cache
+def note_separate_rows() -> None:
+    from tqdm import tqdm
+
+    note = (
+        "NOTE: HellaSwag: this model computes something else where the endings of a task share a "
+        "row. Each ending gets a row of its own; that is right, and slower."
+    )
+    # Above a progress bar, if there is one.
+    tqdm.write(note, file=sys.stderr)
+
+
+# ---- The score -----------------------------------------------------------------------------------
+
+
 def evaluate(
-    model: GPT, tokenizer, machine: Runtime, tasks: list[Example], show_progress=False
+    model: GPT,
+    tokenizer: Tokenizer,
+    machine: Runtime,
+    tasks: list[Example],
+    dtype: torch.dtype = torch.float32,
+    share_rows: bool | None = None,
+    show_progress: bool = False,
 ) -> dict:
     """{"style", "n", "acc", "acc_norm", ...} over the tasks. Each rank scores a share of them; all
     get the result.
 
-    Nothing is drawn from a random generator, and the model is left as it was.
+    dtype is the precision of matrix products, share_rows the answer of can_share_rows, which is
+    asked if it is None. Nothing is drawn from a random generator, and the model is left as it was.
     """
     from tqdm import tqdm
 
+    if share_rows is None:
+        share_rows = can_share_rows(model, tokenizer, machine, tasks)
     rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
-    batches = batches_of(rendered, BATCH_TOKENS)[machine.rank :: machine.world_size]
-    style = tasks[0].style
-    measured = (
-        tasks if style == "harness" else rendered
-    )  # an ending's length is in characters or in tokens
-    right = torch.zeros(2)  # tasks that the lowest sum and the lowest mean get right
+    batches = make_batches(rendered, BATCH_TOKENS)[machine.rank :: machine.world_size]
+    # None: on a terminal only.
+    bar_off = None if show_progress else True
     was_training = model.training
     model.eval()
-    for batch in tqdm(
-        batches, unit="batch", disable=None if show_progress else True, dynamic_ncols=True
-    ):
-        sums = ending_losses(model, [rendered[i] for i in batch], machine)  # (B, 4)
-        lengths = np.array([[len(ending) for ending in measured[i].endings] for i in batch])
+    # How many tasks are right by the lowest sum, and by the lowest mean.
+    right = torch.zeros(2)
+    for batch in tqdm(batches, unit="batch", disable=bar_off, dynamic_ncols=True):
+        sums = ending_losses(model, [rendered[i] for i in batch], machine, dtype, share_rows)
+        lengths = np.array([ending_lengths(tasks[i], rendered[i]) for i in batch])  # (B, 4)
         labels = np.array([tasks[i].label for i in batch])
-        with np.errstate(
-            divide="ignore"
-        ):  # an ending of marks only has no characters: its mean is infinite
-            chosen = np.stack(
-                [sums.argmin(axis=1), (sums / lengths).argmin(axis=1)]
-            )  # (2, B); of equals, the first
-        right += torch.from_numpy((chosen == labels).sum(axis=1))
+        # An ending that is empty after cleaning has length 0: its mean is infinite.
+        with np.errstate(divide="ignore"):
+            means = sums / lengths
+        # Of equal endings, the first is chosen.
+        right[0] += int((sums.argmin(axis=1) == labels).sum())
+        right[1] += int((means.argmin(axis=1) == labels).sum())
     model.train(was_training)
     n = len(tasks)
-    acc, acc_norm = (count / n for count in machine.sum(right.to(machine.device)).tolist())
-    stderr, stderr_norm = (math.sqrt(p * (1 - p) / n) for p in (acc, acc_norm))
-    result = {"style": style, "n": n, "acc": acc, "acc_norm": acc_norm}
-    return result | {"acc_stderr": stderr, "acc_norm_stderr": stderr_norm}
+    n_right, n_right_norm = machine.sum(right.to(machine.device)).tolist()
+    acc = n_right / n
+    acc_norm = n_right_norm / n
+    return {
+        "style": tasks[0].style,
+        "n": n,
+        "acc": acc,
+        "acc_norm": acc_norm,
+        "acc_stderr": math.sqrt(acc * (1 - acc) / n),
+        "acc_norm_stderr": math.sqrt(acc_norm * (1 - acc_norm) / n),
+    }
+
+
+def ending_lengths(task: Example, rendered: Rendered) -> list[int]:
+    """What acc_norm divides the loss of each ending by: its number of characters in the harness
+    style, of tokens in the completion style.
+    """
+    if task.style == "harness":
+        return [len(text) for text in task.endings]
+    return [len(tokens) for tokens in rendered.endings]
+
+
+def score_lines(result: dict, published: tuple[float, float] | None) -> str:
+    """The result of `evaluate`, with its "seconds", in lines for a person."""
+    unit = "character" if result["style"] == "harness" else "token"
+    meanings = {"acc": "lowest sum", "acc_norm": f"lowest mean a {unit}"}
+    lines = [f"HellaSwag, {result['style']} style, {result['n']:,} tasks:"]
+    for i, (name, meaning) in enumerate(meanings.items()):
+        line = f"  {name:9}{result[name]:.4f} +- {result[name + '_stderr']:.4f}  ({meaning})"
+        if published:
+            line += f"   published: {published[i]:.4f}"
+        lines.append(line)
+    lines.append(f"  {result['n'] / result['seconds']:.1f} tasks/s")
+    return "\n".join(lines)
+
+
+# ---- The command ---------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("hellaswag.py", description="Score a GPT-2 on HellaSwag.")
-    add = parser.add_argument
-    add(
-        "--model",
-        default="gpt2",
-        help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: %(default)s)",
-    )
-    add(
-        "--data",
-        metavar="FILE",
-        help="tasks, one JSON object a line (none: the official ones, fetched once)",
-    )
-    add(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="only the first N tasks; 0 is all (default: %(default)s)",
-    )
+
+    def add(name: str, text: str, **options) -> None:
+        parser.add_argument(name, help=text, **options)
+
+    model = "gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: %(default)s)"
+    data = "tasks, one JSON object a line (none: the official ones, fetched once)"
+    limit = "only the first N tasks; 0 is all (default: %(default)s)"
+    dtypes = ["auto", *runtime.DTYPES]
+    add("--model", model, default="gpt2")
+    add("--data", data, metavar="FILE")
+    add("--limit", limit, type=int, default=0, metavar="N")
     add(
         "--style",
+        "how it is scored (default: %(default)s)",
         default="completion",
         choices=[*PUBLISHED],
-        help="how it is scored (default: %(default)s)",
     )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", *runtime.DTYPES],
-        help="of matrix products (default: %(default)s)",
-    )
-    add("--json", action="store_true", help="print one JSON object instead of sentences")
+    add("--device", "auto, cpu, cuda, cuda:1 or mps (default: %(default)s)", default="auto")
+    add("--dtype", "of matrix products (default: %(default)s)", default="auto", choices=dtypes)
+    add("--json", "print one JSON object instead of sentences", action="store_true")
     arguments = parser.parse_args(argv)
     if arguments.limit < 0:
         parser.error("--limit must be at least 0")
     return arguments
 
 
-def in_words(result: dict, published: tuple[float, float] | None) -> str:
-    lines = [f"HellaSwag, {result['style']} style, {result['n']:,} tasks:"]
-    mean = "lowest mean a " + ("character" if result["style"] == "harness" else "token")
-    for i, (name, what) in enumerate([("acc", "lowest sum"), ("acc_norm", mean)]):
-        beside = f"   published: {published[i]:.4f}" if published else ""
-        lines.append(
-            f"  {name:9}{result[name]:.4f} +- {result[name + '_stderr']:.4f}  ({what}){beside}"
-        )
-    return "\n".join([*lines, f"  {result['n'] / result['seconds']:.1f} tasks/s"])
-
-
 @command("hellaswag.py")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     machine = runtime.start(arguments.device)
-    tasks = machine.broadcast(
-        machine.is_main and examples(arguments.data, arguments.limit, arguments.style)
-    )
-    source = resolve(arguments.model)
-    folder = locate(source)
-    model = GPT.from_pretrained(folder)
-    tokenizer = tokenizer_of_model(folder, model.config.vocab_size)
-    n_parameters = model.num_params()
-    model, machine, note = prepare_for_inference(model, machine, arguments.dtype, rows=1024)
+    tasks = []
     if machine.is_main:
-        print(
-            f"model: {source}, {n_parameters:,} parameters\n{machine.note}\n{note}", file=sys.stderr
-        )
-    start = time.perf_counter()
+        tasks = examples(arguments.data, arguments.limit, arguments.style)
+    tasks = machine.broadcast(tasks)
+    model, tokenizer, source = open_model(arguments.model)
+    n_parameters = model.num_params()
     try:
-        result = evaluate(model, tokenizer, machine, tasks, show_progress=machine.is_main)
+        model.to(machine.device)
+        # Before the weights are packed, because it compares in float32.
+        share_rows = can_share_rows(model, tokenizer, machine, tasks)
+        prepared = prepare_for_inference(model, machine, arguments.dtype, rows=1024)
+        if machine.is_main:
+            print(f"model: {source}, {n_parameters:,} parameters", file=sys.stderr)
+            print(f"{machine.note}\n{prepared.note}", file=sys.stderr)
+        start = time.perf_counter()
+        result = evaluate(
+            prepared.model,
+            tokenizer,
+            machine,
+            tasks,
+            dtype=prepared.dtype,
+            share_rows=share_rows,
+            show_progress=machine.is_main,
+        )
     except torch.OutOfMemoryError:
         raise ValueError(
             "out of GPU memory; stop what else uses the GPU, or use --device=cpu"
         ) from None
-    result = {"model": str(source)} | result | {"seconds": time.perf_counter() - start}
-    if machine.is_main:
-        published = (
-            None
-            if arguments.data or arguments.limit
-            else PUBLISHED[arguments.style].get(arguments.model)
-        )
-        print(json.dumps(result) if arguments.json else in_words(result, published))
+    seconds = time.perf_counter() - start
+    result = {"model": str(source), **result, "seconds": seconds}
+    if machine.is_main and arguments.json:
+        print(json.dumps(result))
+    elif machine.is_main:
+        published = None
+        if not arguments.data and not arguments.limit:
+            published = PUBLISHED[arguments.style].get(arguments.model)
+        print(score_lines(result, published))
     machine.close()
     if machine.world_size > 1:
-        # Past Python's end, in one run of ten a process aborts in a destructor of C++ (torch 2.13
+        # At Python's end, in one run of ten a process aborts in a destructor of C++ (torch 2.13
         # with gloo, see LOG), and torchrun would report a failure of work that is done.
         sys.stdout.flush()
         os._exit(0)

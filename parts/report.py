@@ -31,16 +31,20 @@ def write_markdown(folder: Path) -> Path:
     return path
 
 
-def make_card(folder: Path, step: int) -> str:
+def make_card(folder: Path, step: int, departure: str = "") -> str:
     """The README.md of a run's checkpoint of this step: the header that the hub reads, and below it
     the report up to this step.
+
+    departure: how the model differs from a GPT-2, in words; then only this project opens it.
     """
     from huggingface_hub import ModelCardData
 
     records = read_metrics(folder / "metrics.jsonl")
     records = [record for record in records if updates_done(record) <= step]
     run = select(records, "run")[-1]
-    header = dict(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
+    header: dict = dict(pipeline_tag="text-generation")
+    if not departure:
+        header.update(library_name="transformers", tags=["gpt2"])
     dataset = run["data"]["source"].get("dataset")
     if dataset:
         header["datasets"] = [dataset]
@@ -50,6 +54,8 @@ def make_card(folder: Path, step: int) -> str:
     prompt = run["settings"]["sample_prompt"]
     code = f'transformers.pipeline("text-generation", model=".")({prompt!r})'
     usage = f"\nIn Python, in this folder:\n\n{VERBATIM}{code}"
+    if departure:
+        usage = f"\nThis is not a GPT-2: {departure}. Its model.py is in this folder."
     body = format_run(folder.resolve().name, records, step, below_table=usage)
     return f"---\n{ModelCardData(**header).to_yaml()}\n---\n\n{body}"
 

@@ -28,7 +28,7 @@ from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer, get_tokenizer
 
 ROOT = Path(__file__).parent.parent
-CPU = Runtime(torch.device("cpu"), torch.float32)
+CPU = Runtime(torch.device("cpu"))
 
 TASKS = [
     Example(
@@ -92,7 +92,7 @@ def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens, mon
     model, tokens = toy(tokenizer).eval(), get_tokenizer(tokenizer)
     rendered = [hellaswag.render(task, tokens, model.config.block_size) for task in TASKS]
     expected = np.array([plain_losses(model, task, tokens) for task in TASKS])
-    for batch in hellaswag.batches_of(rendered, batch_tokens):
+    for batch in hellaswag.make_batches(rendered, batch_tokens):
         sums = hellaswag.ending_losses(model, [rendered[i] for i in batch], CPU)
         np.testing.assert_allclose(sums, expected[batch], rtol=1e-5, atol=1e-4)
     labels = np.array([task.label for task in TASKS])
@@ -121,7 +121,7 @@ def test_losses_and_predictions_equal_the_plain_way(tokenizer, batch_tokens, mon
 def test_batches_take_each_task_once_and_keep_the_budget(sizes, draw):
     rendered = [Rendered(np.zeros(n), tuple(np.zeros(k) for k in ends)) for n, ends in sizes]
     budget = draw.draw(st.integers(1, 400))
-    batches = hellaswag.batches_of(rendered, budget)
+    batches = hellaswag.make_batches(rendered, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(len(rendered[i]) for i in batch) <= budget
@@ -131,7 +131,7 @@ def test_bf16_and_both_attentions_agree():
     model = toy("gpt2").eval()
     rendered = [hellaswag.render(task, get_tokenizer("gpt2"), 128) for task in TASKS]
     exact = hellaswag.ending_losses(model, rendered, CPU)
-    rounded = hellaswag.ending_losses(model, rendered, Runtime(torch.device("cpu"), torch.bfloat16))
+    rounded = hellaswag.ending_losses(model, rendered, CPU, torch.bfloat16)
     np.testing.assert_allclose(rounded, exact, rtol=0.03)
     assert not np.array_equal(rounded, exact)
     for block in model.transformer.h:
