@@ -140,7 +140,7 @@ def test_links_lead_somewhere(document):
 # ---- Commands ------------------------------------------------------------------------------------
 
 # What a line of a shell block may begin with, beside python and torchrun.
-OTHER_PROGRAMS = set("git cd make source curl bash sbatch export ruff mypy hf vllm lm_eval".split())
+OTHER_PROGRAMS = set("git cd source curl export pip ruff mypy hf vllm lm_eval".split())
 FOREIGN_SCRIPTS = {"llama.cpp/convert_hf_to_gguf.py"}
 COMMAND = re.compile(r"\$ |(?:python3?|torchrun|make|bash|sbatch) ")
 OURS = re.compile(r"(?<![\w./-])(?:config|docs|results|tests)/[\w./-]*\.\w+")
@@ -244,7 +244,7 @@ def complaint(command: list[str]) -> str:
     if program == "bash" and arguments[0] != "-c":
         return "" if (ROOT / arguments[0]).is_file() else f"{arguments[0]}: no such script"
     if program not in ("python", "python3"):
-        return "" if program in OTHER_PROGRAMS or "/pip" in command[0] else f"{program}: unknown"
+        return "" if program in OTHER_PROGRAMS else f"{program}: unknown"
     script, *arguments = arguments
     if script in ("-c", "-m") or script in FOREIGN_SCRIPTS:
         return ""
