@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import hellaswag
 import train
 from hellaswag import Example, Rendered
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig
 from parts.files import sha256
+from parts.inference import pack
 from parts.metrics import PUBLISHED
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer, get_tokenizer
@@ -137,6 +138,92 @@ def test_bf16_and_both_attentions_agree():
     for block in model.transformer.h:
         block.attn.flash = False
     np.testing.assert_allclose(hellaswag.ending_losses(model, rendered, CPU), exact, rtol=1e-5)
+
+
+# ---- Models that are not GPT-2 -------------------------------------------------------------------
+
+
+class ChangedAttention(CausalSelfAttention):
+    """Attention that tells tokens apart by their columns."""
+
+    def forward(self, x, layout):
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        column = torch.arange(T)
+        distance = column[:, None] - column
+        mask = distance >= 0 if layout.mask is None else layout.mask
+        bias = self.bias(distance).masked_fill(~mask, float("-inf"))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(B, 1, T, T))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Alibi(ChangedAttention):
+    def bias(self, distance: torch.Tensor) -> torch.Tensor:
+        return -0.1 * distance.abs()
+
+
+class Window(ChangedAttention):
+    """A row of 64 tokens is as without a window; a row of four endings may be longer."""
+
+    def bias(self, distance: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(distance.shape).masked_fill(distance >= 64, float("-inf"))
+
+
+class WithoutPositions(GPT):
+    def hidden(self, idx):
+        return super().hidden(idx)
+
+
+def toy_with(change: type) -> GPT:
+    model = toy("bytes").eval()
+    if issubclass(change, GPT):
+        model.__class__ = change
+        return model
+    for block in model.transformer.h:
+        weights = block.attn.state_dict()
+        block.attn = change(model.config, block.attn.layer)
+        block.attn.load_state_dict(weights)
+    return model
+
+
+@pytest.mark.parametrize("change", [Alibi, Window, WithoutPositions])
+def test_a_model_that_counts_columns_is_scored_in_separate_rows(change, capsys):
+    """Its score is that of one ending at a time, and the note is printed once."""
+    model, tokens = toy_with(change), get_tokenizer("bytes")
+    hellaswag.note_separate_rows.cache_clear()
+    results = [hellaswag.evaluate(model, tokens, CPU, TASKS) for _ in range(2)]
+    assert capsys.readouterr().err.count("Each ending gets a row of its own") == 1
+    expected = np.array([plain_losses(model, task, tokens) for task in TASKS])
+    rendered = [hellaswag.render(task, tokens, model.config.block_size) for task in TASKS]
+    sums = hellaswag.ending_losses(model, rendered, CPU, share_rows=False)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-4)
+    labels = np.array([task.label for task in TASKS])
+    lengths = np.array([[len(ending) for ending in task.endings] for task in rendered])
+    for result in results:
+        assert result["acc"] == np.mean(expected.argmin(1) == labels)
+        assert result["acc_norm"] == np.mean((expected / lengths).argmin(1) == labels)
+    # Shared rows would have been wrong, by more than the comparison tolerates.
+    if change is not WithoutPositions:
+        shared = hellaswag.ending_losses(model, rendered, CPU)
+        assert np.abs(shared / expected - 1).max() > 0.01
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_a_gpt2_is_scored_in_shared_rows(tokenizer, capsys):
+    """Also with weights in bf16, and in a run, where the model has float32 weights and dropout."""
+    tokens = get_tokenizer(tokenizer)
+    model = toy(tokenizer)
+    for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        dropout.p = 0.2
+    hellaswag.note_separate_rows.cache_clear()
+    assert hellaswag.can_share_rows(model, tokens, CPU, TASKS) and model.training
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = pack(toy(tokenizer), dtype)
+        expected = hellaswag.evaluate(packed, tokens, CPU, TASKS, share_rows=True)
+        assert hellaswag.can_share_rows(packed, tokens, CPU, TASKS)
+        assert hellaswag.evaluate(packed, tokens, CPU, TASKS) == expected
+    assert capsys.readouterr().err == ""
 
 
 # ---- The harness style ---------------------------------------------------------------------------
@@ -416,10 +503,8 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hellaswag, "fetch", lambda: path)
     hellaswag.main(arguments)
     out = capsys.readouterr().out
-    assert (
-        f"acc_norm {result['acc_norm']:.4f} +- {result['acc_norm_stderr']:.4f}  (lowest mean a token)"
-        in out
-    )
+    score = f"{result['acc_norm']:.4f} +- {result['acc_norm_stderr']:.4f}"
+    assert f"acc_norm {score}  (lowest mean a token)" in out
     assert (
         "HellaSwag, completion style, 36 tasks" in out
         and "published: 0.2955" in out
