@@ -202,6 +202,7 @@ def block_passes(candidates: list[Arithmetic], model: GPT, T: int) -> dict:
     """
     small = type(model)(replace(model.config, n_layer=1, vocab_size=64, recompute=False))
     small.train()
+    T = min(T, model.config.block_size)
     n_tokens = max(128, int(2.5e9 / (72 * model.config.n_embd**2)))
     idx = torch.randint(64, (max(1, n_tokens // T), min(T, n_tokens)))
 

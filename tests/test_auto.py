@@ -8,7 +8,14 @@ from conftest import make_toy, metrics
 
 import train
 from parts import auto, runtime
-from parts.auto import batch_size, compilation, fastest, precisions, prepare_for_inference
+from parts.auto import (
+    Arithmetic,
+    batch_size,
+    compilation,
+    fastest,
+    precisions,
+    prepare_for_inference,
+)
 from parts.runtime import Runtime
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -31,7 +38,9 @@ def race_is_won_by(monkeypatch):
 
     def rig(winner: str) -> None:
         monkeypatch.setattr(
-            auto, "race", lambda runs, **_: {name: 1.0 if name == winner else 2.0 for name in runs}
+            auto,
+            "race",
+            lambda runs, **_: {one: 1.0 if str(one) == winner else 2.0 for one in runs},
         )
 
     return rig
@@ -84,17 +93,15 @@ def test_a_run_computes_as_the_race_says_and_its_resume_as_it_began(
 
 
 def test_the_race_leaves_no_gradients_and_a_short_run_has_none(config, monkeypatch):
-    model, machine, free = (
-        make_toy(),
-        Runtime(CPU, torch.float32),
-        config(dtype="auto", flash="auto"),
-    )
-    choice, why = auto.choose(free, model, machine, before={})
-    assert choice == dict(dtype="fp32", flash=True, threads=None, compile=False)
+    model = make_toy()
+    machine = Runtime(CPU)
+    free = config(dtype="auto", flash="auto")
+    chosen, why = auto.choose_arithmetic(free, model, machine, saved={})
+    assert chosen == Arithmetic("fp32", flash=True, threads=None, compile=False)
     assert why == "arithmetic: fp32, fused attention\ncompile: off (as set)"
     monkeypatch.setattr(auto, "RACE_PAYS", -1)
-    choice, why = auto.choose(free, model, machine, before={})
-    assert choice["dtype"] in ("fp32", "bf16") and "ms a block" in why
+    chosen, why = auto.choose_arithmetic(free, model, machine, saved={})
+    assert chosen.dtype in ("fp32", "bf16") and "ms a block" in why
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -117,15 +124,11 @@ def test_inference_has_a_race_of_its_own(monkeypatch, race_is_won_by, winner):
     """A model of some size takes what wins for so many rows; a toy needs no race."""
     race_is_won_by(winner)
     monkeypatch.setattr(auto, "precisions", lambda *_: ["fp32", "bf16"])
-    machine = Runtime(CPU, torch.float32)
-    model, ready, why = prepare_for_inference(make_toy(), machine, "auto", rows=10_000)
-    assert (
-        ready.dtype == model.lm_head.weight.dtype == runtime.DTYPES[winner] and "ms a block" in why
-    )
-    assert (
-        prepare_for_inference(make_toy(), machine, "auto", rows=1)[2]
-        == "dtype: fp32 (a small model: one thread)"
-    )
+    prepared = prepare_for_inference(make_toy(), Runtime(CPU), "auto", rows=10_000)
+    assert prepared.dtype == prepared.model.lm_head.weight.dtype == runtime.DTYPES[winner]
+    assert "ms a block" in prepared.note
+    toy = prepare_for_inference(make_toy(), Runtime(CPU), "auto", rows=1)
+    assert toy.note == "dtype: fp32 (a small model: one thread)"
 
 
 def test_compiling_must_pay(monkeypatch):
@@ -157,11 +160,11 @@ def test_the_recipe_runs_on_any_number_of_gpus(world_size, expected):
     recipe = train.TrainConfig()
     sequences = train.sequences_per_process(recipe, world_size)
     size = batch_size(
-        recipe.batch_size, sequences, None, 1024, Runtime(CPU, torch.float32, 0, world_size)
+        recipe.batch_size, sequences, None, 1024, Runtime(CPU, 0, world_size), torch.float32
     )
     assert size == expected and sequences % size == 0
     assert (
-        batch_size("auto", sequences, None, 1024, Runtime(CPU, torch.float32, 0, world_size)) == 8
+        batch_size("auto", sequences, None, 1024, Runtime(CPU, 0, world_size), torch.float32) == 8
     )
 
 
@@ -171,17 +174,17 @@ def test_batch_size_auto_is_the_largest_that_fits_on_every_rank(monkeypatch):
     """
     room = dict(here=5, there=2)
 
-    def try_step(model, size, T, machine, moments):
+    def try_step(model, size, T, machine, dtype, extra_copies):
         if size > room["here"]:
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(auto, "try_step", try_step)
     machine = SimpleNamespace(device=CUDA, max=lambda failed: failed)
-    assert batch_size("auto", 12, make_toy(), 32, machine) == 4
-    assert batch_size(5, 12, make_toy(), 32, machine) == 4  # without trying
+    assert batch_size("auto", 12, make_toy(), 32, machine, torch.float32) == 4
+    assert batch_size(5, 12, make_toy(), 32, machine, torch.float32) == 4  # without trying
     tried = iter([12, 6, 4, 3, 2])
     machine.max = lambda failed: max(failed, next(tried) > room["there"])
-    assert batch_size("auto", 12, make_toy(), 32, machine) == 2
+    assert batch_size("auto", 12, make_toy(), 32, machine, torch.float32) == 2
     room["here"], machine.max = 0, lambda failed: failed
     with pytest.raises(torch.OutOfMemoryError):
-        batch_size("auto", 12, make_toy(), 32, machine)
+        batch_size("auto", 12, make_toy(), 32, machine, torch.float32)

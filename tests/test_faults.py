@@ -256,13 +256,13 @@ def test_all_is_synced_and_the_folder_after_its_name(config, monkeypatch):
     synced, fsync = [], checkpoint.fsync
     monkeypatch.setattr(checkpoint, "fsync", lambda path: synced.append(path.name) or fsync(path))
     train.train(config(checkpoint_every=12))
-    assert set(checkpoint.FILES) <= set(synced) and synced[-2:] == [".step_0000012.tmp", "run"]
+    assert set(checkpoint.FIRST_FILES) <= set(synced) and synced[-2:] == [".step_0000012.tmp", "run"]
 
 
 @pytest.mark.parametrize(("error", "waits"), [(KeyboardInterrupt, False), (ValueError, True)])
 def test_only_ctrl_c_twice_does_not_wait_for_a_checkpoint(tmp_path, error, waits):
     written, go_on = [], threading.Event()
-    with pytest.raises(error), checkpoint.Saver(tmp_path, 2, print) as saver:
+    with pytest.raises(error), checkpoint.Saver(tmp_path, 2, "", print) as saver:
         saver.writing = saver.thread.submit(lambda: go_on.wait(0.3) or written.append(1))
         raise error
     assert bool(written) == waits

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from model import GPT, SIZES, GPTConfig
 from parts import loss as head
 from parts.loss import HeadLoss
+from parts.optimizer import make_groups
 from parts.pretrained import is_conv1d
 
 DEVICES = [
@@ -141,7 +142,7 @@ def test_flops_per_token_is_what_torch_counts():
 
 
 def test_every_parameter_is_in_one_group_and_has_a_gradient(toy):
-    groups = toy.param_groups(weight_decay=0.1)
+    groups = make_groups(toy, "adamw", lr=1e-3, weight_decay=0.1)
     listed = [parameter for group in groups for parameter in group["params"]]
     assert sorted(map(id, listed)) == sorted(map(id, toy.parameters()))
     assert all(p.dim() >= 2 for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0.1

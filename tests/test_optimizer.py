@@ -38,7 +38,7 @@ def test_a_matrix_is_updated_as_torch_does():
     """torch.optim.Muon computes in bfloat16, so equality is to its rounding."""
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(64, 256)) for _ in range(2))
-    group = dict(params=[ours], rule="muon", weight_decay=0.1, lr=1e-2)
+    group = dict(params=[ours], splits=[(64,)], rule="muon", weight_decay=0.1, lr=1e-2)
     rest = dict(params=[torch.nn.Parameter(torch.ones(2))], rule="adamw")
     muon = Muon([group, rest], 0.95, torch.bfloat16)
     reference = torch.optim.Muon(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig
-from parts import inference
+from parts import inference, pretrained
 from parts.auto import prepare_for_inference
 from parts.pretrained import checkpoints, resolve
 from parts.runtime import Runtime
@@ -310,7 +310,8 @@ def llmc(model: GPT, path, version: int, header=None, rows=384) -> None:
     """Save as llm.c does: 256 int32, then the parameters, each kind of all layers together, without
     names.
     """
-    shape, state = model.config, model.weights()
+    shape = model.config
+    state = pretrained.copy_state(model, departure="").weights
     numbers = dict(
         enumerate(
             [20240326, version, shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head]
