@@ -84,20 +84,14 @@ EDITS["nanoGPT, bf16"]["train.py"]["nullcontext() if device_type == 'cpu' else "
 
 MARK = "# timed\n"
 
-OUR_MODEL = """
-import os
-import hellaswag
+GENERATE = {
+    "ours": f"""
 from model import GPT, GPTConfig
 from parts import inference, runtime
 from parts.auto import prepare_for_inference
-from parts.tokenizer import get_tokenizer
 
-machine = runtime.start("cpu")
-prepared = prepare_for_inference(GPT(GPTConfig()).eval(), machine, "auto", rows={rows})
-"""
-
-GENERATE = {
-    "ours": f"""{OUR_MODEL.format(rows=1)}
+model = GPT(GPTConfig()).eval()
+prepared = prepare_for_inference(model, runtime.start("cpu"), "auto", rows=1)
 # timed
 inference.generate(prepared.model, [list(range(16))], {NEW}, temperature=0)
 """,
@@ -125,10 +119,24 @@ model.generate(
 }
 
 SCORE = {
-    "ours": f"""{OUR_MODEL.format(rows=1024)}
+    "ours": f"""
+import os
+import hellaswag
+from model import GPT, GPTConfig
+from parts import runtime
+from parts.auto import prepare_for_inference
+from parts.tokenizer import get_tokenizer
+
+machine = runtime.start("cpu")
+tokenizer = get_tokenizer("gpt2")
 tasks = hellaswag.examples(os.environ["TASKS"], {TASKS})
+model = GPT(GPTConfig()).eval()
+share_rows = hellaswag.can_share_rows(model, tokenizer, machine, tasks)
+prepared = prepare_for_inference(model, machine, "auto", rows=1024)
 # timed
-hellaswag.evaluate(prepared.model, get_tokenizer("gpt2"), machine, tasks, dtype=prepared.dtype)
+hellaswag.evaluate(
+    prepared.model, tokenizer, machine, tasks, dtype=prepared.dtype, share_rows=share_rows
+)
 """,
     "build-nanogpt": f"""
 import json, os
