@@ -60,8 +60,9 @@ class KVCache:
             self.layers[layer] = (self.allocate(k), self.allocate(v))
         keys, values = self.layers[layer]
         if self.column is not None:
-            keys[:, :, self.column] = k
-            values[:, :, self.column] = v
+            # Indexing by a tensor converts no dtypes.
+            keys[:, :, self.column] = k.to(keys.dtype)
+            values[:, :, self.column] = v.to(values.dtype)
             return keys, values
         end = self.length + k.size(2)
         keys[:, :, self.length : end] = k
@@ -295,9 +296,9 @@ METHODS: WeakKeyDictionary = WeakKeyDictionary()
 TOLERANCE = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.1}
 
 # The text that is compared has as many tokens as the blocks multiply with so many multiply-adds:
-# for 124M parameters 12 tokens on a CPU, and the whole context on a GPU.
-CHECK_WORK = {"cpu": 1e9, "mps": 1e10, "cuda": 1e11}
-FEWEST_CHECK_TOKENS = 12
+# for 124M parameters 8 tokens on a CPU, and the whole context on a GPU.
+CHECK_WORK = {"cpu": 7e8, "mps": 1e10, "cuda": 1e11}
+FEWEST_CHECK_TOKENS = 8
 MOST_CHECK_TOKENS = 1024
 
 
@@ -310,7 +311,7 @@ def choose_method(model: GPT, pads: bool, graph: bool) -> Method:
     The model is compared at its first text, and again when its weights have changed, because a new
     layer often starts as the identity. A line on stderr says once what it cannot use.
     """
-    if model.config.block_size < FEWEST_CHECK_TOKENS // 3:
+    if model.config.block_size < 4:
         return PLAIN  # nothing to gain, and too little to compare
     wanted = Method(cache=True, pads=pads, graph=graph)
     methods = METHODS.setdefault(model, {})

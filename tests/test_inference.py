@@ -4,6 +4,8 @@ transformers.
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from conftest import ids, make_toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,10 +18,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model import GPT, GPTConfig
+from model import GPT, Block, CausalSelfAttention, GPTConfig
 from parts.inference import (
+    PLAIN,
     KVCache,
+    Method,
     TokenGraph,
+    choose_method,
     forward_cached,
     generate,
     pack,
@@ -30,7 +35,8 @@ from parts.inference import (
     stream,
 )
 
-GPU = f"cuda:{max(torch.cuda.device_count(), 1) - 1}"  # the last one, where the current one is the first
+# The last one: the current one is the first.
+GPU = f"cuda:{max(torch.cuda.device_count(), 1) - 1}"
 DEVICES = [
     "cpu",
     pytest.param(
@@ -267,3 +273,201 @@ def test_no_id_of_the_padding_is_ever_sampled():
         assert (
             max(max(row) for row in generate(model, [[1], [2]], 200, temperature=temperature)) < 257
         )
+
+
+# ---- Another model.py ----------------------------------------------------------------------------
+
+
+class TokenShift(Block):
+    """Each token also gets a share of the one before it, which no cache keeps."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.share = nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x, layout):
+        return super().forward(x + self.share * F.pad(x, (0, 0, 1, -1)), layout)
+
+
+class BiasedAttention(CausalSelfAttention):
+    """Attention with a bias on its scores, by the indices of queries and keys in their tensors."""
+
+    def bias(self, query, key):
+        """(T, 1) and (keys) int64 -> a number to add to each score, -inf for what is hidden."""
+        raise NotImplementedError
+
+    def forward(self, x, layout):
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, 2)
+        )
+        if layout.cache is not None:
+            k, v = layout.cache.update(self.layer, k, v)
+            q = q.to(k.dtype)
+        query, key = torch.arange(T)[:, None], torch.arange(k.size(2))
+        allowed = layout.mask
+        if allowed is None:
+            allowed = key <= query + k.size(2) - T
+        scores = torch.where(allowed, self.bias(query, key), float("-inf"))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=scores.to(q.dtype))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class KeyBias(BiasedAttention):
+    """ALiBi by the key's index: softmax does not see a constant, so this is right with a cache."""
+
+    def bias(self, query, key):
+        return 0.3 * key
+
+
+class DistanceBias(BiasedAttention):
+    def bias(self, query, key):
+        return -0.3 * (query - key).abs()
+
+
+class Window(BiasedAttention):
+    """The last four keys only; behind a cache, a single token is taken for the first."""
+
+    def bias(self, query, key):
+        return torch.where(query - key < 4, 0.0, float("-inf"))
+
+
+class Bare(GPT):
+    """It reads whole texts only."""
+
+    def hidden(self, idx):
+        return super().hidden(idx)
+
+
+class NoMaskForOne(CausalSelfAttention):
+    """A single token sees all keys, which is wrong where some columns of the cache are empty."""
+
+    def forward(self, x, layout):
+        if x.size(1) == 1:
+            layout = layout._replace(mask=None)
+        return super().forward(x, layout)
+
+
+def make_changed(monkeypatch, change: type) -> GPT:
+    """A toy in whose model.py this class is the network, the block or the attention."""
+    [name] = {"GPT", "Block", "CausalSelfAttention"} & {base.__name__ for base in change.__mro__}
+    monkeypatch.setattr(f"model.{name}", change)
+    toy = make_toy()
+    if name == "GPT":
+        toy.__class__ = change
+    return toy
+
+
+CACHED = Method(cache=True, pads=False, graph=False)
+CACHED_TOGETHER = Method(cache=True, pads=True, graph=False)
+REREAD_TOGETHER = Method(cache=False, pads=True, graph=False)
+
+# A change -> the methods for one prompt and for prompts of several lengths.
+CHANGES = {
+    KeyBias: (CACHED, CACHED_TOGETHER),
+    TokenShift: (PLAIN, PLAIN),
+    DistanceBias: (PLAIN, REREAD_TOGETHER),
+    Window: (PLAIN, REREAD_TOGETHER),
+    Bare: (PLAIN, PLAIN),
+    NoMaskForOne: (CACHED, REREAD_TOGETHER),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_samples_what_it_computes(change, monkeypatch, capsys):
+    """With one prompt, with several lengths, and past the window; a line says what is slower."""
+    model = make_changed(monkeypatch, change)
+    prompts = [ids(n, seed=n).tolist() for n in (3, 7, 5)]
+    expected = [generate_plainly(model, prompt, 25, seed) for seed, prompt in enumerate(prompts)]
+    assert generate(model, prompts[:1], 25) == expected[:1]
+    assert generate(model, prompts, 25) == expected
+    methods = choose_method(model, False, False), choose_method(model, True, False)
+    assert methods == CHANGES[change]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == sum(not method.cache for method in methods)
+    reason = "raises TypeError (" if change is Bare else "gives other logits"
+    for line in lines:
+        assert line.startswith(f"this model.py {reason}") and " with the KV cache" in line
+    assert generate(model, prompts, 2) and not capsys.readouterr().err  # it is said once
+
+
+def test_a_change_that_training_brings_is_seen(monkeypatch, capsys):
+    """A layer that starts as the identity passes the first comparison, and the next one not."""
+    model = make_changed(monkeypatch, TokenShift)
+    shares = [block.share for block in model.transformer.h]
+    for share in shares:
+        share.data.zero_()
+    assert choose_method(model, False, False) == CACHED
+    optimizer = torch.optim.AdamW(shares, lr=0.5)
+    model.train()(ids(2, 16), ids(2, 16, seed=1)).backward()
+    optimizer.step()
+    text = generate(model, [[1, 2]], 25, seeds=[7])
+    assert text == [generate_plainly(model.eval(), [1, 2], 25, 7)]
+    assert choose_method(model, False, False) == PLAIN
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_graph_that_reads_empty_columns_is_refused(monkeypatch, capsys):
+    model = make_changed(monkeypatch, NoMaskForOne)
+    assert choose_method(model, False, graph=True) == CACHED
+    line = "this model.py gives other logits in a CUDA graph: sampling without it, slower\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_unchanged_model_takes_the_fastest_method(pads, graph, dtype, packed, capsys):
+    """Whatever its precision. The comparison draws nothing from torch's generator."""
+    model = make_toy(n_layer=6)
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32 and not packed)
+    if packed:
+        pack(model, dtype)
+    state = torch.get_rng_state()
+    with autocast:
+        assert choose_method(model, pads, graph) == Method(cache=True, pads=pads, graph=graph)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not capsys.readouterr().err
+
+
+def test_a_token_computes_one_token(toy, monkeypatch):
+    """Behind the comparison: a prompt, and then a column for each new token."""
+    generate(toy, [[1, 2, 3]], 1)
+    shapes = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(
+        GPT,
+        "hidden",
+        lambda self, idx, **rest: shapes.append(idx.shape) or hidden(self, idx, **rest),
+    )
+    generate(toy, [[1, 2, 3]] * 2, 4)
+    assert shapes == [(2, 3), (2, 1), (2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
+def test_a_context_too_short_to_compare(block_size):
+    model = make_toy(block_size=block_size)
+    assert generate(model, [[1], [2] * block_size], 9) == [
+        generate_plainly(model, [1], 9, 0),
+        generate_plainly(model, [2] * block_size, 9, 1),
+    ]
+
+
+def test_damaged_weights_are_said_to_be_damaged(toy, capsys):
+    toy.transformer.ln_f.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="logits are NaN"):
+        generate(toy, [[1, 2]], 3)
+    assert not capsys.readouterr().err
+
+
+def test_a_cache_of_unlike_layers():
+    """Of three layers one keeps nothing, and the others have other heads, also for their values."""
+    cache = KVCache(capacity=5, dtype=torch.float64)
+    k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 1, 4, 6)
+    for layer, (keys, values) in {0: (k, v), 2: (v, k)}.items():
+        cache.update(layer, keys[:, :, :3], values[:, :, :3])
+    cache.length = 3
+    for layer, (keys, values) in {0: (k, v), 2: (v, k)}.items():
+        got = cache.update(layer, keys[:, :, 3:], values[:, :, 3:])
+        assert torch.equal(got[0], keys.double()) and torch.equal(got[1], values.double())
