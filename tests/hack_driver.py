@@ -1,6 +1,6 @@
 """What tests/test_hacks.py runs inside a copy of the project with a changed model.py or train.py.
 
-    python hack_driver.py SHARDS TASKS
+    python tests/hack_driver.py SHARDS TASKS
 
 With AdamW and with Muon: trains, kills a run and resumes it, evaluates, scores HellaSwag and
 samples. It prints a JSON object of what came out, and stops at the first thing that is wrong.
