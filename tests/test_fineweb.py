@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -16,15 +17,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import fineweb
+from parts import data
+from parts.tokenizer import get_tokenizer
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import clean_environment
-
-import fineweb
-from parts import data
-from parts.tokenizer import get_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATASET = "some/texts"
@@ -32,17 +33,17 @@ SECOND = "sample/tiny/001_00000.parquet"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub and datasets ask for: a dataset's commit, its tree, its files.
+    """A hub with one dataset, as huggingface_hub and datasets see it: its commit, tree, and files.
 
-    files: name -> content. trouble: name -> what to do wrong at each of the next requests. delay:
-    seconds a chunk.
+    files: name -> content. trouble: name -> what goes wrong at each of the next requests: a code of
+    HTTP, "corrupt" or "drop". delay: seconds between chunks. requests: what was asked for.
     """
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
-        self.asked.append(f"{self.command} {path}")
+        self.requests.append(f"{self.command} {path}")
         api, _, rest = path.partition(f"/api/datasets/{DATASET}/")
         name = path.partition(f"/resolve/{COMMIT}/")[2]
         if not api and rest in ("revision/main", f"revision/{COMMIT}"):
@@ -51,28 +52,29 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(200, json.dumps(self.tree(rest.partition(COMMIT)[2].strip("/"))).encode())
         elif name in self.files:
             self.answer_file(name, self.files[name])
+        elif "/resolve/" in path:
+            self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
         else:
-            self.answer(
-                404,
-                headers={
-                    "X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"
-                },
-            )
+            self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
 
     do_HEAD = do_GET
 
     def tree(self, folder: str) -> list[dict]:
-        folder_entry, entries = {"type": "directory", "oid": "1" * 40, "size": 0}, {}
+        """The entries of a folder and of all folders below it."""
+        entries = {}
         for name, content in self.files.items():
             if name.startswith(folder):
+                for parent in map(str, Path(name).parents):
+                    entries[parent] = {
+                        "type": "directory",
+                        "path": parent,
+                        "oid": "1" * 40,
+                        "size": 0,
+                    }
                 lfs = {
                     "oid": hashlib.sha256(content).hexdigest(),
                     "size": len(content),
                     "pointerSize": 130,
-                }
-                entries |= {
-                    str(parent): folder_entry | {"path": str(parent)}
-                    for parent in Path(name).parents
                 }
                 entries[name] = {
                     "type": "file",
@@ -83,77 +85,84 @@ class Hub(BaseHTTPRequestHandler):
                 }
         return list(entries.values())
 
-    def answer_file(self, name: str, content: bytes):
+    def answer_file(self, name: str, content: bytes) -> None:
         trouble = self.trouble.get(name, [])
-        wrong = trouble.pop(0) if trouble and self.command == "GET" else ""
+        wrong = ""
+        if trouble and self.command == "GET":
+            wrong = trouble.pop(0)
+        if isinstance(wrong, int):
+            self.answer(wrong)
+            return
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        first = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
-        headers |= (
-            {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}
-        )
         if wrong == "corrupt":
             content = content[:-1] + bytes([content[-1] ^ 1])
-        if isinstance(wrong, int):
-            return self.answer(wrong)
-        self.answer(206 if first else 200, content[first:], headers, drop=wrong == "drop")
+        code = 200
+        first = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
+        if first > 0:
+            code = 206
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        self.answer(code, content[first:], headers, drop=wrong == "drop")
 
-    def answer(self, code: int, content=b"", headers=None, drop=False):
+    def answer(self, code: int, content: bytes = b"", headers=None, drop: bool = False) -> None:
         self.send_response(code)
-        for name, value in ((headers or {}) | {"Content-Length": str(len(content))}).items():
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
-        sent = 0 if self.command == "HEAD" else len(content) // 2 if drop else len(content)
-        for start in range(0, sent, 20_000):
-            self.wfile.write(content[start : min(sent, start + 20_000)])
+        n_bytes = len(content)
+        if self.command == "HEAD":
+            n_bytes = 0
+        elif drop:
+            n_bytes //= 2
+            self.close_connection = True
+        for start in range(0, n_bytes, 20_000):
+            self.wfile.write(content[start : min(n_bytes, start + 20_000)])
             time.sleep(self.delay)
-        self.close_connection |= drop
 
 
-def documents(seed: int, n: int) -> list[str]:
+def draw_documents(seed: int, n: int) -> list[str]:
     """Texts as they come: short and long, an empty one, one long word, one that names the
     end-of-text token.
     """
     rng = random.Random(seed)
-    words = (
-        "the quick brown naïve fox ☃ don't 1234 jumps\n\nover <|endoftext|> 漢字 lazy\tdogs".split(
-            " "
-        )
-    )
-    texts = [" ".join(rng.choices(words, k=rng.randrange(1, 400))) for _ in range(n)]
+    words = "the quick brown naïve fox ☃ don't 1234 jumps\n\nover <|endoftext|> 漢字 lazy\tdogs"
+    texts = [" ".join(rng.choices(words.split(" "), k=rng.randrange(1, 400))) for _ in range(n)]
     texts[1:4] = ["", "x" * 3000, "one <|endoftext|> two"]
     return texts
 
 
-def parquet(texts) -> bytes:
+def write_parquet(texts) -> bytes:
+    table = pa.table({"id": list(range(len(texts))), "text": texts})
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.table({"id": list(range(len(texts))), "text": texts}), sink, row_group_size=40
-    )
+    pq.write_table(table, sink, row_group_size=40)
     return sink.getvalue().to_pybytes()
 
 
-def jsonl(texts) -> bytes:
-    return "".join(
-        json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)
-    ).encode()
+def write_jsonl(texts) -> bytes:
+    lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
+    return "".join(lines).encode()
 
 
-def csv_with_semicolons(texts) -> bytes:
+def write_csv_with_semicolons(texts) -> bytes:
     file = io.StringIO(newline="")
     csv.writer(file, delimiter=";").writerows([("id", "text"), *enumerate(texts)])
     return file.getvalue().encode()
 
 
-def zstd_in_two_frames(texts) -> bytes:
+def write_zstd_in_two_frames(texts) -> bytes:
     """As parallel programs write it: a reader that stops after the first frame loses most of it."""
-    lines = jsonl(texts)
-    return b"".join(
-        pa.compress(part, "zstd", asbytes=True) for part in (lines[:5000], lines[5000:])
-    )
+    lines = write_jsonl(texts)
+    first = pa.compress(lines[:5000], "zstd", asbytes=True)
+    second = pa.compress(lines[5000:], "zstd", asbytes=True)
+    return first + second
 
 
-FORMATS = {"parquet": parquet, "csv": csv_with_semicolons, "jsonl.zst": zstd_in_two_frames}
-TEXTS = [documents(seed, 100) for seed in range(3)]
+FORMATS = {
+    "parquet": write_parquet,
+    "csv": write_csv_with_semicolons,
+    "jsonl.zst": write_zstd_in_two_frames,
+}
+TEXTS = [draw_documents(seed, 100) for seed in range(3)]
 SUBSETS = {"tiny": "sample/tiny/*", "other": "sample/other/*"}
 CARD = "---\nconfigs:\n" + "".join(
     f"- config_name: {name}\n  sep: ;\n  data_files:\n  - split: train\n    path: {path}\n"
@@ -161,20 +170,20 @@ CARD = "---\nconfigs:\n" + "".join(
 )
 
 
-def tiny(format: str) -> dict[str, bytes]:
-    """The three files of the subset `tiny`."""
-    return {
-        f"sample/tiny/{i:03d}_00000.{format}": FORMATS[format](texts)
-        for i, texts in enumerate(TEXTS)
-    }
+def make_tiny(format: str) -> dict[str, bytes]:
+    """The three files of the subset `tiny`: name -> content."""
+    files = {}
+    for i, texts in enumerate(TEXTS):
+        files[f"sample/tiny/{i:03d}_00000.{format}"] = FORMATS[format](texts)
+    return files
 
 
 @pytest.fixture
 def hub():
     """A hub with one dataset; its subset `tiny` has three files."""
-    files = tiny("parquet") | {"README.md": f"{CARD}---\n".encode()}
-    files["sample/other/000.parquet"] = parquet(["of another subset"] * 9)
-    settings = dict(files=files, trouble={}, delay=0.0, asked=[], log_message=lambda *_: None)
+    files = make_tiny("parquet") | {"README.md": f"{CARD}---\n".encode()}
+    files["sample/other/000.parquet"] = write_parquet(["of another subset"] * 9)
+    settings = dict(files=files, trouble={}, delay=0.0, requests=[], log_message=lambda *_: None)
     handler = type("ThisHub", (Hub,), settings)
     handler.serving = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.serving.handle_error = lambda *_: None  # a killed client hangs up
@@ -185,69 +194,82 @@ def hub():
 
 
 def start(hub, out: Path, *options: str, name="tiny", before="") -> subprocess.Popen:
-    """fineweb.py in a process of its own, with small shards. It waits for no download to be tried
-    again.
+    """Start fineweb.py in a process of its own, with small shards.
+
+    It does not wait before it repeats a download. `before` is Python code to run first.
     """
-    script = f"import sys, fineweb\nfrom parts import data, sharding\nfineweb.WAIT = 0\n{before}\nfineweb.main(sys.argv[1:])"
-    plain = [] if "--pretokenized" in options else ["--name", name, "--shard_tokens", "9000"]
-    command = [
-        "-c",
-        script,
-        "--dataset",
-        DATASET,
-        "--out",
-        str(out),
-        "--workers",
-        "1",
-        *plain,
-        *options,
-    ]
-    off = dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_UPDATE_DOWNLOAD_COUNTS="0")
-    endpoint = f"http://127.0.0.1:{hub.serving.server_address[1]}"
-    environment = clean_environment(HF_ENDPOINT=endpoint, HF_HOME=str(out.parent / "home"), **off)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *command], env=environment, **pipes)
+    script = f"""
+import sys, fineweb
+from parts import data, sharding
+fineweb.WAIT = 0
+{before}
+fineweb.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", script, "--dataset", DATASET, "--out", str(out)]
+    command += ["--workers", "1"]
+    if "--pretokenized" not in options:
+        command += ["--name", name, "--shard_tokens", "9000"]
+    environment = clean_environment(
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.serving.server_address[1]}",
+        HF_HOME=str(out.parent / "home"),
+        HF_HUB_DISABLE_XET="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_UPDATE_DOWNLOAD_COUNTS="0",
+    )
+    return subprocess.Popen(
+        [*command, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def fetch(hub, out: Path, *options: str, code=0, **more) -> str:
-    """It must end with this exit code; return what it prints."""
+    """Run fineweb.py, which must end with this exit code; return what it prints."""
     process = start(hub, out, *options, **more)
     printed = "".join(process.communicate(timeout=120))
-    assert process.returncode == code and "Traceback" not in printed, printed
+    assert process.returncode == code, printed
+    assert "Traceback" not in printed, printed
     return printed
 
 
 def fails(hub, out: Path, *options: str, **more) -> str:
-    """It must end with exit code 2 and one line of its own; return the line."""
+    """Run fineweb.py, which must end with exit code 2 and one line of its own; return the line."""
     printed = fetch(hub, out, *options, code=2, **more).splitlines()
-    (line,) = (line for line in printed if line.startswith("fineweb.py: "))
+    [line] = [line for line in printed if line.startswith("fineweb.py: ")]
     return line
 
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, np.ndarray]:
     """The shards of TEXTS, made by a plain loop: names and tokens."""
-    encode, shards = get_tokenizer("gpt2").encoding.encode_ordinary, {}
+    encode = get_tokenizer("gpt2").encoding.encode_ordinary
+    shards = {}
     for i, texts in enumerate(TEXTS):
-        stream = np.array(
-            [token for text in texts if text for token in (50256, *encode(text))], dtype=np.uint16
-        )
-        for n in range(-(-len(stream) // 9000)):
-            # The very first is for validation; in the other files, shards count from 1.
-            name = f"out_train_{i:03d}{n + (i > 0):03d}.bin" if i or n else "out_val_000000.bin"
-            shards[name] = stream[n * 9000 :][:9000]
+        tokens = []
+        for text in texts:
+            if text:
+                tokens += [50256, *encode(text)]
+        for n, start in enumerate(range(0, len(tokens), 9000)):
+            if i == n == 0:  # the very first shard is for validation
+                name = "out_val_000000.bin"
+            elif i == 0:
+                name = f"out_train_000{n:03d}.bin"
+            else:  # in the other files, shards count from 1
+                name = f"out_train_{i:03d}{n + 1:03d}.bin"
+            shards[name] = np.array(tokens[start : start + 9000], dtype=np.uint16)
     return shards
 
 
 def assert_made(out: Path, reference: dict[str, np.ndarray]) -> None:
     """The folder is complete, and its shards and number of documents are the reference's."""
     meta = data.read_meta(out)
-    assert meta["complete"] and meta["documents"] == sum(
-        np.count_nonzero(t == 50256) for t in reference.values()
-    )
-    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == sorted(
-        [*reference, "meta.json"]
-    )
+    assert meta["complete"]
+    n_documents = sum(np.count_nonzero(tokens == 50256) for tokens in reference.values())
+    assert meta["documents"] == n_documents
+    names = {path.name for path in out.iterdir()}
+    assert names - {".lock"} == {*reference, "meta.json"}
     for name, tokens in reference.items():
         assert np.array_equal(data.open_shard(out / name).tokens, tokens), name
 
@@ -260,13 +282,14 @@ def test_shards_equal_those_of_a_plain_loop(hub, tmp_path, reference):
     out = tmp_path / "out"
     hub.trouble = {SECOND: ["drop", 429], "sample/tiny/002_00000.parquet": ["corrupt"]}
     fetch(hub, out)
-    assert not any(hub.trouble.values())  # all of it happened
+    assert not any(hub.trouble.values())  # all of the trouble happened
     assert_made(out, reference)
     source = data.read_meta(out)["source"]
     assert source["commit"] == COMMIT and len(source["files"]) == 3
     assert not list((tmp_path / "home").rglob("*.parquet"))  # the use of disk is bounded
-    hub.asked.clear()
-    assert "already made" in fetch(hub, out) and not hub.asked
+    hub.requests.clear()
+    assert "already made" in fetch(hub, out)
+    assert not hub.requests
 
 
 # Two parts that tokenise until both are ready, and then count the files at the same time.
@@ -288,44 +311,57 @@ def test_parts_make_the_same_bytes(hub, tmp_path, reference):
     assert "part 1 of 3 is done; 1 of 3 files are there" in fetch(hub, out, "--part", "1/3")
     with pytest.raises(ValueError, match="still being written"):
         data.open_shards(out, "train")
-    both = [
-        start(hub, out, "--part", part, "--workers", "2", before=TOGETHER)
-        for part in ("2/3", "3/3")
-    ]
-    said = ["".join(process.communicate(timeout=120)) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert (
-        sum("another part has finished the folder" in text for text in said) == 1
-    )  # one of them, not both
+    options = ["--workers", "2", "--part"]
+    second = start(hub, out, *options, "2/3", before=TOGETHER)
+    third = start(hub, out, *options, "3/3", before=TOGETHER)
+    printed = ["".join(process.communicate(timeout=120)) for process in (second, third)]
+    assert second.returncode == third.returncode == 0, printed
+    # One of them has finished the folder, not both.
+    assert sum("another part has finished the folder" in text for text in printed) == 1
     assert_made(out, reference)
 
 
+def was_downloaded(hub, part_of_name: str) -> bool:
+    return any("resolve" in request and part_of_name in request for request in hub.requests)
+
+
 def test_max_tokens_is_the_beginning(hub, tmp_path, reference):
-    out, across, few = (tmp_path / name for name in ("out", "across", "few"))
+    out = tmp_path / "out"
     fetch(hub, out, "--max_tokens", "20000")
-    sizes = {"out_val_000000.bin": 9000, "out_train_000001.bin": 9000, "out_train_000002.bin": 2000}
-    assert_made(out, {name: reference[name][:size] for name, size in sizes.items()})
-    assert not any("001_00000" in request for request in hub.asked if "resolve" in request)
-    in_first = sum(len(tokens) for name, tokens in reference.items() if "_000" in name)
-    fetch(hub, across, "--max_tokens", str(in_first + 5))
+    expected = {
+        "out_val_000000.bin": reference["out_val_000000.bin"],
+        "out_train_000001.bin": reference["out_train_000001.bin"],
+        "out_train_000002.bin": reference["out_train_000002.bin"][:2000],
+    }
+    assert_made(out, expected)
+    assert not was_downloaded(hub, "001_00000")
+
+    # Five tokens of the second file.
+    across = tmp_path / "across"
+    in_first_file = sum(len(tokens) for name, tokens in reference.items() if "_000" in name)
+    fetch(hub, across, "--max_tokens", str(in_first_file + 5))
     last = data.open_shard(across / "across_train_001001.bin").tokens
     assert np.array_equal(last, reference["out_train_001001.bin"][:5])
-    fetch(hub, few, "--max_tokens", "50")  # fewer than a shard: a tenth for validation
+
+    # Fewer than a shard has: a tenth is for validation.
+    few = tmp_path / "few"
+    fetch(hub, few, "--max_tokens", "50")
     assert data.read_meta(few)["tokens"] == {"train": 45, "val": 5}
 
 
 def test_kept_downloads_are_used_again_and_checked(hub, tmp_path, reference):
-    fetch(hub, tmp_path / "out", "--keep_downloads")
-    damaged, _, _ = kept = list((tmp_path / "home").rglob("*.parquet"))
-    (tmp_path / "out").rename(tmp_path / "before")
-    damaged.resolve().write_bytes(b"junk")
-    hub.asked.clear()
-    fetch(hub, tmp_path / "out", "--keep_downloads")
-    assert_made(tmp_path / "out", reference)
-    files = {
-        request for request in hub.asked if request.startswith("GET") and ".parquet" in request
-    }
-    assert len(files) == 1 and all(path.exists() for path in kept)  # only the damaged one
+    out = tmp_path / "out"
+    fetch(hub, out, "--keep_downloads")
+    kept = list((tmp_path / "home").rglob("*.parquet"))
+    assert len(kept) == 3
+    out.rename(tmp_path / "first")
+    kept[0].resolve().write_bytes(b"junk")
+    hub.requests.clear()
+    fetch(hub, out, "--keep_downloads")
+    assert_made(out, reference)
+    # Only the damaged file was downloaded again.
+    assert len({request for request in hub.requests if re.match("GET .*parquet", request)}) == 1
+    assert all(path.exists() for path in kept)
 
 
 # ---- What goes wrong -----------------------------------------------------------------------------
@@ -342,34 +378,46 @@ def test_kept_downloads_are_used_again_and_checked(hub, tmp_path, reference):
 )
 def test_killed_and_run_again_ends_with_the_same_bytes(hub, tmp_path, reference, format, kills):
     """Law 8 of CONTRIBUTING.md: killed with -9 during the download and between shards, the same
-    command then runs to its end.
+    command ends with the same bytes.
     """
-    out, rng = tmp_path / "[1]" / "out", random.Random(0)  # a name with the marks of a pattern
+    rng = random.Random(0)
+    out = tmp_path / "[1]" / "out"  # the name has the marks of a pattern
     out.parent.mkdir()
-    hub.delay, hub.files = 0.02, tiny(format) | {"README.md": hub.files["README.md"]}
-    slow = "import time\nsharding.PIECE_BYTES, plain = 2000, sharding.tokenise\n"
-    slow += "sharding.tokenise = lambda *a, **k: (time.sleep(0.02), plain(*a, **k))[1]"
-    made = set()
+    hub.delay = 0.02
+    hub.files = make_tiny(format) | {"README.md": hub.files["README.md"]}
+    small_pieces = "sharding.PIECE_BYTES = 2000"
+    slow = f"""
+import time
+{small_pieces}
+tokenise = sharding.tokenise
+def tokenise_slowly(*arguments, **keywords):
+    time.sleep(0.02)
+    return tokenise(*arguments, **keywords)
+sharding.tokenise = tokenise_slowly
+"""
+
+    def download_has_begun() -> bool:
+        return any("GET" in request and "_00000." in request for request in hub.requests)
+
+    names: set[str] = set()
     for attempt in range(kills):
         with start(hub, out, before=slow) as process:
-            while (
-                process.poll() is None
-            ):  # until a download has begun, or one or two shards are new
-                begun = attempt == 0 and any(
-                    "GET" in request and "_00000." in request for request in hub.asked
-                )
-                if begun or len(list(out.glob("*.bin"))) > len(made) + attempt % 2:
+            # Kill it after a download has begun, or one or two shards are new.
+            while process.poll() is None:
+                if attempt == 0 and download_has_begun():
+                    break
+                if len(list(out.glob("*.bin"))) > len(names) + attempt % 2:
                     break
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.05))
             process.kill()
-        now = {path.name for path in out.glob("*.bin")}
-        assert now >= made and all(
-            np.array_equal(data.open_shard(out / name).tokens, reference[name]) for name in now
-        )
-        made = now
-    assert made
-    fetch(hub, out, before="sharding.PIECE_BYTES = 2000")
+        names_now = {path.name for path in out.glob("*.bin")}
+        assert names_now >= names
+        names = names_now
+        for name in names:
+            assert np.array_equal(data.open_shard(out / name).tokens, reference[name])
+    assert names
+    fetch(hub, out, before=small_pieces)
     assert_made(out, reference)
 
 
@@ -382,33 +430,30 @@ def test_a_download_that_fails_again_is_one_line_and_nothing_is_lost(
     out = tmp_path / "out"
     hub.trouble = {SECOND: [wrong] * 99}
     line = fails(hub, out)
-    assert SECOND in line and message in line
-    made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.bin")}
-    assert len(made) == sum(
-        "_000" in name for name in reference
-    )  # the first file's, and nothing of the second's
+    assert SECOND in line
+    assert message in line
+    # All shards of the first file are there, and none of the second's.
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.bin")}
+    assert times.keys() == {name for name in reference if "_000" in name}
+
     hub.trouble = {}
-    hub.asked.clear()
+    hub.requests.clear()
     fetch(hub, out)
     assert_made(out, reference)
-    assert all(
-        (out / name).stat().st_mtime_ns == time for name, time in made.items()
-    )  # not made twice, nor listed:
-    assert not any("000_00000" in request or "/api/" in request for request in hub.asked)
+    # The first file was not tokenised again, or downloaded; nor was the dataset listed.
+    for name, time_ in times.items():
+        assert (out / name).stat().st_mtime_ns == time_
+    assert not was_downloaded(hub, "000_00000")
+    assert not any("/api/" in request for request in hub.requests)
 
 
 def test_no_network_is_one_line(hub, tmp_path):
-    assert (
-        "offline"
-        in fails(
-            hub, tmp_path / "out", before="import os; os.environ['HF_HUB_OFFLINE'] = '1'"
-        ).lower()
-    )
+    offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'"
+    assert "offline" in fails(hub, tmp_path / "out", before=offline).lower()
     hub.serving.shutdown()
     hub.serving.server_close()
-    assert "fineweb.py: some/texts: " in fails(
-        hub, tmp_path / "out", before="import time; time.sleep = lambda s: None"
-    )
+    do_not_wait = "import time; time.sleep = lambda seconds: None"
+    assert "fineweb.py: some/texts: " in fails(hub, tmp_path / "out", before=do_not_wait)
 
 
 def test_mistakes_in_the_command_are_one_line(hub, tmp_path):
@@ -425,114 +470,122 @@ def test_mistakes_in_a_dataset_are_one_line(hub, tmp_path):
     """Each in a home of its own, as all have the same commit, and the clients keep what they
     got.
     """
-    tables, card = tiny("csv"), hub.files["README.md"]
-    cut = {name: content[:-100] for name, content in tiny("jsonl.zst").items()}
-    cases = {
-        "column": (
-            tables,
-            "no text in the column 'body' among id, text; choose with --text_column",
-        ),
-        "damaged": (cut, "sample/tiny/000_00000.jsonl.zst: Compressed file ended before"),
-        "script": ({"texts.py": b"raise SystemExit(3)"}, "Dataset scripts are no longer supported"),
-        "card": (
-            tables | {"README.md": b"---\nconfigs: [{\n---\n"},
-            "some/texts: while parsing a flow",
-        ),
-        "split": (
-            tables | {"README.md": card.replace(b"train", b"test")},
-            "'tiny' has no split named train, only test",
-        ),
-    }
-    for name, (files, message) in cases.items():
+    card = hub.files["README.md"]
+
+    def fails_with(name: str, files: dict[str, bytes], *options: str) -> str:
         hub.files = {"README.md": card} | files
         (tmp_path / name).mkdir()
-        column = ["--text_column", "body"] if name == "column" else []
-        assert message in fails(hub, tmp_path / name / "out", *column)
+        return fails(hub, tmp_path / name / "out", *options)
+
+    tables = make_tiny("csv")
+    line = fails_with("column", tables, "--text_column", "body")
+    assert "no text in the column 'body' among id, text; choose with --text_column" in line
+    cut = {name: content[:-100] for name, content in make_tiny("jsonl.zst").items()}
+    line = fails_with("damaged", cut)
+    assert "sample/tiny/000_00000.jsonl.zst: Compressed file ended before" in line
+    line = fails_with("script", {"texts.py": b"raise SystemExit(3)"})
+    assert "Dataset scripts are no longer supported" in line
+    line = fails_with("card", tables | {"README.md": b"---\nconfigs: [{\n---\n"})
+    assert "some/texts: while parsing a flow" in line
+    line = fails_with("split", tables | {"README.md": card.replace(b"train", b"test")})
+    assert "'tiny' has no split named train, only test" in line
 
 
-def test_options(capsys):
-    """Impossible ones are one line; and where shards go."""
-    cases = {
-        "--part 3/2": "--part=3/2: must be like 1/4",
-        "--part 1/2 --max_tokens 900_000_000": "excludes --part",
-        "--max_tokens 1": "--max_tokens=1: must be at least 2",
-        "--workers 0": "--workers=0: must be at least 1",
-        "--pretokenized --name x": "no meaning with --pretokenized",
-    }
-    for options, message in cases.items():
-        with pytest.raises(SystemExit, match="2"):
-            fineweb.main(options.split())
-        assert message in capsys.readouterr().err
-    cases = {
-        "": "edu_10B",
-        "--name CC-MAIN-2024-10": "edu_CC_MAIN_2024_10",
-        "--pretokenized": "edu_10B",
-    }
-    cases["--dataset HuggingFaceFW/fineweb --name sample-10BT"] = "10B"
-    for options, out in cases.items():
-        assert fineweb.parse_arguments(options.split()).out == f"shards/fineweb_{out}"
-    assert (
-        fineweb.parse_arguments(["--pretokenized", "--dataset", "a/b-gpt2"]).out == "shards/b_gpt2"
-    )
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--part 3/2", "--part=3/2: must be like 1/4"),
+        ("--part 1/2 --max_tokens 900_000_000", "excludes --part"),
+        ("--max_tokens 1", "--max_tokens=1: must be at least 2"),
+        ("--workers 0", "--workers=0: must be at least 1"),
+        ("--pretokenized --name x", "no meaning with --pretokenized"),
+    ],
+)
+def test_impossible_options_are_one_line(capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        fineweb.main(options.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, out",
+    [
+        ("", "shards/fineweb_edu_10B"),
+        ("--name CC-MAIN-2024-10", "shards/fineweb_edu_CC_MAIN_2024_10"),
+        ("--pretokenized", "shards/fineweb_edu_10B"),
+        ("--dataset HuggingFaceFW/fineweb --name sample-10BT", "shards/fineweb_10B"),
+        ("--pretokenized --dataset a/b-gpt2", "shards/b_gpt2"),
+    ],
+)
+def test_where_shards_go(options, out):
+    assert fineweb.parse_arguments(options.split()).out == out
 
 
 # ---- Ready-made shards ---------------------------------------------------------------------------
 
 
-def ready_made(tokens: np.ndarray) -> bytes:
-    return struct.pack("<3i1012x", 20240520, 1, len(tokens)) + tokens.astype("<u2").tobytes()
+def write_published_shard(tokens: np.ndarray) -> bytes:
+    header = struct.pack("<3i1012x", 20240520, 1, len(tokens))
+    return header + tokens.astype("<u2").tobytes()
 
 
 @pytest.fixture
-def ready(hub):
-    """Five published shards of 1000 tokens, ten documents each."""
-    shards = {f"edu_{'train' if n else 'val'}_{n:06d}.bin": np.arange(1000) + n for n in range(5)}
-    for tokens in shards.values():
-        tokens[::100] = 50256
-    hub.files = {name: ready_made(tokens) for name, tokens in shards.items()} | {"README.md": b""}
+def published(hub) -> dict[str, np.ndarray]:
+    """Five published shards of 1000 tokens, ten documents each: name -> tokens."""
+    shards = {}
+    hub.files = {"README.md": b""}
+    for n in range(5):
+        name = f"edu_train_{n:06d}.bin" if n else "edu_val_000000.bin"
+        shards[name] = np.arange(1000) + n
+        shards[name][::100] = 50256
+        hub.files[name] = write_published_shard(shards[name])
     return shards
 
 
-def test_ready_made_shards(hub, ready, tmp_path):
+def test_ready_made_shards(hub, published, tmp_path):
     out = tmp_path / "out"
     hub.trouble = {"edu_train_000001.bin": ["drop"], "edu_train_000002.bin": [404, 404]}
     assert "404" in fails(hub, out, "--pretokenized", "--max_tokens", "3000")
-    hub.asked.clear()
+    hub.requests.clear()
     fetch(hub, out, "--pretokenized", "--max_tokens", "3000")
-    assert not any("val_000000" in request for request in hub.asked)  # it was there
+    assert not was_downloaded(hub, "val_000000")  # it was there
     names = ["edu_train_000001.bin", "edu_train_000002.bin", "edu_val_000000.bin"]
     assert sorted(path.name for path in out.iterdir()) == [*names, "meta.json"]
-    assert all(np.array_equal(data.open_shard(out / name).tokens, ready[name]) for name in names)
-    meta = data.read_meta(out)
-    assert meta["complete"] and meta["tokenizer"] == "gpt2" and meta["documents"] == 30
-    assert (
-        meta["tokens"] == {"train": 2000, "val": 1000} and len(data.open_shards(out, "train")) == 2
+    assert all(
+        np.array_equal(data.open_shard(out / name).tokens, published[name]) for name in names
     )
+    meta = data.read_meta(out)
+    assert meta["complete"]
+    assert meta["tokenizer"] == "gpt2"
+    assert meta["documents"] == 30
+    assert meta["tokens"] == {"train": 2000, "val": 1000}
+    assert len(data.open_shards(out, "train")) == 2
     assert "max_tokens 3000 -> 4000" in fails(hub, out, "--pretokenized", "--max_tokens", "4000")
 
 
-def test_wrong_published_shards_are_one_line(hub, ready, tmp_path):
-    out, missing = tmp_path / "out", "no training shards (..._train_000001.bin) in the first"
+def test_wrong_published_shards_are_one_line(hub, published, tmp_path):
+    out = tmp_path / "out"
+    missing = "no training shards (..._train_000001.bin) in the first"
     assert f"{missing} 500 tokens" in fails(hub, out, "--pretokenized", "--max_tokens", "500")
-    hub.files["edu_train_000002.bin"] = ready_made(np.arange(1000))[:-2]
-    assert "its header promises 1000 tokens, the file holds 999" in fails(
-        hub, out, "--pretokenized"
-    )
+    hub.files["edu_train_000002.bin"] = write_published_shard(np.arange(1000))[:-2]
+    line = fails(hub, out, "--pretokenized")
+    assert "its header promises 1000 tokens, the file holds 999" in line
     assert not (out / "edu_train_000002.bin").exists()
     hub.files = {"README.md": b""}
     assert missing in fails(hub, tmp_path / "none", "--pretokenized")
 
 
 def test_hellaswag_comes_from_the_hub_where_github_does_not_answer(hub, tmp_path):
-    task = dict(
-        ctx="She bends down", endings=["and", "lifts", "a weight", "over her head"], label="3"
-    )
-    hub.files.clear()
-    hub.files["data/validation-00000-of-00001.jsonl"] = (2 * f"{json.dumps(task)}\n").encode()
+    endings = ["and", "lifts", "a weight", "over her head"]
+    task = {"ctx": "She bends down", "endings": endings, "label": "3"}
+    lines = 2 * f"{json.dumps(task)}\n"
+    hub.files = {"data/validation-00000-of-00001.jsonl": lines.encode()}
     kept = tmp_path / "kept" / "hellaswag_val.jsonl"
     script = f"""
 import hellaswag
-hellaswag.URL, hellaswag.HUB, hellaswag.FILE = "http://127.0.0.1:1", {DATASET!r}, hellaswag.Path({str(kept)!r})
+hellaswag.URL = "http://127.0.0.1:1"
+hellaswag.HUB = {DATASET!r}
+hellaswag.FILE = hellaswag.Path({str(kept)!r})
 try:
     hellaswag.fetch()
 except ValueError as error:
