@@ -1,15 +1,16 @@
 #!/bin/bash
-# The study of Muon: rates for AdamW and for Muon with the same number of runs, then three seeds of the two best.
+# The study of Muon: as many runs to tune AdamW as to tune Muon, then three seeds of the two best.
 #
 #     bash results/muon/run.sh FOLDER_OF_TEXT_OR_PARQUET...
 #
-# Each run's metrics.jsonl is copied to results/muon/NAME; a run that is there already is not repeated.
+# Each run's metrics.jsonl is copied to results/muon/NAME. A run whose copy exists is not repeated.
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python}
 [ -d shards/books_4096 ] || $python prepare.py "$@" --out shards/books_4096 --tokenizer 4096
 
-run() { # run NAME SETTINGS...
+# run NAME SETTINGS...
+run() {
 	local name=$1
 	shift
 	[ -e "results/muon/$name/metrics.jsonl" ] && return
