@@ -1,4 +1,4 @@
-"""web.py and web.html: a page that shows what comes as it comes, to its own user only."""
+"""parts/page.py and page.html: a page that shows text as it is written, to its own user only."""
 
 import http.client
 import json
@@ -13,10 +13,10 @@ import sys
 import threading
 from pathlib import Path
 
+from parts import page as page_part
+
 import pytest
 from conftest import clean_environment
-
-from parts import page as room
 
 pytest.importorskip("flask")
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = dict(
     max_tokens=9, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1337
 )
-ASKED = SETTINGS | dict(prompt="x", stop="", checkpoint="step_0000300", taken=[])
+REQUEST = SETTINGS | dict(prompt="x", stop="", checkpoint="step_0000300", taken=[])
 LIMITS = dict.fromkeys(SETTINGS, (0, 2**62)) | dict(
     max_tokens=(1, 2**62), top_p=(0, 1), min_p=(0, 1)
 )
@@ -44,48 +44,51 @@ RUN |= dict(
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
-# sample.py's part, in another process. The prompt says what comes; "closed" is printed when an
-# answer ends. A prompt of numbers is counted on from there, modulo 10, by tokens whose ids are
+# In place of sample.py, in another process. The prompt decides the answer; "closed" is printed when
+# an answer ends. A prompt of digits is continued by counting modulo 10, with tokens whose ids are
 # their digits plus 1; 0 is the end of text.
 SERVER = """
 import json, pathlib, signal, sys, time
 from parts import page
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job, such as nohup make test
 def token(text, p=0.3, id=1):
-    likely = [(text, p, id), ("\\n", 0.25, 11), (" <i>a</i>", 0.2, 12), ("b", 0.1, 13), ("\\t", 0.05, 14)]
+    likely = [(text, p, id), ("\\n", 0.25, 11), (" <i>a</i>", 0.2, 12), ("b", 0.1, 13)]
+    likely.append(("\\t", 0.05, 14))
     return dict(token=text, p=p, id=id, likely=[dict(token=t, p=q, id=i) for t, q, i in likely])
 def digit(n):
     p = [0.5 if d == n else 0.05 for d in range(10)]
-    likely = [dict(token=str(d), p=p[d], id=d + 1) for d in sorted(range(10), key=lambda d: -p[d])[:4]]
+    order = sorted(range(10), key=lambda d: -p[d])
+    likely = [dict(token=str(d), p=p[d], id=d + 1) for d in order[:4]]
     return dict(token=str(n), p=p[n], id=n + 1, likely=[*likely, dict(token="", p=0.04, id=0)])
-def answer(asked):
+def answer(request):
     try:
-        if asked["checkpoint"] not in progress()["checkpoints"]:
+        if request["checkpoint"] not in progress()["checkpoints"]:
             raise ValueError("there is no such checkpoint")
-        if asked["prompt"] == "wrong":
+        if request["prompt"] == "wrong":
             raise ValueError("this is wrong")
-        if asked["prompt"].isdecimal():
-            yield dict(taken=["" if i == 0 else str(i - 1) for i in asked["taken"]])
-            n = asked["taken"][-1] - 1 if asked["taken"] else int(asked["prompt"][-1])
-            for _ in range(asked["max_tokens"]):
+        if request["prompt"].isdecimal():
+            yield dict(taken=["" if i == 0 else str(i - 1) for i in request["taken"]])
+            n = request["taken"][-1] - 1 if request["taken"] else int(request["prompt"][-1])
+            for _ in range(request["max_tokens"]):
                 n = (n + 1) % 10
                 yield dict(text=str(n), tokens=[digit(n)])
-        if asked["prompt"] == "html":
+        if request["prompt"] == "html":
             text = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
             yield dict(text=text, tokens=[token(text)])
-        if asked["prompt"] == "pieces":  # an emoji of three tokens, newlines, a held-back stop text
+        # An emoji of three tokens, newlines, a stop text that is held back.
+        if request["prompt"] == "pieces":
             yield dict(text=" \\N{LLAMA}", tokens=[token("\\ufffd")] * 3)
             yield dict(text="", tokens=[token("\\n\\n", 0.004)])
             yield dict(text="\\n\\ndef", tokens=[token("def", 0.9)])
             yield dict(text="", tokens=[token("STOP")])
             return
-        if asked["prompt"] == "who":
-            text = f"{asked['checkpoint']} {asked['seed']}"
+        if request["prompt"] == "who":
+            text = f"{request['checkpoint']} {request['seed']}"
             yield dict(text=text, tokens=[token(text)])
-        while asked["prompt"] == "forever":
+        while request["prompt"] == "forever":
             yield dict(text=" word", tokens=[token(" word")])
             time.sleep(0.01)
-        if asked["prompt"] == "x":
+        if request["prompt"] == "x":
             yield dict(text=" end", tokens=[token(" end")])
     finally:
         print("closed", flush=True)
@@ -100,11 +103,11 @@ def words(settings: dict):
 
 
 def client(answer=words):
-    return room.make_app(answer, lambda: RUN, FORM).test_client()
+    return page_part.make_app(answer, lambda: RUN, FORM).test_client()
 
 
 def post(client, **headers):
-    return client.post("/answer", json=ASKED, headers=headers)
+    return client.post("/answer", json=REQUEST, headers=headers)
 
 
 def parsed(response) -> list[dict]:
@@ -121,7 +124,7 @@ def test_the_page_what_fills_it_and_its_answers():
     assert (page.status_code, page.mimetype, missing.status_code) == (200, "text/html", 404)
     assert app.get("/form").json == json.loads(json.dumps(FORM))
     assert app.get("/run").json == json.loads(json.dumps(RUN))
-    assert parsed(answer) == list(words({})) and got == [ASKED]
+    assert parsed(answer) == list(words({})) and got == [REQUEST]
     assert answer.get_data().count(b"\n") == 3  # whatever line ends are in the text
     for response in (page, answer, missing):
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
@@ -177,7 +180,7 @@ class Server:
 
     def ask(self, prompt: str) -> tuple[socket.socket, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", "/answer", json.dumps({**ASKED, "prompt": prompt}))
+        connection.request("POST", "/answer", json.dumps({**REQUEST, "prompt": prompt}))
         return connection.sock, connection.getresponse()
 
     def interrupt(self) -> None:
@@ -206,13 +209,12 @@ def server(run_file):
 
 def test_it_listens_on_this_computer_only_and_says_where(server):
     assert server.url == f"http://127.0.0.1:{server.port}"
+    # A server on 0.0.0.0 would listen here too.
     with pytest.raises(OSError):
-        socket.create_connection(
-            ("127.0.0.2", server.port)
-        )  # where a server on 0.0.0.0 listens too
+        socket.create_connection(("127.0.0.2", server.port))
     for port in (server.port, 70000):
         with pytest.raises(ValueError, match=rf"^--port {port}: .* 0 for any free one\)$"):
-            room.serve(words, dict, FORM, port)
+            page_part.serve(words, dict, FORM, port)
 
 
 def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):
@@ -220,9 +222,8 @@ def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):
         connection, response = server.ask("forever")
         assert json.loads(response.readline())["text"] == " word"
         if how == "abruptly":
-            connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )  # a reset
+            no_goodbye = struct.pack("ii", 1, 0)  # closing sends a reset
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_goodbye)
         response.close()
         connection.close()
         assert server.line() == "closed"
@@ -254,11 +255,11 @@ def test_a_second_connection_waits(server):
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not found:
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path:
         pytest.skip("no Chromium here")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -268,8 +269,9 @@ def page(browser, server):
     """The page, opened; at the end, nothing went wrong in it, and it asked this server only."""
     context = browser.new_context(viewport=dict(width=900, height=700))
     context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page, asked, wrong = context.new_page(), [], []
-    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    urls, wrong = [], []
+    context.on("request", lambda request: urls.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on(
         "console", lambda message: wrong.append(message.text) if message.type == "error" else None
@@ -278,7 +280,7 @@ def page(browser, server):
     page.wait_for_selector("#generate:enabled")
     yield page
     assert not wrong
-    assert asked and all(url.startswith((f"{server.url}/", "data:")) for url in asked)
+    assert urls and all(url.startswith((f"{server.url}/", "data:")) for url in urls)
     context.close()
 
 
@@ -396,9 +398,8 @@ def test_a_branch_ends_the_text_that_is_being_written(page, server):
     page.wait_for_function("() => document.querySelectorAll('#branches button').length === 2")
     press(page, "Stop")
     status(page, "Stopped.")
-    assert (
-        page.locator("#out").text_content().startswith("forever word")
-    )  # this server ignores what was taken
+    # This server ignores what was taken.
+    assert page.locator("#out").text_content().startswith("forever word")
 
 
 def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
@@ -410,16 +411,13 @@ def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
     assert server.line() == "closed"
     slider.press("ArrowLeft")
     shows(page, f"whostep_0000200 {seed}")
-    assert (
-        page.locator("#at").text_content() == "step 200 of 300, loss 2.00"
-    )  # in training, for want of a validation's
+    # The training loss: this step has no validation.
+    assert page.locator("#at").text_content() == "step 200 of 300, loss 2.00"
     assert server.line() == "closed"
     slider.fill("30")
     shows(page, f"whostep_0000100 {seed}")
-    assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == (
-        "100",
-        "step 100 of 300, loss 3.25",
-    )
+    assert slider.input_value() == "100"
+    assert slider.get_attribute("aria-valuetext") == "step 100 of 300, loss 3.25"
     assert server.line() == "closed"
     slider.press("ArrowRight")
     shows(page, f"whostep_0000200 {seed}")  # as it was written before: the server has nothing to do
@@ -438,9 +436,7 @@ def test_a_checkpoint_that_is_gone(page, run_file):
     run_file.write_text(json.dumps(RUN | dict(checkpoints=RUN["checkpoints"][1:])))
     page.get_by_label("Trained up to").fill("100")
     status(page, "there is no such checkpoint")
-    page.wait_for_function(
-        "() => run.checkpoints.length === 2"
-    )  # the page has asked for the list again
+    page.wait_for_function("() => run.checkpoints.length === 2")  # the page fetched the list again
     page.get_by_label("Trained up to").fill("90")
     status(page, "Done.")
     assert page.locator("#at").text_content().startswith("step 200 of 300")
@@ -468,20 +464,15 @@ def test_keys(page, server):
         page.keyboard.press(key)
     assert page.evaluate("() => document.activeElement === document.querySelectorAll('.token')[1]")
     assert page.get_by_role(
-        "group", name="What else was likely: choose one to go on with it"
+        "group", name="Alternatives to this token: choose one to continue with it"
     ).is_visible()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowRight")
-    for key in (
-        "ArrowDown",
-        "ArrowDown",
-        "ArrowDown",
-        "ArrowUp",
-        "Enter",
-    ):  # the second, 0, in the place of 5
+    # The second alternative: a 0 in the place of the 5.
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "Enter"):
         page.keyboard.press(key)
     shows(page, "340123456789")
     page.keyboard.press("Backspace")
@@ -504,34 +495,25 @@ def test_what_else_was_likely(page):
     assert page.locator("#tip .head").count() == 3 and bars.count() == 15
     press(page, "Copy")
     status(page, "Copied.")
-    assert (
-        page.evaluate("() => navigator.clipboard.readText()") == "pieces \N{LLAMA}\n\ndef"
-    )  # without the end's mark
+    # Without the mark of the end.
+    assert page.evaluate("() => navigator.clipboard.readText()") == "pieces \N{LLAMA}\n\ndef"
     page.mouse.move(0, 0)
     page.wait_for_selector("#tip", state="hidden")
-    assert [tokens.nth(i).get_attribute("class").split()[1] for i in range(3)] == [
-        "heat2",
-        "heat3",
-        "heat0",
-    ]
+    heats = [tokens.nth(i).get_attribute("class").split()[1] for i in range(3)]
+    assert heats == ["heat2", "heat3", "heat0"]
 
 
 def test_text_is_never_html(page):
     ask(page, "html")
     status(page, "Done.")
-    assert (
-        page.locator("#out").text_content().startswith("html<script>window.broken = 1</script><img")
-    )
+    shown = page.locator("#out").text_content()
+    assert shown.startswith("html<script>window.broken = 1</script><img")
     point_at(page, 0)
     assert "<script>" in page.locator("#tip").text_content()
     alternative(page, "·<i>a</i>")
     page.wait_for_selector("#branches")
-    assert (
-        page.locator(
-            "#out script, #out img, #tip script, #tip i, #about b, #branches i, #branches img"
-        ).count()
-        == 0
-    )
+    elements = "#out script, #out img, #tip script, #tip i, #about b, #branches i, #branches img"
+    assert page.locator(elements).count() == 0
     assert page.evaluate("() => window.broken") is None
 
 
@@ -547,17 +529,17 @@ def test_a_value_that_cannot_be_is_marked_and_the_text_stays(page, server):
     ]
     for label, value, says in wrong:
         field = page.get_by_label(label)
-        before = field.input_value()
+        old_value = field.input_value()
         field.fill(value)
         for button in ("Generate", "Continue"):
             press(page, button)
             status(page, says)
             assert field.get_attribute("aria-invalid") == "true"
             assert field.evaluate("field => field === document.activeElement")
-        field.fill(before)
+        field.fill(old_value)
         assert field.get_attribute("aria-invalid") is None
     shows(page, "3456789012")
-    assert server.lines.empty()  # nothing was asked of it
+    assert server.lines.empty()  # no request came
     press(page, "Continue")
     shows(page, "3456789012345678901")
 
@@ -587,21 +569,15 @@ def test_each_text_has_a_fresh_seed_unless_it_is_kept(page):
     assert seed(lambda: ask(page, "who")) == kept
     page.get_by_label("Keep the seed").uncheck()
     field.fill("42")  # who types one means it
-    assert (
-        seed(lambda: ask(page, "who")) == "42" and page.get_by_label("Keep the seed").is_checked()
-    )
+    assert seed(lambda: ask(page, "who")) == "42"
+    assert page.get_by_label("Keep the seed").is_checked()
 
 
 def test_prompts_to_try(page):
     """The command's, and those that go with them."""
     assert page.get_by_label("Prompt", exact=True).input_value() == "import os"
     chips = page.locator("#chips button")
-    assert chips.all_inner_texts()[:4] == [
-        "import os",
-        "x",
-        "def main(",
-        "class Queue:",
-    ]  # the command's, and those that go with them
+    assert chips.all_inner_texts()[:4] == ["import os", "x", "def main(", "class Queue:"]
     chips.nth(1).click()
     shows(page, "x end")
     assert page.get_by_label("Prompt", exact=True).input_value() == "x"

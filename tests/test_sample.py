@@ -15,20 +15,20 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import Mock
 
+import sample
+import train
+from model import GPT, GPTConfig
+from parts import inference, pretrained
+from parts import page as page_part
+from parts.console import printable
+from parts.inference import SETTINGS, Text, check_settings, complete, generate
+from parts.tokenizer import BytesTokenizer, get_tokenizer
+
 import pytest
 import torch
 from conftest import TOY_MODEL, clean_environment, make_toy
 from hypothesis import given
 from hypothesis import strategies as st
-
-import sample
-import train
-from model import GPT, GPTConfig
-from parts import inference, pretrained
-from parts import page as page_room
-from parts.console import printable
-from parts.inference import SETTINGS, Text, check_settings, complete, generate
-from parts.tokenizer import BytesTokenizer, get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RULE = "-" * 40 + "\n"
@@ -53,8 +53,9 @@ def type_in(monkeypatch, *lines: str) -> None:
 
 
 def watch(monkeypatch, owner, name: str) -> Mock:
-    """A function that goes on working and keeps its calls."""
-    monkeypatch.setattr(owner, name, watched := Mock(wraps=getattr(owner, name)))
+    """Record the calls of a function, which works as it did."""
+    watched = Mock(wraps=getattr(owner, name))
+    monkeypatch.setattr(owner, name, watched)
     return watched
 
 
@@ -78,7 +79,7 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batch(toy, capsys, monke
     assert other != alone
     batch, _ = run(capsys, *arguments, "-p", "A longer prompt", "-p", "The fox", "-n", "2")
     texts = [text.rstrip("\n") for text in batch.split(RULE)]
-    assert len(texts) == 4 and [text[:5] for text in texts] == ["A lon", "A lon", "The f", "The f"]
+    assert [text[:5] for text in texts] == ["A lon", "A lon", "The f", "The f"]
     assert texts[2:] == [alone.rstrip("\n"), other.rstrip("\n")]  # sample i draws from seed + i
     stream = watch(monkeypatch, inference, "stream")
     monkeypatch.setattr(sample, "BATCH", 3)
@@ -125,11 +126,8 @@ def test_the_newest_checkpoint_and_its_prompt_are_the_default(
     out, err = run(capsys, "-m", "2")
     assert "UNTRAINED" in err and out.startswith(sample.HELLO)
     for age, name, steps in ((100, "older", 3), (0, "newer", 2)):
-        train.train(
-            config(
-                out_dir=f"out/{name}", max_steps=steps, checkpoint_every=1, sample_prompt=f"{name} "
-            )
-        )
+        run_settings = dict(out_dir=f"out/{name}", sample_prompt=f"{name} ")
+        train.train(config(max_steps=steps, checkpoint_every=1, **run_settings))
         folder = Path(f"out/{name}/step_000000{steps}")
         os.utime(folder, (folder.stat().st_mtime - age,) * 2)
     capsys.readouterr()
@@ -156,29 +154,29 @@ class Hub(SimpleHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     """It has one model: a toy with GPT-2's vocabulary, named openai-community/gpt2."""
     torch.manual_seed(0)
-    folder, about = (
-        tmp_path / part
-        for part in ("openai-community/gpt2/resolve", "api/models/openai-community/gpt2")
-    )
+    folder = tmp_path / "openai-community/gpt2/resolve"
+    about = tmp_path / "api/models/openai-community/gpt2"
     GPT(GPTConfig(**TOY_MODEL | dict(n_layer=1, n_embd=16))).save_pretrained(folder / ("0" * 40))
     files = [dict(rfilename=file.name) for file in folder.glob("*/*")]
-    for name, content in (
-        ("revision/main", dict(id="openai-community/gpt2", sha="0" * 40, siblings=files)),
-        (
-            "tree/" + "0" * 40,
-            [dict(type="file", path=file["rfilename"], size=1, oid="0" * 40) for file in files],
-        ),
-    ):
+    entries = []
+    for file in files:
+        entries.append(dict(type="file", path=file["rfilename"], size=1, oid="0" * 40))
+    answers = {
+        "revision/main": dict(id="openai-community/gpt2", sha="0" * 40, siblings=files),
+        "tree/" + "0" * 40: entries,
+    }
+    for name, content in answers.items():
         (about / name).parent.mkdir(parents=True)
         (about / name).write_text(json.dumps(content))
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
     constants = dict(
-        ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    constants |= dict(
-        HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_DISABLE_XET=True, HF_HUB_OFFLINE=False
+        ENDPOINT=url,
+        HUGGINGFACE_CO_URL_TEMPLATE=url + "/{repo_id}/resolve/{revision}/{filename}",
+        HF_HUB_CACHE=str(tmp_path / "cache"),
+        HF_HUB_DISABLE_XET=True,
+        HF_HUB_OFFLINE=False,
     )
     for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
@@ -198,9 +196,8 @@ def test_gpt2_comes_from_the_hub_once(hub, capsys, monkeypatch):
     hub.shutdown()
     hub.server_close()
     assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first  # from the cache
-    with socket.create_server(
-        hub.server_address
-    ):  # a network that takes questions and never answers
+    # A network that accepts connections and never answers.
+    with socket.create_server(hub.server_address):
         monkeypatch.setattr(pretrained.fetch, "__defaults__", (0.1,))
         assert run(capsys, "--model", "gpt2", "-m", "8")[0] == first
         assert "ReadTimeout" in fails(capsys, "--model", "nobody/nothing")
@@ -261,10 +258,8 @@ def grow(tokens: list[bytes], stops: list[str], end=None) -> tuple[Text, list[st
     each.
     """
     tokenizer = BytesTokenizer()
-    tokenizer.end_of_text, tokenizer.decode_bytes = (
-        end,
-        lambda ids: b"".join(tokens[i] for i in ids),
-    )
+    tokenizer.end_of_text = end
+    tokenizer.decode_bytes = lambda ids: b"".join(tokens[i] for i in ids)
     text = Text(tokenizer, "x", 0, stops)
     shown = [text.add(i) for i in range(len(tokens)) if not text.done]
     return text, shown if text.done else [*shown, text.add(None)]
@@ -289,12 +284,8 @@ def test_what_is_shown_is_the_text_up_to_the_first_stop(text, stops, draw):
 
 
 def test_what_ends_a_text():
-    assert grow([b"a\xe6\xbc", b"\xa2b", b"\xe6"], [])[1] == [
-        "a",
-        "漢b",
-        "",
-        "\ufffd",
-    ]  # half a character at the end
+    # Half a character at the end.
+    assert grow([b"a\xe6\xbc", b"\xa2b", b"\xe6"], [])[1] == ["a", "漢b", "", "\ufffd"]
     assert grow([b"a", b"<|endoftext|>"], ["ab"], end=1)[1] == ["", "a"]  # is no part of it
     assert grow([b"x", b"abc"], ["c", "b"])[1] == ["x", "a"]  # of two stops in a token, the first
     assert grow([b"ab\xe6"], ["b"])[1] == ["a"]  # nor is half a character behind a stop
@@ -320,27 +311,12 @@ def test_a_single_sample_is_shown_as_it_comes(toy, capsys, monkeypatch):
     arguments = ("--model", toy, "-p", "The fox", "-m", "60", "--top_k", "0")
     first = run(capsys, *arguments, "-n", "2")[0].split(RULE)[0]  # several at once would mix
     show = watch(monkeypatch, sample, "show")
-    assert (
-        run(capsys, *arguments)[0] == first
-        and sum(call.args[0] != "" for call in show.call_args_list) > 30
-    )
+    assert run(capsys, *arguments)[0] == first
+    assert sum(call.args[0] != "" for call in show.call_args_list) > 30
 
 
 def test_json_is_for_programs(toy, capsys):
-    arguments = (
-        "--model",
-        toy,
-        "-p",
-        "ab",
-        "-p",
-        "The fox",
-        "-n",
-        "2",
-        "-m",
-        "7",
-        "--temperature",
-        "0",
-    )
+    arguments = f"--model {toy} -p ab -p The_fox -n 2 -m 7 --temperature 0".split()
     whole, _ = run(capsys, *arguments)
     out, _ = run(capsys, *arguments, "--json", "--logprobs")
     records = [json.loads(line) for line in out.splitlines()]
@@ -349,7 +325,7 @@ def test_json_is_for_programs(toy, capsys):
         == whole
     )
     # Against a plain sum over the model's own log-probabilities.
-    model, prompt = GPT.from_pretrained(toy), list(b"The fox")
+    model, prompt = GPT.from_pretrained(toy), list(b"The_fox")
     row = torch.tensor([prompt + generate(model, [prompt], 7, temperature=0)[0]])
     logp = model(row[:, :-1]).log_softmax(-1)[0].gather(1, row[0, 1:, None])[len(prompt) - 1 :, 0]
     assert records[2]["logprob"] == pytest.approx(logp.sum().item(), abs=1e-4)
@@ -373,11 +349,8 @@ def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
             r" *(-[\d.]+)  \033\[([\d;]+)m.*\033\[0m of (.*)$", row
         ).groups()
         likely = [float(other) for other in re.findall(r" (-\d+\.\d\d)(?:  |$)", likely)]
-        assert (
-            len(likely) == 5
-            and likely == sorted(likely, reverse=True)
-            and likely[0] >= float(value) - 0.006
-        )
+        assert len(likely) == 5 and likely == sorted(likely, reverse=True)
+        assert likely[0] >= float(value) - 0.006
         p = math.exp(float(value))
         assert style == (sample.LIKELY if p > 0.5 else sample.UNLIKELY if p < 0.05 else sample.BOLD)
         styles.add(style)
@@ -386,20 +359,8 @@ def test_logprobs_show_what_might_have_stood_there(toy, capsys, monkeypatch):
 
 def test_a_pipe_that_lacks_letters_and_closes_early_is_no_error(toy):
     """As with `| head -1`: the reader takes a line and leaves."""
-    command = [
-        sys.executable,
-        "sample.py",
-        "--model",
-        toy,
-        "-p",
-        "漢",
-        "-n",
-        "300",
-        "-m",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    options = f"--model {toy} -p 漢 -n 300 -m 1 --device cpu".split()
+    command = [sys.executable, "sample.py", *options]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = clean_environment(PYTHONIOENCODING="ascii")
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
@@ -412,67 +373,40 @@ def test_a_pipe_that_lacks_letters_and_closes_early_is_no_error(toy):
 
 
 def test_writing_together(toy, capsys, monkeypatch):
-    """The text grows by lines of both. Commands change what comes after them, mistakes change
+    """The text grows by lines of both. A command counts from the next line on, a mistake changes
     nothing.
     """
-    type_in(
-        monkeypatch,
-        "/temperature 0",
-        "/max_tokens 5",
-        "ab",
-        "/top_p 7",
-        "/seed x",
-        "/hi",
-        "cd",
-        "/reset",
-        "ab",
-    )
+    commands = ["/temperature 0", "/max_tokens 5", "ab", "/top_p 7", "/seed x", "/hi"]
+    type_in(monkeypatch, *commands, "cd", "/reset", "ab")
     out, err = run(capsys, "--model", toy, "-i")
     tokens, model = get_tokenizer("bytes"), GPT.from_pretrained(toy)
 
     def continued(text: str) -> str:
-        return tokens.decode(
-            generate(model, [list(text.encode())], 5, temperature=0, stop_token=256)[0]
-        )
+        [ids] = generate(model, [list(text.encode())], 5, temperature=0, stop_token=256)
+        return tokens.decode(ids)
 
     first = continued("ab")
     second = continued(f"ab{first}\ncd")
-    assert out.replace("> ", "") == "".join(
-        printable(text) + "\n" for text in (first, second, first, "")
-    )
+    lines = [printable(text) + "\n" for text in (first, second, first, "")]
+    assert out.replace("> ", "") == "".join(lines)
     mistakes = err.splitlines()[-3:]
     assert mistakes[0] == "/top_p 7: top_p must be at most 1"
-    assert (
-        mistakes[1].startswith("/seed x: ")
-        and mistakes[2] == "/hi: no such command; /help lists them"
-    )
+    assert mistakes[1].startswith("/seed x: ")
+    assert mistakes[2] == "/hi: no such command; /help lists them"
     type_in(monkeypatch, "/help")
-    assert set(re.findall(r"^  /(\w+)", run(capsys, "--model", toy, "-i")[1], re.M)) == {
-        *SETTINGS,
-        "reset",
-    }
+    help_lines = run(capsys, "--model", toy, "-i")[1]
+    assert set(re.findall(r"^  /(\w+)", help_lines, re.M)) == {*SETTINGS, "reset"}
 
 
 def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
     """-p opens the text; the model reads its end. Each answer has its own seed."""
     stream = watch(monkeypatch, inference, "stream")
-    type_in(
-        monkeypatch,
-        "a line of some length, number one",
-        "next",
-        "/max_tokens 30",
-        "/seed 50",
-        "on",
-        "/reset",
-        "",
-    )
-    assert run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8", "--seed", "7")[0].startswith(
-        "Once "
-    )
+    line = "a line of some length, number one"
+    type_in(monkeypatch, line, "next", "/max_tokens 30", "/seed 50", "on", "/reset", "")
+    out, _ = run(capsys, "--model", toy, "-i", "-p", "Once ", "-m", "8", "--seed", "7")
+    assert out.startswith("Once ")
     [first], [second], [third], [fourth] = (call.args[1] for call in stream.call_args_list)
-    assert (
-        bytes(first) == b"Once a line of some length, number one"[-24:]
-    )  # of 32, with room for the answer
+    assert bytes(first) == f"Once {line}".encode()[-24:]  # of 32: the answer has 8
     assert len(second) == 24 and bytes(second).endswith(b"\nnext")
     assert len(third) == 16  # at least half a window
     assert fourth == [256]  # nothing at all begins a document
@@ -482,9 +416,8 @@ def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
 def test_ctrl_c_ends_an_answer_or_the_program(toy, capsys, monkeypatch):
     monkeypatch.setattr(inference, "stream", Mock(side_effect=KeyboardInterrupt))
     type_in(monkeypatch, "a", "b")
-    assert (
-        run(capsys, "--model", toy, "-i")[0] == "> \n> \n> \n"
-    )  # two answers and the end of the input
+    # Two answers and the end of the input.
+    assert run(capsys, "--model", toy, "-i")[0] == "> \n> \n> \n"
     with pytest.raises(SystemExit) as exit_:
         run(capsys, "--model", toy)
     assert exit_.value.code == 130
@@ -498,7 +431,8 @@ def page(toy, monkeypatch):
     """What the command with these arguments gives page.serve."""
 
     def page(*argv: str, model: str = toy) -> list:
-        monkeypatch.setattr(page_room, "serve", serve := Mock())
+        serve = Mock()
+        monkeypatch.setattr(page_part, "serve", serve)
         sample.main(["--model", str(model), "--web", *argv, "--device", "cpu", "--dtype", "fp32"])
         return serve.call_args.args
 
@@ -519,8 +453,8 @@ def run_folder(tmp_path) -> Path:
     return folder
 
 
-def asked(form: dict, **changes) -> dict:
-    """What the page asks with the form as it is."""
+def make_request(form: dict, **changes) -> dict:
+    """The request that the page sends with the form as it is."""
     fields = dict(prompt=form["prompts"][0], checkpoint=form["checkpoint"], stop="", taken=[])
     return form["settings"] | fields | changes
 
@@ -533,54 +467,45 @@ def test_the_page_begins_with_the_settings_of_the_command_and_answers_like_it(to
     assert (form["prompts"], form["stop"]) == (["The fox", sample.HELLO], ["\\n"])
     assert (form["settings"]["top_k"], form["settings"]["seed"], form["pinned"]) == (9, 5, True)
     assert form["limits"]["top_p"] == [0, 1] and not page()[2]["pinned"]
-    first, *events = answer(asked(form))
+    first, *events = answer(make_request(form))
     record = json.loads(run(capsys, "--model", toy, *arguments, "--json")[0])
-    assert (
-        first == dict(taken=[])
-        and "".join(event["text"] for event in events) == record["completion"]
-    )
+    assert first == dict(taken=[])
+    assert "".join(event["text"] for event in events) == record["completion"]
     tokens = [token for event in events for token in event["tokens"]]
-    assert len(tokens) == record["tokens"] and sum(
-        math.log(t["p"]) for t in tokens
-    ) == pytest.approx(record["logprob"])
+    assert len(tokens) == record["tokens"]
+    logprob = sum(math.log(token["p"]) for token in tokens)
+    assert logprob == pytest.approx(record["logprob"])
     assert bytes(token["id"] for token in tokens).decode(errors="replace") == record["completion"]
     for token in tokens:
         likely = [other["p"] for other in token["likely"]]
-        assert (
-            len(likely) == 5
-            and likely == sorted(likely, reverse=True)
-            and token["p"] <= likely[0] + 1e-9
-        )
+        assert len(likely) == 5 and likely == sorted(likely, reverse=True)
+        assert token["p"] <= likely[0] + 1e-9
 
 
 def test_an_answer_goes_on_behind_what_was_taken(page):
     answer, _, form, _ = page("-m", "12", "--seed", "5", "--temperature", "0")
-    [_, *events] = answer(asked(form, prompt="The "))
-    ids, texts = (
-        [token["id"] for event in events for token in event["tokens"]],
-        [event["text"] for event in events],
-    )
-    for n in (1, 7, 12):  # the likeliest again and again: what follows is the same
-        first, *rest = answer(asked(form, prompt="The ", taken=ids[:n], max_tokens=12))
+    [_, *events] = answer(make_request(form, prompt="The "))
+    ids = [token["id"] for event in events for token in event["tokens"]]
+    texts = [event["text"] for event in events]
+    for n in (1, 7, 12):  # always the most likely token: so the continuation is the same
+        first, *rest = answer(make_request(form, prompt="The ", taken=ids[:n], max_tokens=12))
         assert "".join(first["taken"]) == "".join(texts[:n])
         assert [token["id"] for event in rest for token in event["tokens"]][: 12 - n] == ids[n:]
     answer = page("-m", "12")[0]
-    runs = [
-        answer(asked(form, prompt="The ", taken=taken, temperature=1.0))
-        for taken in ([], list(b"The "))
-    ]
-    assert (
-        len({"".join(event["text"] for event in list(events)[1:]) for events in runs}) == 2
-    )  # other draws
+    continuations = set()
+    for taken in ([], list(b"The ")):  # other draws behind what was taken
+        request = make_request(form, prompt="The ", taken=taken, temperature=1.0)
+        continuations.add("".join(event["text"] for event in list(answer(request))[1:]))
+    assert len(continuations) == 2
 
 
 def test_taken_tokens_are_shown_whole_whatever_ends_a_text(page):
     answer, _, form, _ = page("-m", "1")
     llama = "\N{LLAMA}".encode()
-    first, *rest = answer(asked(form, taken=[*b"a STOP", 256, *llama[:2]], stop="STOP"))
+    first, *rest = answer(make_request(form, taken=[*b"a STOP", 256, *llama[:2]], stop="STOP"))
     assert first == dict(taken=[*"a STOP", "", "", ""])  # half a character waits for the rest
     assert len(rest[0]["tokens"]) == 1
-    first, _, *rest = answer(asked(form, taken=[*b"b", *llama, *b"c"]))
+    first, _, *rest = answer(make_request(form, taken=[*b"b", *llama, *b"c"]))
     assert "".join(first["taken"]) == "b\N{LLAMA}c"
 
 
@@ -588,40 +513,35 @@ def test_what_the_page_may_ask(page):
     answer, _, form, _ = page("-m", "30")
     wrong = dict(temperature=-(10**400), min_p=False, top_k=None, max_tokens=2.5, seed="1")
     for name, value in wrong.items():
-        with pytest.raises(
-            ValueError, match=rf"^{name} must be (a number|a whole number|0 or more)$"
-        ):
-            list(answer(asked(form, **{name: value})))
+        message = rf"^{name} must be (a number|a whole number|0 or more)$"
+        with pytest.raises(ValueError, match=message):
+            list(answer(make_request(form, **{name: value})))
     for taken in ([257], [-1], [1.0], ["a"], [None]):
         with pytest.raises(ValueError, match=r"^taken must be the ids of tokens$"):
-            list(answer(asked(form, taken=taken)))
+            list(answer(make_request(form, taken=taken)))
     for prompt in ("x" * 99, "half a character \ud800"):  # long ones are cut as with -i
-        assert list(answer(asked(form, prompt=prompt)))
+        assert list(answer(make_request(form, prompt=prompt)))
 
 
 def test_the_page_opens_the_checkpoints_of_its_run(page, run_folder):
     answer, progress, form, _ = page("-m", "20", "--seed", "3", model=run_folder)
-    assert (form["title"], form["checkpoint"], form["prompts"]) == (
-        "small",
-        "step_0000300",
-        ["ROMEO:"],
-    )
+    assert (form["title"], form["checkpoint"]) == ("small", "step_0000300")
+    assert form["prompts"] == ["ROMEO:"]
     told = progress()
     assert told["checkpoints"] == ["step_0000100", "step_0000200", "step_0000300"]
     assert told["val"] == [(0, 4.2)] and len(told["train"]) == 300
-    assert (told["train"][0], told["train"][-1]) == (
-        (1, 4),
-        (1000, 4 - 0.999),
-    )  # a loss stands behind its update
+    # A loss counts as of after its update.
+    assert (told["train"][0], told["train"][-1]) == ((1, 4), (1000, 4 - 0.999))
 
     def text(answer, name: str) -> str:
-        return "".join(event.get("text", "") for event in answer(asked(form, checkpoint=name)))
+        return "".join(
+            event.get("text", "") for event in answer(make_request(form, checkpoint=name))
+        )
 
     texts = {name: text(answer, name) for name in told["checkpoints"]}
     assert len(set(texts.values())) == 3
-    for name in reversed(
-        texts
-    ):  # as if the page had been started with it, and again when another was open
+    # As if the page had been started with it, and again when another was open.
+    for name in reversed(texts):
         alone = page("-m", "20", "--seed", "3", model=run_folder / name)[0]
         assert text(answer, name) == text(alone, name) == texts[name]
 
@@ -633,12 +553,11 @@ def test_checkpoints_are_opened_by_a_name_on_the_list_only(page, run_folder):
     assert progress()["checkpoints"] == ["step_0000100", "step_0000300"]
     path = str(run_folder / "step_0000100")
     for name in ("other", "step_0000200", path, "./step_0000100", "step_0000100/", "", None, [], 7):
-        with pytest.raises(
-            ValueError, match=r"^there is no checkpoint .* \(any more\); choose another$"
-        ):
-            next(answer(asked(form, checkpoint=name)))
+        message = r"^there is no checkpoint .* \(any more\); choose another$"
+        with pytest.raises(ValueError, match=message):
+            next(answer(make_request(form, checkpoint=name)))
     (run_folder / "step_0000100" / "model.safetensors").write_bytes(b"damaged")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"model\.safetensors: not a file of weights"):
-            list(answer(asked(form, checkpoint="step_0000100")))
-    assert list(answer(asked(form)))  # the first opens again
+            list(answer(make_request(form, checkpoint="step_0000100")))
+    assert list(answer(make_request(form)))  # the first opens again
