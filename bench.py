@@ -32,10 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 import hellaswag
 import train
 from model import GPT, SIZES, GPTConfig
@@ -53,6 +49,10 @@ from parts.sharding import (
     start_workers,
 )
 from parts.tokenizer import get_tokenizer
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 # ---- Measuring -----------------------------------------------------------------------------------
 

@@ -24,8 +24,6 @@ from collections.abc import Iterator
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 
-import numpy as np
-
 from parts import data
 from parts.console import command
 from parts.documents import TABLES, Document, read_documents
@@ -42,6 +40,8 @@ from parts.sharding import (
     start_workers,
 )
 from parts.tokenizer import GPT2Tokenizer, get_tokenizer
+
+import numpy as np
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "karpathy/fineweb-edu-100B-gpt2-token-shards"
@@ -151,9 +151,9 @@ def list_files(arguments: argparse.Namespace) -> dict:
     dataset = arguments.dataset
     api = HfApi()
     try:
-        commit = api.dataset_info(dataset, revision="main").sha
+        commit = str(api.dataset_info(dataset, revision="main").sha)
         tree = api.list_repo_tree(dataset, recursive=True, revision=commit, repo_type="dataset")
-        files = []
+        files: list[dict] = []
         for entry in tree:
             if isinstance(entry, RepoFile):
                 digest = entry.lfs.sha256 if entry.lfs else None

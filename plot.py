@@ -16,8 +16,6 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from model import GPT
 from parts.console import command, print_lines
 from parts.metrics import (
@@ -33,6 +31,8 @@ from parts.metrics import (
 )
 from parts.pretrained import resolve
 from parts.report import write_markdown
+
+import numpy as np
 
 HOW_TO_READ = (
     "Trained: smooth curves, a band along the diagonal, groups of tokens. "

@@ -17,8 +17,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 import configurator
 from model import GPT, GPTConfig, OpenedModel, open_model
 from parts import page, runtime
@@ -27,6 +25,8 @@ from parts.console import command, printable
 from parts.inference import SETTINGS, Record, Text, check_settings, complete
 from parts.pretrained import checkpoints
 from parts.tokenizer import Tokenizer, get_tokenizer
+
+import torch
 
 HELLO = "Hello, I'm a language model,"
 UNTRAINED = Path("untrained")

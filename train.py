@@ -25,11 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
-
 import configurator
 import hellaswag
 import plot
@@ -43,6 +38,11 @@ from parts.metrics import Log, describe_run
 from parts.optimizer import build_optimizer, describe
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclasses.dataclass(frozen=True)

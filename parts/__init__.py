@@ -1,26 +1,43 @@
-"""What the commands at the top are made of. A room a job; arrows run down this list, and never up
-to a command.
+"""What the commands at the top are made of, a room a job. A room imports only rooms above it.
 
 files         what survives a crash: whole writes, locks, SHA-256
-tokenizer     GPT-2's, bytes, and learned ones
-documents     files of any kind -> documents
-data          shards, windows, batches
-sharding      documents -> tokens -> shards, on all cores
+console       what a terminal shows, which signals it sends, and how a command ends
 loss          the head's loss without keeping the logits
-optimizer     AdamW, SGD, Muon
+optimizer     AdamW, SGD, Muon; which parameter has which rule
 runtime       the machine: device, ranks, collectives
+pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own; is it a GPT-2?
+tokenizer     GPT-2's, bytes, and byte-level BPEs learned from text
+documents     files of any kind -> documents
+data          shards, windows, batches, prefetch
+sharding      documents -> tokens -> shards, on all cores
 inference     KV cache, packed weights, the one-token graph, sampling
 auto          what "auto" means on this machine, for training and for inference
-pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own
 metrics       a run's records, and the published figures they are compared with
-console       what a terminal shows, and which signals it sends
 report        report.md and model cards
 checkpoint    a run's folder and its checkpoints: chosen, written, checked, pruned
 page          the page of sample.py --web
 """
 
+import importlib.util
+import sys
 from typing import Any
 
-# The network stands above the parts, which know it by what they call: in their signatures it has
-# any type.
-GPT = GPTConfig = Any  # of model.py
+# The network stands above the parts, which know it by what they call: for them it has any type.
+GPT = Any  # model.GPT
+GPTConfig = Any  # model.GPTConfig
+
+
+def check_environment() -> None:
+    """End the program with a line where the packages are not installed, as in a new terminal."""
+    missing = [
+        name for name in ("numpy", "torch", "tiktoken") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        print(
+            f"no {missing[0]} here: source .venv/bin/activate, or make install if there is none",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+
+check_environment()

@@ -5,6 +5,9 @@ fp32 on one CPU and slower on another. So candidates run a piece of the real wor
 is taken.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/auto.py is no command: README.md lists the commands")
+
 import functools
 import math
 import os
@@ -14,12 +17,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
-
 from parts import GPT
 from parts.console import plural
 from parts.inference import pack
 from parts.runtime import DTYPES, Runtime
+
+import torch
 
 RACE_PAYS = 20  # seconds: a shorter run takes the first candidate
 MOST_TOKENS = {"cuda": 65_536, "cpu": 8_192, "mps": 8_192}  # in a micro-step; more is not faster

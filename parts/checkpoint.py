@@ -7,6 +7,9 @@ settings.json. A folder with such a name is whole: it is written under a name th
 dot, synced to the disk, and renamed.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/checkpoint.py is no command: README.md lists the commands")
+
 import contextlib
 import dataclasses
 import itertools
@@ -19,14 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from parts import GPT
 from parts.files import fsync, sha256
 from parts.metrics import read_metrics, select
 from parts.pretrained import ModelState, checkpoints, copy_state, step_of, write
 from parts.report import make_card
 from parts.tokenizer import TOKENIZER_FILE, Tokenizer, save_tokenizer
+
+import torch
 
 TRAIN_STATE = "train_state.pt"
 SETTINGS = "settings.json"  # it has the SHA-256 of the other files

@@ -5,6 +5,9 @@ A run says something in one of two ways, and both take a text: `print_lines` bef
 training, `Console.line` during it, because a plain print would tear the progress bar.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/console.py is no command: README.md lists the commands")
+
 import contextlib
 import json
 import os

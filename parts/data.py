@@ -6,6 +6,9 @@ shards work here and ours work there. Every document begins with the end-of-text
 beside the shards says what they were made of and with.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/data.py is no command: README.md lists the commands")
+
 import functools
 import json
 import math
@@ -16,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from parts.files import sha256, write_whole
 from parts.tokenizer import (
     TOKENIZER_FILE,
@@ -26,6 +27,8 @@ from parts.tokenizer import (
     get_tokenizer,
     read_tokenizer,
 )
+
+import numpy as np
 
 MAGIC = 20240520
 VERSION = 1
@@ -40,7 +43,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write uint16 tokens as a shard file, atomically. Returns its row of meta.json."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    write_whole(path, header, tokens.astype("<u2", copy=False))
+    write_whole(path, header.data, tokens.astype("<u2", copy=False).data)
     return {"file": path.name, "tokens": len(tokens), "sha256": sha256(path)}
 
 

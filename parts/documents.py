@@ -1,5 +1,8 @@
 """Files of any kind -> documents, in an order that depends on the files only."""
 
+if __name__ == "__main__":
+    raise SystemExit("parts/documents.py is no command: README.md lists the commands")
+
 import glob
 import gzip
 import json
@@ -107,7 +110,7 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
     def is_excluded(path: Path) -> bool:
         return any(fnmatch(name, unwanted) for name in path.parts for unwanted in exclude)
 
-    first_paths = {}  # the real path of a file -> the first path that leads to it
+    first_paths: dict[Path, Path] = {}  # the real path of a file -> the first path that leads to it
     for path in paths:
         for top in expand_glob(path):
             if not top.exists():

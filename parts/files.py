@@ -1,5 +1,8 @@
 """Files that survive a crash: written whole, synced to the disk, locked, and hashed."""
 
+if __name__ == "__main__":
+    raise SystemExit("parts/files.py is no command: README.md lists the commands")
+
 import hashlib
 import os
 import secrets
@@ -7,10 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 
-
-def write_whole(path: Path, *content: bytes | np.ndarray) -> None:
+def write_whole(path: Path, *content: bytes | memoryview) -> None:
     """Write a file atomically.
 
     After a kill or a crash, `path` holds its old content or all of the new content, never a part.

@@ -2,6 +2,9 @@
 one-token step.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/inference.py is no command: README.md lists the commands")
+
 import codecs
 import functools
 import math
@@ -10,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from parts import GPT
+from parts.tokenizer import Tokenizer
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from parts import GPT
-from parts.tokenizer import Tokenizer
 
 # New tokens; for fewer, capturing a CUDA graph does not pay.
 GRAPH_FROM = 32
@@ -367,12 +370,12 @@ def compare(model: GPT, method: Method) -> str:
     rows = [text]
     if method.pads:
         rows.append(text[: max(3, T // 2)])
+    # No token sees those behind it, so the first row has the logits of the second one too.
+    x = model.hidden(torch.tensor([text], device=device_of(model)))[0]  # (T, C)
+    last = torch.tensor([len(row) for row in rows], device=x.device) - 1
+    expected = model.logits(torch.stack([x[last - 2], x[last - 1], x[last]]))
     try:
         logits = follow(model, rows, method)
-        # No token sees those behind it, so the first row has the logits of the second one too.
-        x = model.hidden(torch.tensor([text], device=logits.device))[0]  # (T, C)
-        last = torch.tensor([len(row) for row in rows], device=x.device) - 1
-        expected = model.logits(torch.stack([x[last - 2], x[last - 1], x[last]]))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model.py that knows nothing of a cache may raise anything

@@ -4,6 +4,9 @@ Logits are the largest tensors of all: for 64 x 1,024 tokens of GPT-2 they take 
 and autograd would keep several tensors of that size.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/loss.py is no command: README.md lists the commands")
+
 import torch
 import torch.nn.functional as F
 

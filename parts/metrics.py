@@ -1,5 +1,8 @@
 """A run's records in metrics.jsonl, and the published figures that they are compared with."""
 
+if __name__ == "__main__":
+    raise SystemExit("parts/metrics.py is no command: README.md lists the commands")
+
 import contextlib
 import json
 import math
@@ -10,13 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from parts import data
 from parts.files import write_whole
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
+
+import numpy as np
+import torch
 
 # HellaSwag acc and acc_norm of OpenAI's weights on all 10,042 tasks, as build-nanogpt reports them.
 # The keys are the styles of hellaswag.py: "harness" is what EleutherAI's lm-evaluation-harness has.

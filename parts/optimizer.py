@@ -1,11 +1,14 @@
 """From gradients to new weights: AdamW, SGD, or Muon for the matrices of the blocks."""
 
+if __name__ == "__main__":
+    raise SystemExit("parts/optimizer.py is no command: README.md lists the commands")
+
 from collections import Counter
+
+from parts import GPT
 
 import torch
 import torch.nn as nn
-
-from parts import GPT
 
 # Muon (K. Jordan and others, 2024, kellerjordan.github.io/posts/muon): the coefficients of its
 # polynomial.

@@ -7,6 +7,9 @@ pages in the same browser may send: requests under another host's name, or from 
 file that loads nothing from any other host.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/page.py is no command: README.md lists the commands")
+
 import json
 import math
 import re
@@ -19,13 +22,13 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from parts import GPT
 from parts.inference import Candidate, Text, check_settings, complete, pack
 from parts.metrics import pick_evenly, read_metrics, select, updates_done
 from parts.pretrained import checkpoints
 from parts.tokenizer import Tokenizer
+
+import torch
 
 HOST = "127.0.0.1"
 CURVE_POINTS = 300  # at most, of the training loss and of the validation loss

@@ -10,6 +10,9 @@ computes something else, its folder has names of its own (gpt.json, gpt.safetens
 model.py that made them), so that no other program takes it for a GPT-2.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/pretrained.py is no command: README.md lists the commands")
+
 import dataclasses
 import functools
 import inspect
@@ -23,10 +26,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from parts import GPT, GPTConfig
+
 import torch
 import torch.nn.functional as F
-
-from parts import GPT, GPTConfig
 
 # The sizes of a model: GPTConfig's names -> config.json's
 SHAPE = {

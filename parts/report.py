@@ -1,14 +1,17 @@
 """A run's results in Markdown: report.md, and the card in each checkpoint."""
 
+if __name__ == "__main__":
+    raise SystemExit("parts/report.py is no command: README.md lists the commands")
+
 import datetime
 import json
 from pathlib import Path
 from textwrap import indent
 
-import numpy as np
-
 from parts.console import printable
 from parts.metrics import PUBLISHED, pick_evenly, read_metrics, select, tokens_seen, updates_done
+
+import numpy as np
 
 # Indented text is shown as it is: unlike a fence, nothing in the text can end the block.
 VERBATIM = " " * 4

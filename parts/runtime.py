@@ -1,5 +1,8 @@
 """Where the process meets the machine: its device, its rank, and how fast the device could be."""
 
+if __name__ == "__main__":
+    raise SystemExit("parts/runtime.py is no command: README.md lists the commands")
+
 import contextlib
 import ctypes
 import os

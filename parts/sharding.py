@@ -4,6 +4,9 @@ After an interruption, the same command continues and ends with the same bytes, 
 workers.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/sharding.py is no command: README.md lists the commands")
+
 import argparse
 import functools
 import io
@@ -20,19 +23,19 @@ import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from parts import data
 from parts.documents import Document, read_documents
 from parts.files import lock, write_whole
 from parts.tokenizer import BREAK, PIECE_BYTES, TOKENIZER_FILE, Tokenizer, load_tokenizer, segments
+
+import numpy as np
 
 # How worker processes start: the same way on all systems, and safe beside threads.
 START_METHOD = "spawn"
@@ -162,7 +165,7 @@ def start_workers(tokenizer_name: str, workers: int) -> Iterator[TokeniseAll]:
 
     def tokenise_all(pieces: Iterator[Piece]) -> Iterator[Tokens]:
         # At most 3 pieces per worker are in memory.
-        running = deque()
+        running: deque[Future[Tokens]] = deque()
         for piece in pieces:
             running.append(pool.submit(tokenise_one, piece))
             if len(running) == 3 * workers:
@@ -209,7 +212,9 @@ def prepare_worker(tokenizer_name: str, all_started) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def exit_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -277,9 +282,10 @@ class ShardWriter:
             "complete": self.complete,
             "rows": self.rows,
         }
-        rest = {split: self.join_rest(split) for split in self.sizes}
+        arrays: dict[str, Any] = {split: self.join_rest(split) for split in self.sizes}
+        arrays["state"] = json.dumps(state)
         file = io.BytesIO()
-        np.savez(file, state=json.dumps(state), **rest)
+        np.savez(file, **arrays)
         write_whole(self.record, file.getvalue())
 
     def join_rest(self, split: str) -> np.ndarray:

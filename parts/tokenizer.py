@@ -3,6 +3,9 @@
 A learned tokenizer is a file, tokenizer.json, beside the shards and in every checkpoint.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("parts/tokenizer.py is no command: README.md lists the commands")
+
 import functools
 import hashlib
 import importlib.util
@@ -13,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +78,9 @@ class Tokenizer:
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding, done by tiktoken: self.encoding is a tiktoken.Encoding."""
+    """Byte-pair encoding, done by tiktoken."""
+
+    encoding: Any  # a tiktoken.Encoding
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
         # In segments, because of long runs. For a run of millions of characters without white

@@ -6,15 +6,15 @@ import os
 import random
 from pathlib import Path
 
-import hypothesis
-import pytest
-import torch
-from safetensors.torch import load_file
-
 import prepare
 import train
 from model import GPT, GPTConfig
 from parts.pretrained import checkpoints
+
+import hypothesis
+import pytest
+import torch
+from safetensors.torch import load_file
 
 # The same examples each time: a test that fails here fails elsewhere too.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -20,15 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+from parts import auto, data, inference
+from parts.metrics import Log
+
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.cpp_extension import include_paths, library_paths
-
-from parts import auto, data, inference
-from parts.metrics import Log
 
 PROJECT = Path(__file__).parent.parent
 
@@ -302,9 +302,9 @@ class Runs:
         self.command = ["--model", f"{folder}/bf16", "--device", kind]
 
     def train(self, name: str, **settings) -> Callable:
-        from conftest import toy_config
-
         import train
+
+        from conftest import toy_config
 
         defaults = dict(
             device=self.kind,

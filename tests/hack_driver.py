@@ -14,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 import hellaswag
 import train
 from model import open_model
 from parts import inference, runtime
 from parts.metrics import Log
+
+import torch
+import torch.nn.functional as F
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 BATCH = dict(batch_size=4, total_batch_size=128, max_steps=8, warmup_steps=2)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-from transformers import GPT2LMHeadModel
-
 from parts import data
 from train import TrainConfig, build_model
+
+import torch
+from transformers import GPT2LMHeadModel
 
 
 class Muon:

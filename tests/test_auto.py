@@ -2,10 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
-import torch
-from conftest import make_toy, metrics
-
 import train
 from parts import auto, runtime
 from parts.auto import (
@@ -17,6 +13,10 @@ from parts.auto import (
     prepare_for_inference,
 )
 from parts.runtime import Runtime
+
+import pytest
+import torch
+from conftest import make_toy, metrics
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -10,12 +10,12 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-import torch
-
 import bench
 import train
 from model import GPT, SIZES, GPTConfig
+
+import pytest
+import torch
 
 ROOT = Path(bench.__file__).parent
 TINY = "--batch_size 1 --block_size 8 --steps 1 --dtype fp32".split()

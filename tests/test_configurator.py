@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
-import pytest
-
 import train
 from configurator import configure, help_text, parse
+
+import pytest
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ import struct
 import threading
 from pathlib import Path
 
+from parts import data
+from parts.data import Batches, BatchLoader, Shard, TokenWindows
+from parts.files import write_whole
+from parts.tokenizer import get_tokenizer
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from parts import data
-from parts.data import Batches, BatchLoader, Shard, TokenWindows
-from parts.files import write_whole
-from parts.tokenizer import get_tokenizer
 
 
 def make_windows(*lengths: int, block_size: int = 8, vocab_size: int = 60_000) -> TokenWindows:

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from parts import data
+
 import pytest
 import torch
 from conftest import clean_environment, flags, losses, metrics, weights
-
-from parts import data
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,9 +105,7 @@ def test_what_only_one_rank_sees_is_said_too(config, shards, tmp_path):
     shutil.copytree(shards, copy)
     bad = config(data_dir=str(copy), batch_size=2, total_batch_size=128)
     source = data.TokenWindows(data.open_shards(copy, "train"), 32, 257)
-    batches = data.Batches(
-        source, batch_size=2, windows_per_step=4, world_size=2, seed=bad.seed
-    )
+    batches = data.Batches(source, batch_size=2, windows_per_step=4, world_size=2, seed=bad.seed)
     shard, first = batches.find_starts(0, 0, rank=1)[0].tolist()
     path = source.shards[shard].path
     content = bytearray(path.read_bytes())

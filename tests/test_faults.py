@@ -16,13 +16,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import clean_environment, flags, losses, metrics, toy_config, weights
-
 import train
 from parts import checkpoint
 from parts.pretrained import checkpoints
+
+import pytest
+import torch
+from conftest import clean_environment, flags, losses, metrics, toy_config, weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -256,7 +256,10 @@ def test_all_is_synced_and_the_folder_after_its_name(config, monkeypatch):
     synced, fsync = [], checkpoint.fsync
     monkeypatch.setattr(checkpoint, "fsync", lambda path: synced.append(path.name) or fsync(path))
     train.train(config(checkpoint_every=12))
-    assert set(checkpoint.FIRST_FILES) <= set(synced) and synced[-2:] == [".step_0000012.tmp", "run"]
+    assert set(checkpoint.FIRST_FILES) <= set(synced) and synced[-2:] == [
+        ".step_0000012.tmp",
+        "run",
+    ]
 
 
 @pytest.mark.parametrize(("error", "waits"), [(KeyboardInterrupt, False), (ValueError, True)])

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from parts import loss as head_loss
+
 import fake_cuda
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import clean_environment, ids, make_toy, metrics
 from torch._inductor.graph import GraphLowering
-
-from parts import loss as head_loss
 
 # ---- Whole runs ----------------------------------------------------------------------------------
 

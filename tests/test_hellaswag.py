@@ -10,14 +10,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from conftest import TOY_MODEL, clean_environment, flags, losses, metrics
-from hypothesis import given
-from hypothesis import strategies as st
-
 import hellaswag
 import train
 from hellaswag import Example, Rendered
@@ -27,6 +19,14 @@ from parts.inference import pack
 from parts.metrics import PUBLISHED
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer, get_tokenizer
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOY_MODEL, clean_environment, flags, losses, metrics
+from hypothesis import given
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parent.parent
 CPU = Runtime(torch.device("cpu"))

@@ -2,22 +2,6 @@
 transformers.
 """
 
-import pytest
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from conftest import ids, make_toy
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-
 from model import GPT, Block, CausalSelfAttention, GPTConfig
 from parts.inference import (
     PLAIN,
@@ -33,6 +17,22 @@ from parts.inference import (
     restrict,
     sample,
     stream,
+)
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ids, make_toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 # The last one: the current one is the first.

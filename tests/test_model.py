@@ -6,18 +6,18 @@ import math
 import subprocess
 import sys
 
+from model import GPT, SIZES, GPTConfig
+from parts import loss as head
+from parts.loss import HeadLoss
+from parts.optimizer import make_groups
+from parts.pretrained import is_conv1d
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOY, clean_environment, ids, make_toy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
-
-from model import GPT, SIZES, GPTConfig
-from parts import loss as head
-from parts.loss import HeadLoss
-from parts.optimizer import make_groups
-from parts.pretrained import is_conv1d
 
 DEVICES = [
     "cpu",

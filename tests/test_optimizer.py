@@ -4,11 +4,11 @@ its trajectory.)
 
 from types import SimpleNamespace
 
+from parts.optimizer import Muon, build_optimizer, describe, orthogonalise
+
 import pytest
 import torch
 from conftest import ids, make_toy
-
-from parts.optimizer import Muon, build_optimizer, describe, orthogonalise
 
 CONFIG = SimpleNamespace(
     optimizer="muon", learning_rate=1e-3, muon_learning_rate=2e-2, muon_momentum=0.9

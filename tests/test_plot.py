@@ -4,14 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import plot
+from model import GPT, GPTConfig
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import plot
-from model import GPT, GPTConfig
 
 matplotlib = pytest.importorskip("matplotlib")
 

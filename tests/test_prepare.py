@@ -12,14 +12,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-from conftest import clean_environment
-from hypothesis import given
-from hypothesis import strategies as st
-
 import prepare
 from parts import data, sharding
 from parts import tokenizer as tokenizer_room
@@ -27,6 +19,14 @@ from parts.documents import find_files
 from parts.files import write_whole
 from parts.sharding import Split, lock_shard_folder
 from parts.tokenizer import get_tokenizer
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import clean_environment
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def small_pieces(monkeypatch, n_bytes: int) -> None:

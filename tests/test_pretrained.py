@@ -8,17 +8,17 @@ import struct
 import subprocess
 import sys
 
-import pytest
-import torch
-from conftest import ids, make_toy
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
-
 from model import GPT, GPTConfig
 from parts import inference, pretrained
 from parts.auto import prepare_for_inference
 from parts.pretrained import checkpoints, resolve
 from parts.runtime import Runtime
+
+import pytest
+import torch
+from conftest import ids, make_toy
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 WEIGHTS = "model.safetensors"
 SHAPE = dict(n_layer=2, n_head=1, n_embd=8, block_size=4, vocab_size=9)

@@ -7,10 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import pytest
-from conftest import metrics
-from huggingface_hub import ModelCard
-
 import plot
 import train
 from parts import report as reports
@@ -18,6 +14,10 @@ from parts.console import Console, plural, print_lines
 from parts.metrics import pick_evenly
 from parts.pretrained import checkpoints
 from parts.report import make_card, write_markdown
+
+import pytest
+from conftest import metrics
+from huggingface_hub import ModelCard
 
 RESULTS = [
     file.parent for file in (Path(__file__).parent.parent / "results").glob("*/metrics.jsonl")

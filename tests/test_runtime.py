@@ -4,11 +4,11 @@ import ctypes
 import platform
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 from parts import runtime
 from parts.runtime import choose_device
+
+import pytest
+import torch
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

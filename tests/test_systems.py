@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fineweb
+from parts import data, runtime
+from parts.pretrained import checkpoints
+from parts.sharding import available_cpus
+
 import fake_windows
 import numpy as np
 import pytest
 import torch
 from conftest import clean_environment, flags, metrics, toy_config
-
-import fineweb
-from parts import data, runtime
-from parts.pretrained import checkpoints
-from parts.sharding import available_cpus
 
 PROJECT = Path(__file__).parent.parent
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="which files are in use, /proc tells")
@@ -30,59 +30,65 @@ def test_windows(tmp_path):
     """From text to a report: a run, its resume, its end, and a new start. Texts without a named
     encoding are ASCII.
     """
-    text, shards, run = tmp_path / "tale.txt", tmp_path / "shards", tmp_path / "run"
+    text = tmp_path / "tale.txt"
     text.write_text("Der süße Fuchs jumps over the lazy dog\n" * 2000, encoding="utf-8")
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps(dict(ctx="Der", endings=["süße", "b", "c", "d"], label=3)))
-    watching = dict(
-        checkpoint_every=3, keep_checkpoints=1, eval_every=3, sample_prompt="Für ", sample_every=6
-    )
+    shards = tmp_path / "shards"
+    run = tmp_path / "run"
     config = toy_config(
-        shards, run, **watching, hellaswag_every=6, hellaswag_data=str(tasks), log_every=3
+        shards,
+        run,
+        checkpoint_every=3,
+        keep_checkpoints=1,
+        eval_every=3,
+        sample_prompt="Für ",
+        sample_every=6,
+        hellaswag_every=6,
+        hellaswag_data=str(tasks),
+        log_every=3,
     )
+    prepare = ["prepare", str(text), "--out", str(shards)]
+    prepare += ["--tokenizer=bytes", "--shard_tokens=20000", "--workers=2"]
+    train = ["train", *flags(config)]
     commands = [
-        [
-            "prepare",
-            str(text),
-            "--out",
-            str(shards),
-            "--tokenizer=bytes",
-            "--shard_tokens=20000",
-            "--workers=2",
-        ],
-        *(
-            ["train", *flags(config), *more]
-            for more in (["--max_steps=6"], ["--resume_anyway=True"], [])
-        ),
+        prepare,
+        [*train, "--max_steps=6"],
+        [*train, "--resume_anyway=True"],
+        train,
         ["sample", "--model", str(run), "-m", "8"],
         ["hellaswag", "--model", str(run), "--data", str(tasks)],
-        ["train", *flags(config), "--max_steps=3", "--resume=never"],
+        [*train, "--max_steps=3", "--resume=never"],
         ["plot", "--report", str(run)],
     ]
-    ascii = clean_environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    command = [sys.executable, fake_windows.__file__, json.dumps(commands)]
     done = subprocess.run(
-        command, env=ascii, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, fake_windows.__file__, json.dumps(commands)],
+        env=clean_environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "is finished: it has 12 steps" in done.stdout
-    assert [folder.name for folder in checkpoints(tmp_path / "run.old1")] == [
-        "step_0000012"
-    ]  # the best and the newest
+    # The first run kept one checkpoint: its last is also its best.
+    assert [folder.name for folder in checkpoints(tmp_path / "run.old1")] == ["step_0000012"]
     assert [folder.name for folder in checkpoints(run)] == ["step_0000003"]
     assert metrics(run)[-1]["memory_gb"] is None
-    assert (run / "report.md").exists() and (run / "loss.png").exists()
+    assert (run / "report.md").exists()
+    assert (run / "loss.png").exists()
 
 
 @on_linux
 def test_no_mapped_file_is_moved(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "replace", fake_windows.refusing(os.replace))
-    found = tmp_path / "found_train_000001.bin"
-    data.write_shard(found, np.arange(100, dtype=np.uint16))
-    monkeypatch.setattr(fineweb, "download_file", lambda *_: found)
-    files = [dict(path="a/x_train_000001.bin", size=found.stat().st_size, sha256=None)]
+    downloaded = tmp_path / "downloaded_train_000001.bin"
+    data.write_shard(downloaded, np.arange(100, dtype=np.uint16))
+    monkeypatch.setattr(os, "replace", fake_windows.refuse_files_in_use(os.replace))
+    monkeypatch.setattr(fineweb, "download_file", lambda *_: downloaded)
+    files = [dict(path="a/x_train_000001.bin", size=downloaded.stat().st_size, sha256=None)]
     [row] = fineweb.take_ready_made(SimpleNamespace(out="out"), tmp_path, "", files)
-    assert row["tokens"] == 100 and not found.exists()
+    assert row["tokens"] == 100
+    assert not downloaded.exists()
 
 
 def test_a_pool_on_windows_has_at_most_61_processes(monkeypatch):
@@ -100,5 +106,6 @@ def test_a_mac_with_several_processes_takes_its_cpu(monkeypatch):
 
 
 def test_every_file_is_python_3_10():
-    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("tests/*.py"), *PROJECT.glob("config/*.py")]:
-        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+    for folder in ("", "parts/", "config/", "tests/"):
+        for path in PROJECT.glob(f"{folder}*.py"):
+            ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))

@@ -9,12 +9,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pytest
-from conftest import TOY_MODEL, clean_environment
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 import hellaswag
 import prepare
 import sample
@@ -38,6 +32,12 @@ from parts.tokenizer import (
     segments,
     tokenizer_of_model,
 )
+
+import numpy as np
+import pytest
+from conftest import TOY_MODEL, clean_environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 CODE = (
     "class Shape:\n"

@@ -13,6 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import prepare
+import train
+from model import GPT, Block, GPTConfig
+from parts import auto, data
+from parts.optimizer import make_groups
+from parts.pretrained import checkpoints
+from parts.runtime import Runtime
+
 import pytest
 import reference
 import torch
@@ -21,14 +29,6 @@ from conftest import TOY_MODEL, clean_environment, flags, losses, metrics, weigh
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-import prepare
-import train
-from model import GPT, Block, GPTConfig
-from parts import auto, data
-from parts.optimizer import make_groups
-from parts.pretrained import checkpoints
-from parts.runtime import Runtime
 
 ROOT = Path(train.__file__).parent
 needs_compiler = pytest.mark.skipif(

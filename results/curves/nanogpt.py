@@ -17,14 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import numpy as np
-import torch
-
 from model import GPT
 from parts import data
 from parts.metrics import read_metrics, select
 from parts.tokenizer import Tokenizer
 from train import TrainConfig, build_model
+
+import numpy as np
+import torch
 
 # What is replaced in nanoGPT's train.py. In order: its batches; the optimizer's state, which the
 # checkpoint of a first step does not have; the first evaluation; the warm-up, which here is

@@ -34,11 +34,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import numpy as np
-import torch
-
 import bench
 from parts import data, runtime
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
