@@ -151,8 +151,13 @@ def align_right(
     The latter is None when all rows have the same length.
     """
     longest = max(map(len, rows))
-    pads = [longest - len(row) for row in rows]
-    idx = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows)], device=device)
+    pads = []
+    padded_rows = []
+    for row in rows:
+        pad = longest - len(row)
+        pads.append(pad)
+        padded_rows.append([0] * pad + row)
+    idx = torch.tensor(padded_rows, device=device)
     if not any(pads):
         return idx, None
     return idx, torch.tensor(pads, device=device)
@@ -205,9 +210,9 @@ class TokenGraph:
         return self.logits.clone()  # the next replay overwrites them
 
     def capture(self) -> None:
-        """Record the graph. Kernels set things up at their first calls, which must not be recorded,
-        so they warm up on the side stream first.
-        """
+        """Record the step as a graph."""
+        # Kernels set things up at their first calls, which must not be recorded: so they warm up
+        # on the side stream first.
         side = torch.cuda.Stream()
         current = torch.cuda.current_stream()
         side.wait_stream(current)
@@ -384,7 +389,7 @@ def compare(model: GPT, method: Method) -> str:
     # Damaged weights give NaN here, which is no larger than anything: stream refuses them.
     difference = (logits.float() - expected.float()).square().mean().sqrt()
     spread = expected.float().std(dim=-1).mean()
-    if (difference / spread).item() > TOLERANCE[expected.dtype]:
+    if (difference / spread).item() > TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32]):
         return "gives other logits"
     return ""
 
@@ -400,10 +405,9 @@ def follow(model: GPT, rows: list[list[int]], method: Method) -> torch.Tensor:
     """The logits (3, B, V) behind all but two tokens of each row, all but one, and all."""
     beginnings = [row[:-2] for row in rows]
     if not method.cache:
-        longer = [row[:-1] for row in rows]
-        return torch.stack(
-            [recompute(model, part, method.pads) for part in (beginnings, longer, rows)]
-        )
+        first = recompute(model, beginnings, method.pads)
+        second = recompute(model, [row[:-1] for row in rows], method.pads)
+        return torch.stack([first, second, recompute(model, rows, method.pads)])
     cache, first = prefill(model, beginnings, max_new_tokens=2)
     step = functools.partial(forward_cached, model, cache=cache)
     if method.graph:
