@@ -303,7 +303,7 @@ def losses_in_shared_rows(
     mask = causal & (same_part | of_context)  # (B, T, T)
     losses = []
     with machine.autocast(dtype):
-        hidden = model.hidden(idx, position, mask[:, None])  # (B, T, C)
+        hidden = model.hidden(idx, position=position, mask=mask[:, None])  # (B, T, C)
         hidden = hidden.flatten(0, 1)[predicted_at]  # (N, C)
         for chunk, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
             logits = model.logits(chunk).float()
@@ -390,13 +390,13 @@ def can_share_rows(
     # with a bias by column, or with a window, is off by 6e-3 to 3e-1. So in float32 the answer is
     # clear, and a model should be asked before its weights are packed.
     tolerance = 1e-4 if has_float32_weights(model) else 1e-2
-    differ = False
-    # Losses that are not numbers are an error of the score, not of the rows.
-    if expected.isfinite().all():
+    if not expected.isfinite().all():
+        differ = False  # an error of the model, which the score reports
+    elif losses is None:
         differ = True
-        if losses is not None:
-            error = rms(losses[-len(expected) :] - expected)
-            differ = not error <= tolerance * rms(expected)
+    else:
+        error = rms(losses[-len(expected) :] - expected)
+        differ = not error <= tolerance * rms(expected)  # also if the error is NaN
     differ = machine.max(int(differ)) > 0
     if differ and machine.is_main:
         note_separate_rows()
@@ -414,9 +414,14 @@ def try_shared_rows(model: GPT, rendered: list[Rendered], machine: Runtime) -> t
 
 
 def has_float32_weights(model: GPT) -> bool:
-    """Packed weights are no parameters, so this looks at the modules."""
-    weights = [getattr(module, "weight", None) for module in model.modules()]
-    return all(weight.dtype == torch.float32 for weight in weights if weight is not None)
+    """Whether no weights are packed in another precision. Those are not among the parameters, so
+    this looks at the modules.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.dtype != torch.float32:
+            return False
+    return True
 
 
 def rms(values: torch.Tensor) -> float:
