@@ -35,7 +35,7 @@ from parts.sharding import (
     check_shard_options,
     finish_folder,
     lock_shard_folder,
-    progress_bar,
+    make_progress_bar,
     split_into_pieces,
     start_workers,
 )
@@ -310,7 +310,7 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> No
 
     with (
         start_workers("gpt2", arguments.workers or available_cpus()) as tokenise_all,
-        progress_bar(sum(files[i]["size"] for i in writers), arguments.out) as bar,
+        make_progress_bar(sum(files[i]["size"] for i in writers), arguments.out) as bar,
         ThreadPool(1) as thread,  # a daemon: Ctrl-C does not wait for its download
     ):
         bar.update(sum(files[i]["size"] for i in done))
@@ -381,7 +381,7 @@ def take_ready_made(
     Returns their rows of meta.json.
     """
     rows = []
-    with progress_bar(sum(file["size"] for file in files), arguments.out) as bar:
+    with make_progress_bar(sum(file["size"] for file in files), arguments.out) as bar:
         for file in files:
             path = out / file["path"].replace("/", "_")
             local_path = path

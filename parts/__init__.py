@@ -8,7 +8,7 @@ runtime       the machine: device, ranks, collectives
 pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own; is it a GPT-2?
 tokenizer     GPT-2's, bytes, and byte-level BPEs learned from text
 documents     files of any kind -> documents
-data          shards, windows, batches, prefetch
+data          shards, windows, batches, and their loader
 sharding      documents -> tokens -> shards, on all cores
 inference     KV cache, packed weights, the one-token graph, sampling
 auto          what "auto" means on this machine, for training and for inference

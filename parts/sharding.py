@@ -33,7 +33,14 @@ from typing import Any, NamedTuple
 from parts import data
 from parts.documents import Document, read_documents
 from parts.files import lock, write_whole
-from parts.tokenizer import BREAK, PIECE_BYTES, TOKENIZER_FILE, Tokenizer, load_tokenizer, segments
+from parts.tokenizer import (
+    BREAK,
+    PIECE_BYTES,
+    TOKENIZER_FILE,
+    Tokenizer,
+    cut_into_segments,
+    load_tokenizer,
+)
 
 import numpy as np
 
@@ -114,7 +121,7 @@ def split_into_pieces(
         start = 0
         for name, end in split.find_ends(text, number).items():
             begins = True
-            for segment in segments(text, start, end, breaks):
+            for segment in cut_into_segments(text, start, end, breaks):
                 piece.append(Segment(name, begins, segment))
                 begins = False
                 piece_bytes += len(segment)
@@ -174,7 +181,7 @@ def start_workers(tokenizer_name: str, workers: int) -> Iterator[TokeniseAll]:
             yield future.result()
 
     try:
-        with ctrl_c_blocked():
+        with block_ctrl_c():
             started = [pool.submit(int) for _ in range(workers)]
         for future in started:
             future.result()
@@ -189,10 +196,11 @@ def start_workers(tokenizer_name: str, workers: int) -> Iterator[TokeniseAll]:
 
 
 @contextmanager
-def ctrl_c_blocked() -> Iterator[None]:
-    """Start processes inside this block, and a Ctrl-C cannot end them before they ignore it.
+def block_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back inside a `with` block. It arrives when the block ends.
 
-    A process inherits the block. The parent gets a Ctrl-C of this time at the end. Not on Windows.
+    Processes that start inside it inherit this, so Ctrl-C cannot end them before they have begun to
+    ignore it. Windows cannot hold it back.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -348,7 +356,7 @@ class ShardWriter:
         self.finish()
 
 
-def progress_bar(total: int, what: str):
+def make_progress_bar(total: int, what: str):
     """Make a tqdm bar that counts bytes of input. It shows on a terminal only."""
     from tqdm import tqdm
 
@@ -376,7 +384,7 @@ def shard_files(
     record = out / "progress" / "all.npz"
     writer = ShardWriter(record, name_shard, sizes, tokenizer.end_of_text)
     n_bytes = sum(path.stat().st_size for path in files)
-    with progress_bar(n_bytes, out.name) as bar:
+    with make_progress_bar(n_bytes, out.name) as bar:
         documents = read_documents(files, column)
         pieces = split_into_pieces(documents, split, bar.update, tokenizer.breaks)
         writer.fill(pieces, tokenise_all, bar)

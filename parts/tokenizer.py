@@ -87,7 +87,7 @@ class BPETokenizer(Tokenizer):
         # space, tiktoken's time grows faster than the length; a run of a million spaces is more
         # than its regular expressions can take.
         arrays = []
-        for segment in segments(text, 0, len(text), self.breaks, PIECE_BYTES // 2):
+        for segment in cut_into_segments(text, 0, len(text), self.breaks, PIECE_BYTES // 2):
             part = segment.decode("utf-8", errors="replace")
             # Nothing is special: a literal "<|endoftext|>" in the input is ordinary text.
             arrays.append(self.encoding.encode_to_numpy(part, disallowed_special=()))
@@ -176,7 +176,7 @@ def byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def segments(
+def cut_into_segments(
     text: bytes | mmap.mmap,
     start: int,
     end: int,

@@ -25,11 +25,11 @@ from parts.tokenizer import (
     END_OF_TEXT,
     TOKENIZERS,
     LearnedTokenizer,
+    cut_into_segments,
     get_tokenizer,
     learn_tokenizer,
     sample_texts,
     save_tokenizer,
-    segments,
     tokenizer_of_model,
 )
 
@@ -192,7 +192,7 @@ def check_segments(tokenizer, text: str, size: int, cuts: list[int]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_room, "PIECE_BYTES", 2 * size)
-        pieces = list(segments(raw, 0, len(raw), tokenizer.breaks, size))
+        pieces = list(cut_into_segments(raw, 0, len(raw), tokenizer.breaks, size))
         ids = tokenizer.encode(text).tolist()
     assert b"".join(pieces) == raw
     assert tokenizer.decode(ids) == text
