@@ -9,8 +9,8 @@ import codecs
 import functools
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from parts import GPT
@@ -191,26 +191,27 @@ class TokenGraph:
         self.captures = captures
         self.graph: torch.cuda.CUDAGraph | None = None
         self.idx: torch.Tensor | None = None
-        cache.column = torch.zeros(1, dtype=torch.int64, device=device_of(model))
+        self.column = torch.zeros(1, dtype=torch.int64, device=device_of(model))
+        cache.column = self.column
 
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
         """The next token of each row (B, 1) -> logits (B, V)."""
         if self.idx is None:
             self.idx = torch.zeros_like(idx)
         self.idx.copy_(idx)
-        self.cache.column.fill_(self.cache.length)
+        self.column.fill_(self.cache.length)
         self.cache.length += 1
         if not (self.captures and idx.is_cuda):
             return forward_cached(self.model, self.idx, self.cache)
         # A thread's current device, and so its streams, may be another GPU.
         with torch.cuda.device_of(self.idx):
             if self.graph is None:
-                self.capture()
+                self.graph = self.capture(self.idx)
             self.graph.replay()
         return self.logits.clone()  # the next replay overwrites them
 
-    def capture(self) -> None:
-        """Record the step as a graph."""
+    def capture(self, idx: torch.Tensor) -> torch.cuda.CUDAGraph:
+        """Record the step, which reads its tokens from idx and leaves its logits in self.logits."""
         # Kernels set things up at their first calls, which must not be recorded: so they warm up
         # on the side stream first.
         side = torch.cuda.Stream()
@@ -218,12 +219,13 @@ class TokenGraph:
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(3):  # the same column each time
-                forward_cached(self.model, self.idx, self.cache)
+                forward_cached(self.model, idx, self.cache)
         current.wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # Without a stream, torch takes its own, which is on the GPU of the process's first graph.
-        with torch.cuda.graph(self.graph, stream=side):
-            self.logits = forward_cached(self.model, self.idx, self.cache)
+        with torch.cuda.graph(graph, stream=side):
+            self.logits = forward_cached(self.model, idx, self.cache)
+        return graph
 
 
 # ---- Packed weights ------------------------------------------------------------------------------
@@ -365,8 +367,8 @@ def describe_fallback(wanted: Method, method: Method, objection: str) -> str:
 def compare(model: GPT, method: Method) -> str:
     """What speaks against the method, as the predicate of "this model.py"; empty if nothing does.
 
-    Its logits are compared with the plain ones on a short random text, and on one of half the
-    length beside it if the method pads. What only a longer text would show is not seen, such as a
+    Its logits are compared with the plain ones on a short random text and, if the method pads, on
+    two shorter ones beside it. What only a longer text would show is not seen, such as a
     window of 256 tokens.
     """
     T = count_check_tokens(model)
@@ -374,8 +376,9 @@ def compare(model: GPT, method: Method) -> str:
     text = torch.randint(model.config.vocab_size, (T,), generator=generator).tolist()
     rows = [text]
     if method.pads:
-        rows.append(text[: max(3, T // 2)])
-    # No token sees those behind it, so the first row has the logits of the second one too.
+        # The shorter one shows what a padding token does to the first real token behind it.
+        rows += [text[: max(3, T // 2)], text[:3]]
+    # No token sees those behind it, so the first row has the logits of the others too.
     x = model.hidden(torch.tensor([text], device=device_of(model)))[0]  # (T, C)
     last = torch.tensor([len(row) for row in rows], device=x.device) - 1
     expected = model.logits(torch.stack([x[last - 2], x[last - 1], x[last]]))
@@ -409,6 +412,7 @@ def follow(model: GPT, rows: list[list[int]], method: Method) -> torch.Tensor:
         second = recompute(model, [row[:-1] for row in rows], method.pads)
         return torch.stack([first, second, recompute(model, rows, method.pads)])
     cache, first = prefill(model, beginnings, max_new_tokens=2)
+    step: Callable[[torch.Tensor], torch.Tensor]
     step = functools.partial(forward_cached, model, cache=cache)
     if method.graph:
         step = TokenGraph(model, cache, captures=False)
@@ -428,7 +432,7 @@ class Predictor:
             graph = is_packed(model)
         self.method = choose_method(model, is_ragged(rows), graph)
         self.cache: KVCache | None = None
-        self.step = None  # of one token a row behind the cache
+        self.graph: TokenGraph | None = None
 
     def __call__(self, rows: list[list[int]]) -> torch.Tensor:
         """Rows of token ids, each with one token more than at the last call -> logits (B, V).
@@ -440,14 +444,15 @@ class Predictor:
         # position: then the cache is filled anew.
         if self.cache is not None and self.cache.length < block_size:
             idx = torch.tensor([row[-1:] for row in rows], device=device_of(self.model))
-            return self.step(idx)
+            if self.graph is not None:
+                return self.graph(idx)
+            return forward_cached(self.model, idx, self.cache)
         windows = [row[-block_size:] for row in rows]
         if not self.method.cache:
             return recompute(self.model, windows, self.method.pads)
         self.cache, logits = prefill(self.model, windows, self.max_new_tokens)
-        self.step = functools.partial(forward_cached, self.model, cache=self.cache)
         if self.method.graph:
-            self.step = TokenGraph(self.model, self.cache)
+            self.graph = TokenGraph(self.model, self.cache)
         return logits
 
 
@@ -635,7 +640,7 @@ def check_settings(values: dict) -> dict:
     Raises ValueError if one is missing, not a number, or out of range.
     """
     for name, setting in SETTINGS.items():
-        value = values.get(name)
+        value: Any = values.get(name)
         if type(setting.default) is int and type(value) is not int:
             raise ValueError(f"{name} must be a whole number")
         if type(value) not in (int, float):
@@ -686,12 +691,13 @@ class Text:
 
         logprobs (V): those of all tokens in this place, for the record.
         """
-        if logprobs is not None:
+        if token is not None and logprobs is not None:
             self.record.append(self.make_record(token, logprobs))
-        is_last = token is None or token == self.tokenizer.end_of_text
-        if is_last:
+        if token is None or token == self.tokenizer.end_of_text:
+            is_last = True
             self.held += self.decoder.decode(b"", final=True)
         else:
+            is_last = False
             self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
         end = len(self.held)
         first_stop = find_first(self.held, self.stops)

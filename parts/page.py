@@ -179,15 +179,13 @@ def line(**event) -> str:
     return json.dumps(event, allow_nan=False) + "\n"
 
 
-def make_app(answer: Answer, progress: Callable[[], dict], form: dict):
+def make_app(desk: Desk, progress: Callable[[], dict], form: dict):
     """The Flask application. It serves the page, the values that fill its form, the progress of the
     run's training, and the answers.
     """
     from flask import Flask, Response, abort, request
 
     app = Flask("page", static_folder=None)
-    desk = Desk(answer)
-    app.desk = desk
 
     @app.before_request
     def refuse_strangers():
@@ -228,13 +226,16 @@ def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -
     progress: see Shelf.progress. form: the values that the page's form begins with. Raises
     ValueError if the port cannot be had.
     """
-    app = make_app(answer, progress, form)
+    desk = Desk(answer)
+    app = make_app(desk, progress, form)
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Handler(WSGIRequestHandler):
         timeout = 60  # seconds, for a client that connects and sends nothing, or does not read
         disable_nagle_algorithm = True  # a token is sent at once
-        log = staticmethod(lambda *_: None)
+
+        def log(self, type: str, message: str, *args) -> None:
+            """Nothing: the terminal shows what goes wrong, and no list of requests."""
 
     try:
         listener = socket.create_server((HOST, port))
@@ -248,4 +249,4 @@ def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -
         )
         print(f"http://{HOST}:{listener.getsockname()[1]}", flush=True)
         server.serve_forever()
-    app.desk.close()
+    desk.close()

@@ -103,7 +103,7 @@ def words(settings: dict):
 
 
 def client(answer=words):
-    return page_part.make_app(answer, lambda: RUN, FORM).test_client()
+    return page_part.make_app(page_part.Desk(answer), lambda: RUN, FORM).test_client()
 
 
 def post(client, **headers):
