@@ -185,7 +185,7 @@ class TokenGraph:
     """
 
     def __init__(self, model: GPT, cache: KVCache, captures: bool = True):
-        """captures=False computes the same kernel by kernel, as it always is on a CPU."""
+        """captures=False launches the kernels one by one instead, as always on a CPU."""
         self.model = model
         self.cache = cache
         self.captures = captures
@@ -305,8 +305,8 @@ METHODS: WeakKeyDictionary = WeakKeyDictionary()
 # at most 7e-6 in float32 (TF32 on a GPU rounds like float16), 0.001 in float16, 0.02 in bfloat16.
 TOLERANCE = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.1}
 
-# The text that is compared has as many tokens as the blocks multiply with so many multiply-adds:
-# for 124M parameters 8 tokens on a CPU, and the whole context on a GPU.
+# The compared text is as long as so many multiply-adds in the blocks allow: with 124M parameters
+# 8 tokens on a CPU, and the whole context on a GPU.
 CHECK_WORK = {"cpu": 7e8, "mps": 1e10, "cuda": 1e11}
 FEWEST_CHECK_TOKENS = 8
 MOST_CHECK_TOKENS = 1024
@@ -365,10 +365,10 @@ def describe_fallback(wanted: Method, method: Method, objection: str) -> str:
 
 @torch.no_grad()
 def compare(model: GPT, method: Method) -> str:
-    """What speaks against the method, as the predicate of "this model.py"; empty if nothing does.
+    """Why this model cannot use the method, as a phrase after "this model.py"; empty if it can.
 
-    Its logits are compared with the plain ones on a short random text and, if the method pads, on
-    two shorter ones beside it. What only a longer text would show is not seen, such as a
+    Compares the method's logits with the plain ones on a short random text, and if the method pads,
+    on two shorter rows too. It does not see a difference that only a longer text shows, such as a
     window of 256 tokens.
     """
     T = count_check_tokens(model)
@@ -376,9 +376,9 @@ def compare(model: GPT, method: Method) -> str:
     text = torch.randint(model.config.vocab_size, (T,), generator=generator).tolist()
     rows = [text]
     if method.pads:
-        # The shorter one shows what a padding token does to the first real token behind it.
+        # The shortest row shows what the padding does to the first token behind it.
         rows += [text[: max(3, T // 2)], text[:3]]
-    # No token sees those behind it, so the first row has the logits of the others too.
+    # A token does not see later ones, so the first row has the logits of the others too.
     x = model.hidden(torch.tensor([text], device=device_of(model)))[0]  # (T, C)
     last = torch.tensor([len(row) for row in rows], device=x.device) - 1
     expected = model.logits(torch.stack([x[last - 2], x[last - 1], x[last]]))
@@ -389,7 +389,7 @@ def compare(model: GPT, method: Method) -> str:
     except Exception as error:  # a model.py that knows nothing of a cache may raise anything
         reason = str(error).partition("\n")[0]
         return f"raises {type(error).__name__} ({reason})"
-    # Damaged weights give NaN here, which is no larger than anything: stream refuses them.
+    # Damaged weights give NaN, which is not larger than any tolerance: stream refuses them itself.
     difference = (logits.float() - expected.float()).square().mean().sqrt()
     spread = expected.float().std(dim=-1).mean()
     if (difference / spread).item() > TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32]):
@@ -398,6 +398,7 @@ def compare(model: GPT, method: Method) -> str:
 
 
 def count_check_tokens(model: GPT) -> int:
+    """How many tokens of text `compare` reads."""
     config = model.config
     work_per_token = 12 * config.n_layer * config.n_embd**2
     affordable = int(CHECK_WORK[device_of(model).type] / work_per_token)
@@ -687,7 +688,7 @@ class Text:
         self.record: list[Record] = []  # of each token, if log-probabilities were given
 
     def add(self, token: int | None, logprobs: torch.Tensor | None = None) -> str:
-        """Append a token and return what is ready to show; None says that no more come.
+        """Append a token and return what is ready to show; None ends the text.
 
         logprobs (V): those of all tokens in this place, for the record.
         """
