@@ -184,7 +184,6 @@ def bench_hellaswag(arguments: argparse.Namespace, machine: Runtime) -> dict:
     tokenizer = get_tokenizer("gpt2")
     model = GPT(GPTConfig()).to(machine.device).eval()
     tasks = hellaswag.examples(arguments.data, arguments.limit)
-    share_rows = hellaswag.can_share_rows(model, tokenizer, machine, tasks)
     prepared = prepare_for_inference(copy.deepcopy(model), machine, arguments.dtype, rows=1024)
     print(prepared.note, file=sys.stderr)
     # About 40 tasks are enough for the slow way.
@@ -201,7 +200,6 @@ def bench_hellaswag(arguments: argparse.Namespace, machine: Runtime) -> dict:
             machine,
             tasks,
             dtype=prepared.dtype,
-            share_rows=share_rows,
         )
         return {"tasks/s": speed}
 

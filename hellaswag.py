@@ -45,13 +45,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from model import GPT, open_model
+from model import GPT, GPTConfig, open_model
 from parts import runtime
 from parts.auto import prepare_for_inference
 from parts.console import command
 from parts.files import write_whole
 from parts.metrics import PUBLISHED
 from parts.runtime import Runtime
+from parts.standin import differ, make_standin, random_ids
 from parts.tokenizer import Tokenizer
 
 import numpy as np
@@ -306,7 +307,7 @@ def losses_in_shared_rows(
         hidden = model.hidden(idx, position=position, mask=mask[:, None])  # (B, T, C)
         hidden = hidden.flatten(0, 1)[predicted_at]  # (N, C)
         for chunk, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
-            logits = model.logits(chunk).float()
+            logits = in_float32(model.logits(chunk))
             losses.append(F.cross_entropy(logits, target, reduction="none"))
     return torch.cat(losses)
 
@@ -328,9 +329,16 @@ def losses_in_separate_rows(
         first = len(task.context) - 1
         for row_logits, ending in zip(logits, task.endings):
             target = torch.from_numpy(ending.astype(np.int64)).to(machine.device)
-            ending_logits = row_logits[first : first + len(ending)].float()
+            ending_logits = in_float32(row_logits[first : first + len(ending)])
             losses.append(F.cross_entropy(ending_logits, target, reduction="none"))
     return torch.cat(losses)
+
+
+def in_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of a lower precision in float32; those of a stand-in stay in float64."""
+    if logits.dtype == torch.float64:
+        return logits
+    return logits.float()
 
 
 @torch.no_grad()
@@ -357,75 +365,26 @@ def ending_losses(
     return sums
 
 
-@torch.no_grad()
-def can_share_rows(
-    model: GPT, tokenizer: Tokenizer, machine: Runtime, tasks: list[Example]
-) -> bool:
-    """Whether the endings of a task can share a row with this model; the same on all ranks.
+@functools.cache
+def can_share_rows(cls: type, config: GPTConfig) -> bool:
+    """Whether the endings of a task can share a row with models of this class and config.
 
-    Numbers decide: the last ending of one task is computed both ways, and the losses of its tokens
-    are compared. It is the task with the longest row. There columns and positions differ most, and
-    a sliding window, which changes nothing in a short row, shows. Where the answer is no, the main
-    rank prints a note, once in a process.
+    Numbers decide: the losses of a made-up task are computed both ways by a stand-in. Its row is
+    longer than the context, as rows of real tasks are.
     """
-    rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
-    # The only token of an ending is predicted by the context, so it would prove nothing.
-    provable = [task for task in rendered if len(task.endings[-1]) > 1]
-    longest = max(provable or rendered, key=len)
-    alone = Rendered(longest.context, longest.endings[-1:])
-    was_training = model.training
-    model.eval()
-    # With a GPU's TF32, the two ways would be rounded differently.
-    matmul_precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    model = make_standin(cls, config)
+    n_context = max(1, min(config.block_size, 512) * 3 // 4)
+    n_ending = min(config.block_size, 512) - n_context + 1
+    ids = random_ids(model, n_context + 4 * n_ending).numpy().astype(np.uint16)
+    endings = tuple(np.split(ids[n_context:], 4))
+    task = Rendered(ids[:n_context], endings)
+    alone = Runtime(torch.device("cpu"))
+    expected = losses_in_separate_rows(model, [task], alone, torch.float32)
     try:
-        expected = losses_in_separate_rows(model, [alone], machine, torch.float32)
-        losses = try_shared_rows(model, [longest], machine)
-    finally:
-        torch.set_float32_matmul_precision(matmul_precision)
-        model.train(was_training)
-
-    # The root mean square of the differences, as a fraction of that of the losses. Rounding leaves
-    # up to 3e-6 in float32, and up to 8e-3 with weights packed in bf16 (inference.pack). Attention
-    # with a bias by column, or with a window, is off by 6e-3 to 3e-1. So in float32 the answer is
-    # clear, and a model should be asked before its weights are packed.
-    tolerance = 1e-4 if has_float32_weights(model) else 1e-2
-    if not expected.isfinite().all():
-        differ = False  # an error of the model, which the score reports
-    elif losses is None:
-        differ = True
-    else:
-        error = rms(losses[-len(expected) :] - expected)
-        differ = not error <= tolerance * rms(expected)  # also if the error is NaN
-    differ = machine.max(int(differ)) > 0
-    if differ and machine.is_main:
-        note_separate_rows()
-    return not differ
-
-
-def try_shared_rows(model: GPT, rendered: list[Rendered], machine: Runtime) -> torch.Tensor | None:
-    """losses_in_shared_rows in float32; None if the model fails, because it takes no positions and
-    no mask, or no row longer than block_size.
-    """
-    try:
-        return losses_in_shared_rows(model, rendered, machine, torch.float32)
-    except Exception:
-        return None
-
-
-def has_float32_weights(model: GPT) -> bool:
-    """Whether no weights are packed in another precision. Those are not among the parameters, so
-    this looks at the modules.
-    """
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.dtype != torch.float32:
-            return False
-    return True
-
-
-def rms(values: torch.Tensor) -> float:
-    return values.square().mean().sqrt().item()
+        losses = losses_in_shared_rows(model, [task], alone, torch.float32)
+    except Exception:  # it takes no positions and no mask, or no row longer than block_size
+        return False
+    return not differ(losses, expected)
 
 
 # A run asks before each of its scores; the note is printed the first time.
@@ -450,19 +409,19 @@ def evaluate(
     machine: Runtime,
     tasks: list[Example],
     dtype: torch.dtype = torch.float32,
-    share_rows: bool | None = None,
     show_progress: bool = False,
 ) -> dict:
     """{"style", "n", "acc", "acc_norm", ...} over the tasks. Each rank scores a share of them; all
     get the result.
 
-    dtype is the precision of matrix products, share_rows the answer of can_share_rows, which is
-    asked if it is None. Nothing is drawn from a random generator, and the model is left as it was.
+    dtype is the precision of matrix products. Nothing is drawn from torch's random generator, and
+    the model is left as it was.
     """
     from tqdm import tqdm
 
-    if share_rows is None:
-        share_rows = can_share_rows(model, tokenizer, machine, tasks)
+    share_rows = can_share_rows(type(model), model.config)
+    if not share_rows and machine.is_main:
+        note_separate_rows()
     rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]
     batches = make_batches(rendered, BATCH_TOKENS)[machine.rank :: machine.world_size]
     # None: on a terminal only.
@@ -561,9 +520,6 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer, source = open_model(arguments.model)
     n_parameters = model.num_params()
     try:
-        model.to(machine.device)
-        # Before the weights are packed, because it compares in float32.
-        share_rows = can_share_rows(model, tokenizer, machine, tasks)
         prepared = prepare_for_inference(model, machine, arguments.dtype, rows=1024)
         if machine.is_main:
             print(f"model: {source}, {n_parameters:,} parameters", file=sys.stderr)
@@ -575,7 +531,6 @@ def main(argv: list[str] | None = None) -> None:
             machine,
             tasks,
             dtype=prepared.dtype,
-            share_rows=share_rows,
             show_progress=machine.is_main,
         )
     except torch.OutOfMemoryError:

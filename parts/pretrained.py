@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from parts import GPT, GPTConfig
+from parts.standin import TOLERANCE, make_standin
 
 import torch
 import torch.nn.functional as F
@@ -519,28 +520,8 @@ def departure_from_gpt2(model: GPT) -> str:
 
 @functools.cache
 def compare_with_gpt2(cls: type, config: GPTConfig, n_tokens: int) -> str:
-    """The same for any weights: by a small model of this class and config, with random weights.
-
-    Random, because a new layer may do nothing at first. In float64, to see small differences.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            width = config.n_head * min(4, config.n_embd // config.n_head)
-            depth = min(4, config.n_layer)
-            small = dataclasses.replace(config, n_layer=depth, n_embd=width, vocab_size=64)
-            model = cls(small)
-        except (ValueError, RuntimeError, TypeError):  # a changed model.py may want its own width
-            model = cls(config)
-        model = model.double().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() >= 2:
-                    parameter.normal_(std=1 / math.sqrt(parameter.size(-1)))
-                else:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-            model.transformer.wte.weight[model.config.vocab_size :] = 0.0
-        return compare_logits(model, n_tokens, tolerance=1e-6)
+    """The same for any weights: by a stand-in of this class and config."""
+    return compare_logits(make_standin(cls, config), n_tokens, TOLERANCE)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""Generation: cached equals uncached, packed equals plain, and the filters equal those of
-transformers.
+"""Generation: cached equals uncached, packed equals plain, the filters equal those of transformers,
+and a changed model samples what it computes.
 """
 
 from model import GPT, Block, CausalSelfAttention, GPTConfig
@@ -100,18 +100,16 @@ def test_rows_end_at_the_stop_token_each_on_its_own(toy):
     stop = free[0][4]
     for completion, row in zip(generate(toy, prompts, 12, seeds=range(6), stop_token=stop), free):
         assert completion == (row[: row.index(stop) + 1] if stop in row else row)
-    assert (
-        len(list(stream(toy, prompts[:1], 12, seeds=[0], stop_token=stop))) == 5
-    )  # and nothing is computed after it
+    # And nothing is computed after it.
+    assert len(list(stream(toy, prompts[:1], 12, seeds=[0], stop_token=stop))) == 5
 
 
 def test_stream_is_generate_in_pieces_and_leaves_the_mode_alone():
     toy = make_toy(dropout=0.5)
     steps = list(stream(toy, [[1, 2], [3]], 5, seeds=[0, 1]))
     rows = [list(row) for row in zip(*(step.tokens for step in steps))]
-    assert rows == generate(
-        toy.train(), [[1, 2], [3]], 5
-    )  # the seeds are 0, 1, ... where none are given
+    # The seeds are 0, 1, ... where none are given.
+    assert rows == generate(toy.train(), [[1, 2], [3]], 5)
     assert toy.training
     # The logits that come with a token are the model's own.
     expected = toy.eval()(torch.tensor([[1, 2, *rows[0]]]))[0, 1:-1]
@@ -126,12 +124,11 @@ def test_greedy_text_equals_transformers(tmp_path, size, penalty):
     ours = make_toy() if size == "toy" else GPT(GPTConfig())
     ours.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    prompt, options = ids(1, 4), dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    prompt = ids(1, 4)
+    options = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
     expected = theirs.generate(prompt, max_new_tokens=12, repetition_penalty=penalty, **options)
-    assert (
-        generate(ours, prompt.tolist(), 12, temperature=0, repetition_penalty=penalty)
-        == expected[:, 4:].tolist()
-    )
+    text = generate(ours, prompt.tolist(), 12, temperature=0, repetition_penalty=penalty)
+    assert text == expected[:, 4:].tolist()
 
 
 @pytest.mark.parametrize("length", [0, 17])
@@ -163,10 +160,9 @@ def test_a_token_as_a_graph_is_that_token(device, lengths):
     step = TokenGraph(toy, graphed)
     tokens = [ids(len(lengths), 1, seed=n).to(device) for n in range(16 - max(lengths))]
     expected = [forward_cached(toy, token, plain) for token in tokens]
-    # All before the first is looked at: a call must not overwrite what an earlier one returned.
-    assert torch.allclose(
-        torch.stack([step(token) for token in tokens]), torch.stack(expected), atol=1e-4
-    )
+    # All calls come first: a call must not overwrite what an earlier one returned.
+    logits = [step(token) for token in tokens]
+    assert torch.allclose(torch.stack(logits), torch.stack(expected), atol=1e-4)
     assert graphed.length == 16
 
 
@@ -192,9 +188,8 @@ def test_packed_is_autocast_made_ready(device):
     cache = KVCache(16, dtype=torch.float32 if device == "cpu" else None)
     parts = [forward_cached(packed, part, cache) for part in x.split([9, 1, 1, 5], dim=1)]
     last = exact[:, [8, 9, 10, 15]]
-    assert torch.allclose(
-        torch.stack(parts, dim=1).float(), last, atol=3 * (expected - exact).abs().max().item()
-    )
+    rounding = (expected - exact).abs().max().item()
+    assert torch.allclose(torch.stack(parts, dim=1).float(), last, atol=3 * rounding)
     assert cache.layers[0][0].dtype == (cache.dtype or torch.bfloat16)
     assert next(stream(packed, [[1]], 1)).logits.dtype == torch.float32
 
@@ -232,10 +227,8 @@ def test_the_tokens_left_are_those_of_transformers(seed, top_k, top_p, min_p, pe
     transformers.
     """
     generator = torch.Generator().manual_seed(seed)
-    logits, seen = (
-        torch.randn(2, 300, generator=generator) * 3,
-        ids(2, 7, vocab_size=300, seed=seed),
-    )
+    logits = torch.randn(2, 300, generator=generator) * 3
+    seen = ids(2, 7, vocab_size=300, seed=seed)
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits)
     theirs = TemperatureLogitsWarper(temperature)(seen, theirs)
     theirs = TopKLogitsWarper(top_k)(seen, theirs) if top_k else theirs
@@ -270,9 +263,8 @@ def test_no_id_of_the_padding_is_ever_sampled():
     model = make_toy()
     model.transformer.wte.weight.data[257:] = 100.0
     for temperature in (0, 100.0):
-        assert (
-            max(max(row) for row in generate(model, [[1], [2]], 200, temperature=temperature)) < 257
-        )
+        for text in generate(model, [[1], [2]], 200, temperature=temperature):
+            assert max(text) < 257
 
 
 # ---- Another model.py ----------------------------------------------------------------------------

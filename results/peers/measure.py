@@ -131,12 +131,9 @@ machine = runtime.start("cpu")
 tokenizer = get_tokenizer("gpt2")
 tasks = hellaswag.examples(os.environ["TASKS"], {TASKS})
 model = GPT(GPTConfig()).eval()
-share_rows = hellaswag.can_share_rows(model, tokenizer, machine, tasks)
 prepared = prepare_for_inference(model, machine, "auto", rows=1024)
 # timed
-hellaswag.evaluate(
-    prepared.model, tokenizer, machine, tasks, dtype=prepared.dtype, share_rows=share_rows
-)
+hellaswag.evaluate(prepared.model, tokenizer, machine, tasks, dtype=prepared.dtype)
 """,
     "build-nanogpt": f"""
 import json, os

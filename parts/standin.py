@@ -1,0 +1,72 @@
+"""A small model of the same class: it shows by numbers what a model.py computes.
+
+People change model.py. What is built around it (files for other programs, the KV cache, padded
+batches, HellaSwag's shared rows) is right only for a model that mixes tokens as GPT-2 does. So
+these are tried on a stand-in first: small, in float64, with random weights. Random, because a new
+layer may do nothing at first; in float64, so that any difference is one of the model and not of
+rounding; small, so that the trial takes a moment.
+"""
+
+if __name__ == "__main__":
+    raise SystemExit("parts/standin.py is no command: README.md lists the commands")
+
+import dataclasses
+import functools
+import math
+
+from parts import GPT, GPTConfig
+
+import torch
+
+# Two ways to compute the same differ by less than this share of the largest value, in float64.
+TOLERANCE = 1e-6
+MOST_LAYERS = 4
+HEAD_SIZE = 4
+VOCAB_SIZE = 64
+
+
+@functools.lru_cache(maxsize=8)
+def make_standin(cls: type, config: GPTConfig) -> GPT:
+    """A model of this class and config, but small, with random weights: float64, on the CPU.
+
+    Torch's random numbers go on as if nothing had been drawn. Nobody may change the model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = cls(shrink(config))
+        except (ValueError, RuntimeError, TypeError):  # a changed model.py may want its own width
+            model = cls(config)
+        model = model.double().eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=1 / math.sqrt(parameter.size(-1)))
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        model.transformer.wte.weight[model.config.vocab_size :] = 0.0
+    return model
+
+
+def shrink(config: GPTConfig) -> GPTConfig:
+    """The same config with fewer layers, narrow heads and few tokens."""
+    head_size = min(HEAD_SIZE, config.n_embd // config.n_head)
+    return dataclasses.replace(
+        config,
+        n_layer=min(MOST_LAYERS, config.n_layer),
+        n_embd=config.n_head * head_size,
+        vocab_size=min(VOCAB_SIZE, config.vocab_size),
+    )
+
+
+def random_ids(model: GPT, *shape: int) -> torch.Tensor:
+    """Token ids of this shape, the same each time: int64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, shape, generator=generator)
+
+
+def differ(values: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two float64 tensors are more than rounding apart, or of unlike shapes."""
+    if values.shape != expected.shape:
+        return True
+    error = (values - expected).abs().max()
+    return not bool(error <= TOLERANCE * expected.abs().max())  # also if one of them is NaN
