@@ -1,22 +1,22 @@
 """What the commands at the top are made of, a room a job. A room imports only rooms above it.
 
-    files         what survives a crash: whole writes, locks, SHA-256
-    console       what a terminal shows, which signals it sends, and how a command ends
-    loss          the head's loss without keeping the logits
-    optimizer     AdamW, SGD, Muon; which parameter has which rule
-    runtime       the machine: device, ranks, collectives
-    standin       a small model of the same class: what does this model.py compute?
-    pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own; is it a GPT-2?
-    tokenizer     GPT-2's, bytes, and byte-level BPEs learned from text
-    documents     files of any kind -> documents
-    data          shards, windows, batches, and their loader
-    sharding      documents -> tokens -> shards, on all cores
-    inference     KV cache, packed weights, the one-token graph, sampling
-    auto          what "auto" means on this machine, for training and for inference
-    metrics       a run's records, and the published figures they are compared with
-    report        report.md and model cards
-    checkpoint    a run's folder and its checkpoints: chosen, written, checked, pruned
-    page          the page of sample.py --web
+files         what survives a crash: whole writes, locks, SHA-256
+console       what a terminal shows, which signals it sends, and how a command ends
+loss          the head's loss without keeping the logits
+optimizer     AdamW, SGD, Muon; which parameter has which rule
+runtime       the machine: device, ranks, collectives
+standin       a small model of the same class: what does this model.py compute?
+pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own; is it a GPT-2?
+tokenizer     GPT-2's, bytes, and byte-level BPEs learned from text
+documents     files of any kind -> documents
+data          shards, windows, batches, and their loader
+sharding      documents -> tokens -> shards, on all cores
+inference     KV cache, packed weights, the one-token graph, sampling
+auto          what "auto" means on this machine, for training and for inference
+metrics       a run's records, and the published figures they are compared with
+report        report.md and model cards
+checkpoint    a run's folder and its checkpoints: chosen, written, checked, pruned
+page          the page of sample.py --web
 """
 
 import importlib.util

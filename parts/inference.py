@@ -11,9 +11,9 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
-from parts import GPT
+from parts import GPT, GPTConfig
+from parts.standin import differ, exact_arithmetic, make_standin, random_ids
 from parts.tokenizer import Tokenizer
 
 import torch
@@ -281,7 +281,7 @@ def is_packed(model: nn.Module) -> bool:
 
 # ---- Does a shortcut compute what the model computes? --------------------------------------------
 # A changed model.py may mix tokens in ways that a cache, or a padded batch, knows nothing of. So
-# the first text of a model is preceded by a comparison, and a shortcut that fails it is not taken.
+# each shortcut is tried on a stand-in of the model, and one that gives other logits is not taken.
 
 
 class Method(NamedTuple):
@@ -297,39 +297,19 @@ class Method(NamedTuple):
 
 PLAIN = Method(cache=False, pads=False, graph=False)
 
-# Model -> {the method that was wanted: (version of the weights, the method that is right)}.
-METHODS: WeakKeyDictionary = WeakKeyDictionary()
 
-# Logits differ by rounding up to this root mean square, as a share of their standard deviation over
-# the vocabulary. Measured with random weights of GPT-2's size at init and up to six times as large:
-# at most 7e-6 in float32 (TF32 on a GPU rounds like float16), 0.001 in float16, 0.02 in bfloat16.
-TOLERANCE = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.1}
-
-# The compared text is as long as so many multiply-adds in the blocks allow: with 124M parameters
-# 8 tokens on a CPU, and the whole context on a GPU.
-CHECK_WORK = {"cpu": 7e8, "mps": 1e10, "cuda": 1e11}
-FEWEST_CHECK_TOKENS = 8
-MOST_CHECK_TOKENS = 1024
-
-
-def choose_method(model: GPT, pads: bool, graph: bool) -> Method:
-    """The fastest method that gives this model's own logits.
+@functools.cache
+def choose_method(cls: type, config: GPTConfig, pads: bool, graph: bool) -> Method:
+    """The fastest method that gives the logits of models of this class and config.
 
     pads    the rows have different lengths
     graph   a CUDA graph would pay
 
-    The model is compared at its first text, and again when its weights have changed, because a new
-    layer often starts as the identity. A line on stderr says once what it cannot use.
+    A line on stderr says once what cannot be used.
     """
-    if model.config.block_size < 4:
+    if config.block_size < 4:
         return PLAIN  # nothing to gain, and too little to compare
     wanted = Method(cache=True, pads=pads, graph=graph)
-    methods = METHODS.setdefault(model, {})
-    version = weights_version(model)
-    last_version, last_method = methods.get(wanted, (None, wanted))
-    if version == last_version:
-        return last_method
-
     candidates = [wanted]
     if graph:
         candidates.append(wanted._replace(graph=False))
@@ -337,21 +317,16 @@ def choose_method(model: GPT, pads: bool, graph: bool) -> Method:
         candidates.append(Method(cache=False, pads=True, graph=False))
     method = PLAIN
     objections = []
+    model = make_standin(cls, config)
     for candidate in candidates:
         objection = compare(model, candidate)
         if not objection:
             method = candidate
             break
         objections.append(objection)
-    methods[wanted] = (version, method)
-    if method not in (wanted, last_method):
+    if objections:
         print(describe_fallback(wanted, method, objections[0]), file=sys.stderr)
     return method
-
-
-def weights_version(model: GPT) -> int:
-    """A number that grows whenever a weight is changed in place, as an optimizer does."""
-    return sum(weight._version for weight in model.parameters() if not weight.is_inference())
 
 
 def describe_fallback(wanted: Method, method: Method, objection: str) -> str:
@@ -363,46 +338,26 @@ def describe_fallback(wanted: Method, method: Method, objection: str) -> str:
     return f"this model.py {objection} {shortcut}: sampling without it, slower"
 
 
-@torch.no_grad()
 def compare(model: GPT, method: Method) -> str:
-    """Why this model cannot use the method, as a phrase after "this model.py"; empty if it can.
+    """What speaks against the method, as the predicate of "this model.py"; empty if nothing does.
 
-    Compares the method's logits with the plain ones on a short random text, and if the method pads,
-    on two shorter rows too. It does not see a difference that only a longer text shows, such as a
-    window of 256 tokens.
+    A stand-in's logits are compared with the plain ones on a random text and, if the method pads,
+    on two shorter ones beside it.
     """
-    T = count_check_tokens(model)
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(model.config.vocab_size, (T,), generator=generator).tolist()
+    T = min(model.config.block_size, 512)
+    text = random_ids(model, T).tolist()
     rows = [text]
     if method.pads:
-        # The shortest row shows what the padding does to the first token behind it.
+        # The shortest one shows what a padding token does to the first real token behind it.
         rows += [text[: max(3, T // 2)], text[:3]]
-    # A token does not see later ones, so the first row has the logits of the others too.
-    x = model.hidden(torch.tensor([text], device=device_of(model)))[0]  # (T, C)
-    last = torch.tensor([len(row) for row in rows], device=x.device) - 1
-    expected = model.logits(torch.stack([x[last - 2], x[last - 1], x[last]]))
-    try:
-        logits = follow(model, rows, method)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a model.py that knows nothing of a cache may raise anything
-        reason = str(error).partition("\n")[0]
-        return f"raises {type(error).__name__} ({reason})"
-    # Damaged weights give NaN, which is not larger than any tolerance: stream refuses them itself.
-    difference = (logits.float() - expected.float()).square().mean().sqrt()
-    spread = expected.float().std(dim=-1).mean()
-    if (difference / spread).item() > TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32]):
-        return "gives other logits"
-    return ""
-
-
-def count_check_tokens(model: GPT) -> int:
-    """How many tokens of text `compare` reads."""
-    config = model.config
-    work_per_token = 12 * config.n_layer * config.n_embd**2
-    affordable = int(CHECK_WORK[device_of(model).type] / work_per_token)
-    return min(max(FEWEST_CHECK_TOKENS, affordable), MOST_CHECK_TOKENS, config.block_size)
+    with exact_arithmetic():
+        expected = follow(model, rows, PLAIN)
+        try:
+            logits = follow(model, rows, method)
+        except Exception as error:  # a model.py that knows nothing of a cache may raise anything
+            reason = str(error).partition("\n")[0]
+            return f"raises {type(error).__name__} ({reason})"
+    return "gives other logits" if differ(logits, expected) else ""
 
 
 def follow(model: GPT, rows: list[list[int]], method: Method) -> torch.Tensor:
@@ -431,7 +386,7 @@ class Predictor:
         graph = False
         if device_of(model).type == "cuda" and max_new_tokens >= GRAPH_FROM:
             graph = is_packed(model)
-        self.method = choose_method(model, is_ragged(rows), graph)
+        self.method = choose_method(type(model), model.config, is_ragged(rows), graph)
         self.cache: KVCache | None = None
         self.graph: TokenGraph | None = None
 

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from parts import GPT, GPTConfig
-from parts.standin import TOLERANCE, make_standin
+from parts.standin import TOLERANCE, exact_arithmetic, make_standin
 
 import torch
 import torch.nn.functional as F
@@ -521,7 +521,8 @@ def departure_from_gpt2(model: GPT) -> str:
 @functools.cache
 def compare_with_gpt2(cls: type, config: GPTConfig, n_tokens: int) -> str:
     """The same for any weights: by a stand-in of this class and config."""
-    return compare_logits(make_standin(cls, config), n_tokens, TOLERANCE)
+    with exact_arithmetic():
+        return compare_logits(make_standin(cls, config), n_tokens, TOLERANCE)
 
 
 @torch.no_grad()

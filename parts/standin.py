@@ -10,9 +10,11 @@ rounding; small, so that the trial takes a moment.
 if __name__ == "__main__":
     raise SystemExit("parts/standin.py is no command: README.md lists the commands")
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 
 from parts import GPT, GPTConfig
 
@@ -56,6 +58,13 @@ def shrink(config: GPTConfig) -> GPTConfig:
         n_embd=config.n_head * head_size,
         vocab_size=min(VOCAB_SIZE, config.vocab_size),
     )
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """For a trial of a stand-in: no gradients, and no autocast of whoever asks."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def random_ids(model: GPT, *shape: int) -> torch.Tensor:
