@@ -26,10 +26,10 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import hellaswag
@@ -66,9 +66,7 @@ def measure_rate(n: float, machine: Runtime, work: Callable, *arguments, **optio
     return n / (time.perf_counter() - begin)
 
 
-def measure_in_rounds(
-    runs: dict[str, Callable[[], dict[str, float]]], rounds: int, baseline: str
-) -> dict:
+def measure_in_rounds(runs: Mapping[str, Callable[[], dict]], rounds: int, baseline: str) -> dict:
     """Call each run once a round. Return {"rows": medians, "ratios": medians of the first column's
     ratio to the baseline}.
 
@@ -78,7 +76,8 @@ def measure_in_rounds(
     three rounds leaves out a slow first one. A failing run does not spoil the others.
     Raises ValueError if all of them fail.
     """
-    measured = {name: [] for name in runs}  # one entry a round; None where the run failed
+    # One entry a round; None where the run failed.
+    measured: dict[str, list] = {name: [] for name in runs}
     message = ""
     for _ in range(max(1, rounds)):
         for name, run in runs.items():
@@ -92,7 +91,7 @@ def measure_in_rounds(
             measured[name].append(row)
             print(f"{name:32} {message}", file=sys.stderr)
 
-    rows = {}
+    rows: dict[str, Any] = {}  # None where a run failed
     ratios = {}
     for name, entries in measured.items():
         if None in entries:
@@ -158,7 +157,7 @@ def bench_tokenize(arguments: argparse.Namespace, machine: Runtime) -> dict:
 def time_tiktoken(files: list[Path]) -> float:
     """Seconds of a loop over texts in memory that does nothing but call tiktoken."""
     texts = read_texts(files)
-    encoding = get_tokenizer("gpt2").encoding
+    encoding: Any = get_tokenizer("gpt2").encoding  # type: ignore[attr-defined]
     begin = time.perf_counter()
     for text in texts:
         encoding.encode_to_numpy(text, disallowed_special=())
@@ -247,7 +246,9 @@ def bench_sample(arguments: argparse.Namespace, machine: Runtime) -> dict:
     n_new = arguments.max_tokens
     prepared = prepare_for_inference(GPT(GPTConfig()).eval(), machine, arguments.dtype, rows=B)
     print(prepared.note, file=sys.stderr)
-    theirs = build_transformers_gpt2(1024, SIZES["gpt2"]).to(machine.device, prepared.dtype).eval()
+    theirs: Any = (
+        build_transformers_gpt2(1024, SIZES["gpt2"]).to(machine.device, prepared.dtype).eval()
+    )
     idx = torch.randint(50257, (B, 16), device=machine.device)
     prompts = idx.tolist()
 
@@ -292,10 +293,10 @@ def build_transformers_gpt2(block_size: int, shape: dict) -> torch.nn.Module:
 
 # ---- train, ladder and choices: each run is a process that runs train.py -------------------------
 
-SHAPES = SIZES | {"quickstart": dict(n_layer=3, n_head=2, n_embd=128)}
+SHAPES: dict[str, dict[str, Any]] = SIZES | {"quickstart": dict(n_layer=3, n_head=2, n_embd=128)}
 
 # The order of "Let's reproduce GPT-2 (124M)". Each rung keeps the settings of those below it.
-LADDER = {
+LADDER: dict[str, dict[str, Any]] = {
     "float32": dict(
         dtype="fp32", tf32=False, compile=False, flash=False, pad_vocab=False, fused=False
     ),
@@ -342,7 +343,7 @@ def bench_train(arguments: argparse.Namespace, machine: Runtime) -> dict:
 def bench_ladder(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """The same training step with one speed-up after the other."""
     arithmetic = choose_as_train_does(arguments, machine)
-    settings = {}
+    settings: dict[str, Any] = {}
     runs = {}
     for name, changes in LADDER.items():
         settings = settings | changes
@@ -666,7 +667,7 @@ def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
         for name, share in uses.items():
             row[f"% {name}"] = 100 * share
         limits = [name for name in uses if name != "compute"]
-        row["next"] = max(limits, key=uses.get)
+        row["next"] = max(limits, key=uses.__getitem__)
         rows[f"{max(1, n // per_node)} x {min(n, per_node)}"] = row
     return {"device": f"paper, {arguments.gpu}", "rows": rows, "ratios": {}}
 
@@ -807,7 +808,7 @@ def build_parser() -> argparse.ArgumentParser:
     benches = parser.add_subparsers(dest="bench", required=True)
 
     def add_bench(name: str, measure: Callable) -> argparse.ArgumentParser:
-        about = " ".join(measure.__doc__.split())
+        about = " ".join((measure.__doc__ or "").split())
         bench = benches.add_parser(
             name,
             help=about,

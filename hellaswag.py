@@ -43,7 +43,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig, open_model
 from parts import runtime
@@ -98,7 +98,7 @@ def examples(
     Raises ValueError for a line that is not a task, and for a file without tasks.
     """
     path = Path(path or fetch())
-    tasks = []
+    tasks: list[Example] = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -225,7 +225,7 @@ def make_batches(rendered: list[Rendered], batch_tokens: int) -> list[list[int]]
     """Indices of the tasks that go through the model together: tasks of similar length, with at
     most batch_tokens tokens, padding included.
     """
-    batches = []
+    batches: list[list[int]] = []
     longest = 0
     longest_first = sorted(range(len(rendered)), key=lambda i: (-len(rendered[i]), i))
     for i in longest_first:
@@ -287,8 +287,8 @@ def lay_out(rendered: list[Rendered]) -> SharedRows:
             predicted_at += range(b * T + start, b * T + end)
             targets.append(ending)
             start = end
-    targets = np.concatenate(targets).astype(np.int64)
-    return SharedRows(idx, position, part, np.array(predicted_at), targets)
+    all_targets = np.concatenate(targets).astype(np.int64)
+    return SharedRows(idx, position, part, np.array(predicted_at), all_targets)
 
 
 def losses_in_shared_rows(
@@ -356,8 +356,8 @@ def ending_losses(
     compute_losses = losses_in_shared_rows if share_rows else losses_in_separate_rows
     losses = compute_losses(model, rendered, machine, dtype).cpu().double()
     lengths = [len(ending) for task in rendered for ending in task.endings]
-    sums = torch.stack([ending.sum() for ending in losses.split(lengths)])
-    sums = sums.view(len(rendered), -1).numpy()
+    each = torch.stack([ending.sum() for ending in losses.split(lengths)])
+    sums = each.view(len(rendered), -1).numpy()
     if not np.isfinite(sums).all():
         raise ValueError(
             "the model's losses are not numbers: it is damaged, or its training diverged"
@@ -366,7 +366,7 @@ def ending_losses(
 
 
 @functools.cache
-def can_share_rows(cls: type, config: GPTConfig) -> bool:
+def can_share_rows(cls: Any, config: GPTConfig) -> bool:
     """Whether the endings of a task can share a row with models of this class and config.
 
     Numbers decide: the losses of a made-up task are computed both ways by a stand-in. Its row is
@@ -420,7 +420,8 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    share_rows = can_share_rows(type(model), model.config)
+    cls: Any = type(model)
+    share_rows = can_share_rows(cls, model.config)
     if not share_rows and machine.is_main:
         note_separate_rows()
     rendered = [render(task, tokenizer, model.config.block_size) for task in tasks]

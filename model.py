@@ -64,7 +64,7 @@ class GPTConfig:
 
 
 # OpenAI's four releases. All have 50257 tokens and 1024 positions; heads are 64 wide.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
@@ -192,6 +192,8 @@ class GPT(nn.Module):
 
     `model(idx)` gives logits, `model(idx, targets)` the mean loss in nats a token.
     """
+
+    transformer: Any  # a ModuleDict, whose entries are attributes
 
     def __init__(self, config: GPTConfig):
         super().__init__()

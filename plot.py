@@ -14,7 +14,7 @@ import argparse
 import itertools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from model import GPT
 from parts.console import command, print_lines
@@ -43,7 +43,7 @@ HOW_TO_READ = (
 # white and with GitHub's dark page is at least 3; the grey, for text, has 4.3 with both.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 GREY = "#737b86"
-STYLE = {
+STYLE: Any = {
     "text.color": GREY,
     "axes.labelcolor": GREY,
     "axes.edgecolor": GREY,
@@ -344,8 +344,14 @@ def draw_weights(name: str, out: Path | None) -> list[Path]:
         draw_channels(axes["a"], positions)
         draw_similarity(axes["b"], positions, "Positions")
         image = draw_similarity(axes["c"], tokens[:256], "The first 256 tokens")
-        scale = dict(location="bottom", label="cosine similarity", shrink=0.6, aspect=50)
-        figure.colorbar(image, ax=[axes["b"], axes["c"]], **scale)
+        figure.colorbar(
+            image,
+            ax=[axes["b"], axes["c"]],
+            location="bottom",
+            label="cosine similarity",
+            shrink=0.6,
+            aspect=50,
+        )
         title = f"{'/'.join(source.parts[-2:])}\n{HOW_TO_READ}"
         figure.suptitle(title, fontsize=9, x=0.01, ha="left")
         if out is None:

@@ -22,8 +22,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import configurator
 import hellaswag
@@ -257,7 +258,7 @@ def train(config: TrainConfig) -> dict:
     # Compiled CPU code adds up the gradients of embeddings with atomics, in a different order each
     # time, unless this is set.
     torch.use_deterministic_algorithms(arithmetic.compile and machine.device.type == "cpu")
-    model = torch.compile(raw_model) if arithmetic.compile else raw_model
+    model: Any = torch.compile(raw_model) if arithmetic.compile else raw_model
     if machine.world_size > 1:
         gpu = [machine.device.index] if machine.device.type == "cuda" else None
         # Buckets of 100 MB instead of 25: torch.compile makes a graph of each.
@@ -680,7 +681,7 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__ + configurator.help_text(TrainConfig))
         return
     config = configurator.configure(TrainConfig, argv)
-    own_folder = contextlib.nullcontext()
+    own_folder: AbstractContextManager = contextlib.nullcontext()
     if os.environ.get("RANK", "0") == "0":
         busy = f"out_dir {config.out_dir}: another run is writing to it; wait for it, or stop it"
         own_folder = lock(Path(config.out_dir) / ".lock", busy)

@@ -256,7 +256,8 @@ def missing_for_compile(device: torch.device) -> str:
 def expected_seconds(flops: float, machine: Runtime) -> float:
     """A guess, within a factor of three, of how long the group takes for so many FLOPs."""
     if machine.device.type == "cuda":
-        flops_per_s = 0.4 * (machine.peak_flops() or 100e12)
+        peak = machine.peak_flops() or 100e12
+        flops_per_s = 0.4 * peak
     else:
         flops_per_s = 75e9 * torch.get_num_threads()
     return flops / (flops_per_s * machine.world_size)
@@ -300,7 +301,7 @@ def out_of_memory(
 
 
 def try_step(
-    model: torch.nn.Module,
+    model: GPT,
     batch_size: int,
     T: int,
     machine: Runtime,
@@ -363,6 +364,6 @@ def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -
 def pass_through_block(model: GPT, dtype: torch.dtype, rows: int) -> Callable[[], torch.Tensor]:
     """A function: one token of each of so many rows through a packed model of one block."""
     small = type(model)(replace(model.config, n_layer=1, vocab_size=64)).eval()
-    packed = pack(small, dtype)
+    packed: GPT = pack(small, dtype)
     idx = torch.zeros(rows, 1, dtype=torch.int64)
-    return functools.partial(packed.hidden, idx)
+    return lambda: packed.hidden(idx)

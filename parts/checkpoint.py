@@ -110,15 +110,15 @@ def newest_whole(out_dir: Path) -> ResumePoint | None:
 
 def best(out_dir: Path) -> ResumePoint | None:
     """The checkpoint with the lowest validation loss; None if none was evaluated."""
-    lowest = None
+    lowest = math.inf
+    point = None
     for folder in checkpoints(out_dir):
         with contextlib.suppress(ValueError):  # an old damaged checkpoint must not end a run
             state = read_state(folder)
-            if state.val_loss is None or not math.isfinite(state.val_loss):
-                continue
-            if lowest is None or state.val_loss < lowest.state.val_loss:
-                lowest = ResumePoint(folder, state)
-    return lowest
+            if state.val_loss is not None and state.val_loss < lowest:
+                lowest = state.val_loss
+                point = ResumePoint(folder, state)
+    return point
 
 
 def best_note(out_dir: Path) -> str:

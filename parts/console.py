@@ -18,7 +18,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import fill
+from textwrap import TextWrapper
+from typing import Any
 
 # They could move a terminal's cursor or ring its bell. Tab, line feed and carriage return may stay.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -35,7 +36,7 @@ def command(program: str) -> Iterator[None]:
     # A character that the terminal cannot encode must not end the program. (What replaces stdout
     # in a notebook may have no such method.)
     with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         yield
         sys.stdout.flush()
@@ -76,9 +77,10 @@ def print_lines(text: str) -> None:
     width = sys.maxsize
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-    style = dict(subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    lines = [fill(line, width, **style) for line in text.splitlines()]
-    print("\n".join(lines), flush=True)
+    wrapper = TextWrapper(
+        width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    print("\n".join(wrapper.fill(line) for line in text.splitlines()), flush=True)
 
 
 def printable(text: str) -> str:
@@ -167,7 +169,7 @@ class StopSignal:
     def __init__(self, is_main: bool):
         self.is_main = is_main
         self.received = 0
-        self.old_handlers = {}
+        self.old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         for name in self.NAMES:

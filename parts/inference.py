@@ -299,7 +299,7 @@ PLAIN = Method(cache=False, pads=False, graph=False)
 
 
 @functools.cache
-def choose_method(cls: type, config: GPTConfig, pads: bool, graph: bool) -> Method:
+def choose_method(cls: Any, config: GPTConfig, pads: bool, graph: bool) -> Method:
     """The fastest method that gives the logits of models of this class and config.
 
     pads    the rows have different lengths
@@ -386,7 +386,8 @@ class Predictor:
         graph = False
         if device_of(model).type == "cuda" and max_new_tokens >= GRAPH_FROM:
             graph = is_packed(model)
-        self.method = choose_method(type(model), model.config, is_ragged(rows), graph)
+        cls: Any = type(model)
+        self.method = choose_method(cls, model.config, is_ragged(rows), graph)
         self.cache: KVCache | None = None
         self.graph: TokenGraph | None = None
 

@@ -54,7 +54,7 @@ class HeadLoss(torch.autograd.Function):
             x = x.to(dtype)
             w = weight.to(dtype)
             total = torch.zeros((), device=x.device)
-            grad_x = torch.empty_like(x) if with_grad else None
+            grad_x = torch.empty_like(x if with_grad else x[:0])
             grad_w = None
             for first in range(0, len(x), ROWS):
                 rows = slice(first, first + ROWS)

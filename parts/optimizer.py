@@ -4,6 +4,7 @@ if __name__ == "__main__":
     raise SystemExit("parts/optimizer.py is no command: README.md lists the commands")
 
 from collections import Counter
+from typing import cast
 
 from parts import GPT
 
@@ -69,10 +70,12 @@ def hidden_matrices(model: GPT) -> dict[nn.Parameter, tuple[int, ...]]:
     For each, the rows of the matrices it consists of, which the model states where it makes the
     layer (model.Linear's `splits`).
     """
-    matrices = {}
+    matrices: dict[nn.Parameter, tuple[int, ...]] = {}
     for layer in model.transformer.h.modules():
         if isinstance(layer, nn.Linear):
-            matrices[layer.weight] = getattr(layer, "splits", (layer.out_features,))
+            matrices[cast(nn.Parameter, layer.weight)] = getattr(
+                layer, "splits", (layer.out_features,)
+            )
     return matrices
 
 
@@ -108,7 +111,7 @@ class Muon(torch.optim.AdamW):
         self.dtype = torch.float32 if dtype == torch.float16 else dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         adamw_groups = []
         for group in self.param_groups:
             if group["rule"] != "muon":
@@ -129,9 +132,11 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
+        gradient = parameter.grad
+        assert gradient is not None
+        momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
         # Nesterov: as if the next momentum were known.
-        ahead = parameter.grad.lerp(momentum, self.momentum)
+        ahead = gradient.lerp(momentum, self.momentum)
         for weight, direction in zip(parameter.split(splits), ahead.split(splits)):
             update = orthogonalise(direction, self.dtype)
             scale = 0.2 * max(direction.shape) ** 0.5

@@ -468,7 +468,8 @@ def load(model: GPT, stored: Stored) -> None:
     if not stored.is_gpt2:
         compare_with_probe(model, stored)
         return
-    departure = compare_with_gpt2(type(model), model.config, n_tokens=64)
+    cls: Any = type(model)
+    departure = compare_with_gpt2(cls, model.config, n_tokens=64)
     if departure and os.environ.get("RANK", "0") == "0":
         left_out = f"; {len(extra)} of its tensors are left out" if extra else ""
         new = f"; {missing[0]} and the like keep their initial values" if missing else ""
@@ -512,14 +513,15 @@ def departure_from_gpt2(model: GPT) -> str:
     Otherwise how it differs, in words. Numbers decide: the weights as they would be exported, put
     through a plain GPT-2, must give the model's own logits.
     """
-    departure = compare_with_gpt2(type(model), model.config, n_tokens=1024)
+    cls: Any = type(model)
+    departure = compare_with_gpt2(cls, model.config, n_tokens=1024)
     if departure:
         return departure
     return compare_logits(model, n_tokens=32, tolerance=1e-3)
 
 
 @functools.cache
-def compare_with_gpt2(cls: type, config: GPTConfig, n_tokens: int) -> str:
+def compare_with_gpt2(cls: Any, config: GPTConfig, n_tokens: int) -> str:
     """The same for any weights: by a stand-in of this class and config."""
     with exact_arithmetic():
         return compare_logits(make_standin(cls, config), n_tokens, TOLERANCE)

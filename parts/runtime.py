@@ -174,25 +174,25 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    device, why = choose_device(device, world_size, local_rank, local_size)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    chosen, why = choose_device(device, world_size, local_rank, local_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    elif device.type == "cpu":
+    elif chosen.type == "cpu":
         keep_freed_memory()
 
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
             store=meeting_place(world_size, local_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(minutes=10),
-            device_id=device if device.type == "cuda" else None,
+            device_id=chosen if chosen.type == "cuda" else None,
         )
         why += f"; {world_size} processes over {backend}"
-    return Runtime(device, rank, world_size, local_size, why)
+    return Runtime(chosen, rank, world_size, local_size, why)
 
 
 def keep_freed_memory() -> None:

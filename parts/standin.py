@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from parts import GPT, GPTConfig
 
@@ -28,7 +29,7 @@ VOCAB_SIZE = 64
 
 
 @functools.lru_cache(maxsize=8)
-def make_standin(cls: type, config: GPTConfig) -> GPT:
+def make_standin(cls: Any, config: GPTConfig) -> GPT:
     """A model of this class and config, but small, with random weights: float64, on the CPU.
 
     Torch's random numbers go on as if nothing had been drawn. Nobody may change the model.

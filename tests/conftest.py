@@ -55,7 +55,8 @@ def ids(*shape: int, vocab_size: int = 257, seed: int = 0) -> torch.Tensor:
 def text_file(tmp_path_factory) -> Path:
     """60 kB of sentences made from a few words: learnable, and the same on every machine."""
     rng = random.Random(0)
-    words = "the quick brown fox jumps over a lazy dog while seven wizards brew potions in old stone towers".split()
+    words = "the quick brown fox jumps over a lazy dog while seven wizards brew potions"
+    words = f"{words} in old stone towers".split()
     sentences = (
         " ".join(rng.choices(words, k=rng.randint(4, 10))).capitalize() + ".\n" for _ in range(1500)
     )

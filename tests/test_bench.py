@@ -322,7 +322,7 @@ def test_a_plan_names_what_is_full_next(capsys, quick_count, tmp_path):
 SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 # The options of a plan, and the table below it.
 PLANS = re.findall(
-    r"^python bench.py plan (.*)\n```\n```text\n((?:.+\n)+)```$", SCALE, re.MULTILINE
+    r"^python bench.py plan (.*)\n```\n```text\n((?:[^`\n]+\n)+)```$", SCALE, re.MULTILINE
 )
 assert len(PLANS) == 2, "docs/scale.md has two plans"
 

@@ -93,7 +93,8 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch, device, dtype, pad_vocab):
 
 def test_building_a_model_does_not_load_the_compiler():
     """Whose import takes longer than a small model's first sample."""
-    script = "import sys, model; model.GPT(model.GPTConfig(n_layer=1)); sys.exit('torch._dynamo' in sys.modules)"
+    script = "import sys, model; model.GPT(model.GPTConfig(n_layer=1)); "
+    script += "sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env=clean_environment()).returncode == 0
 
 

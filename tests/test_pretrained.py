@@ -297,8 +297,9 @@ def test_build_nanogpts_checkpoint_is_read(tmp_path, toy):
     """It pickles an object of a class GPTConfig that was defined in the script."""
     nanogpt(toy, tmp_path / "plain.pt")
     save = (
-        "import torch; GPTConfig = type('GPTConfig', (), {}); c = torch.load('plain.pt'); config = GPTConfig(); "
-        "config.__dict__ = c['model_args']; torch.save(dict(model=c['model'], config=config, step=9), 'model_00009.pt')"
+        "import torch; GPTConfig = type('GPTConfig', (), {}); c = torch.load('plain.pt'); "
+        "config = GPTConfig(); config.__dict__ = c['model_args']; "
+        "torch.save(dict(model=c['model'], config=config, step=9), 'model_00009.pt')"
     )
     subprocess.run([sys.executable, "-c", save], cwd=tmp_path, check=True)
     assert torch.equal(
@@ -319,8 +320,9 @@ def llmc(model: GPT, path, version: int, header=None, rows=384) -> None:
     )
     numbers |= {6: shape.n_embd, 7: rows} | (header or {})
     names = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
-    kinds = "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias ln_2.weight"
-    kinds += " ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias"
+    kinds = "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight"
+    kinds += " attn.c_proj.bias ln_2.weight ln_2.bias mlp.c_fc.weight mlp.c_fc.bias"
+    kinds += " mlp.c_proj.weight mlp.c_proj.bias"
     names[2:2] = [f"h.{layer}.{kind}" for kind in kinds.split() for layer in range(shape.n_layer)]
     tensors = [state[f"transformer.{name}"] for name in names]
     tensors[0] = torch.nn.functional.pad(tensors[0], (0, 0, 0, rows - shape.vocab_size))
