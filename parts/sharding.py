@@ -191,6 +191,10 @@ def start_workers(tokenizer_name: str, workers: int) -> Iterator[TokeniseAll]:
             "a worker process was killed (out of memory?): run the same command again, "
             f"with fewer --workers than {workers}; finished shards are kept"
         ) from None
+    except BaseException:
+        # A worker that has started waits for those that could not, and shutdown would wait for it.
+        barrier.abort()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -227,7 +231,10 @@ def prepare_worker(tokenizer_name: str, all_started) -> None:
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
     load_tokenizer(tokenizer_name)
-    all_started.wait()
+    try:
+        all_started.wait()
+    except threading.BrokenBarrierError:  # another worker could not start
+        os._exit(1)
 
 
 def available_cpus() -> int:
