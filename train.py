@@ -226,6 +226,13 @@ def train(config: TrainConfig) -> dict:
     )
     departure = pretrained.departure_from_gpt2(raw_model) if machine.is_main else ""
     departure = machine.broadcast(departure)
+    if departure and resume_point is not None and not config.resume_anyway:
+        if pretrained.is_gpt2_folder(resume_point.folder):
+            raise ValueError(
+                f"{resume_point.folder} is a GPT-2, and model.py is not one any more "
+                f"({departure}): restore it, or use another out_dir; "
+                "--resume_anyway=True continues with the new one"
+            )
     if departure:
         say(
             f"model.py is not GPT-2 any more ({departure}): checkpoints hold its own tensors and "

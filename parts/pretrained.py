@@ -162,13 +162,18 @@ def fetch(repo: str, timeout: float = 10) -> Path:
         raise ValueError(f"{repo}: {problem} ({reason})") from None
 
 
+def is_gpt2_folder(folder: Path) -> bool:
+    """Whether a model's folder is a Hugging Face GPT-2, and not a changed model's."""
+    return not (folder / OWN_CONFIG).exists()
+
+
 # ---- Reading -------------------------------------------------------------------------------------
 
 
 def read(name: str | Path) -> Stored:
     """A model's settings and tensors, before it is built. ValueError if they are no model's."""
     path = locate(name)
-    if path.is_dir() and (path / OWN_CONFIG).exists():
+    if path.is_dir() and not is_gpt2_folder(path):
         return read_own(path)
 
     if path.is_dir():

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ids, make_toy
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 WEIGHTS = "model.safetensors"
 SHAPE = dict(n_layer=2, n_head=1, n_embd=8, block_size=4, vocab_size=9)
@@ -382,3 +382,68 @@ def test_a_name_of_nothing_is_refused_without_asking_the_hub(tmp_path, toy, monk
     toy.save_pretrained(tmp_path / "out" / "mine" / "step_0000001")
     with pytest.raises(ValueError, match=rf"{name}: no such model.*here are out/mine"):
         GPT.from_pretrained(name)
+
+
+# ---- Models that are not GPT-2 -------------------------------------------------------------------
+
+
+class ScaledGPT(GPT):
+    """The tensors of a GPT-2, and other logits."""
+
+    def logits(self, x):
+        return 2 * super().logits(x)
+
+
+class GPTWithNorms(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.transformer.h:
+            block.ln_1 = torch.nn.RMSNorm(config.n_embd)
+
+
+def test_transformers_refuses_what_is_not_a_gpt2(tmp_path):
+    """It would open the tensors as a GPT-2's and compute something else."""
+    for cls in (ScaledGPT, GPTWithNorms):
+        folder = tmp_path / cls.__name__
+        cls(make_toy().config).save_pretrained(folder)
+        assert {path.name for path in folder.iterdir()} == {
+            "gpt.json",
+            "gpt.safetensors",
+            "model.py",
+        }
+        for opener in (GPT2LMHeadModel, AutoModelForCausalLM):
+            with pytest.raises((OSError, ValueError)):
+                opener.from_pretrained(folder)
+
+
+def test_a_changed_model_is_opened_by_the_model_that_made_it_only(tmp_path):
+    model = ScaledGPT(make_toy().config)
+    model.save_pretrained(tmp_path / "scaled")
+    assert torch.equal(
+        ScaledGPT.from_pretrained(tmp_path / "scaled").eval()(ids(1, 9)), model.eval()(ids(1, 9))
+    )
+    # The same text of model.py computes the same; only then numbers need not be asked.
+    (tmp_path / "scaled" / "model.py").write_text("# another version\n")
+    ScaledGPT.from_pretrained(tmp_path / "scaled")
+    with pytest.raises(ValueError, match=r"same tensors but computes something else.*copy it over"):
+        GPT.from_pretrained(tmp_path / "scaled")
+    GPTWithNorms(make_toy().config).save_pretrained(tmp_path / "norms")
+    with pytest.raises(ValueError, match=r"ln_1.bias is not in it.*model.py that made it is"):
+        GPT.from_pretrained(tmp_path / "norms")
+
+
+def test_a_gpt2_in_a_changed_model_is_said_to_be_one(tmp_path, toy, capsys):
+    toy.save_pretrained(tmp_path / "gpt2")
+    GPT.from_pretrained(tmp_path / "gpt2")
+    assert capsys.readouterr().err == ""
+    ScaledGPT.from_pretrained(tmp_path / "gpt2")
+    assert "is a GPT-2, and model.py is not one (its logits differ" in capsys.readouterr().err
+
+
+def test_settings_that_model_py_does_not_know_are_named(tmp_path):
+    ScaledGPT(make_toy().config).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "gpt.json").read_text())
+    content["config"]["n_kv_head"] = 2
+    (tmp_path / "gpt.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"model.py has no setting n_kv_head"):
+        GPT.from_pretrained(tmp_path)

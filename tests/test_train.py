@@ -560,6 +560,26 @@ def test_checkpoints_that_do_not_fit(config, capsys, text_file, tmp_path):
     assert train.train(anyway)["step"] == 12
 
 
+class ScaledGPT(GPT):
+    """The tensors of a GPT-2, and other logits."""
+
+    def logits(self, x):
+        return 2 * super().logits(x)
+
+
+def test_a_model_py_that_changed_under_a_run_is_noticed(config, capsys, monkeypatch):
+    run = config(checkpoint_every=6, keep_checkpoints=0)
+    train.train(run)
+    shutil.rmtree(checkpoints(run.out_dir)[-1])
+    monkeypatch.setattr("model.GPT", ScaledGPT)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"is a GPT-2, and model.py is not one any more .*logits"):
+        train.train(run)
+    train.train(config(checkpoint_every=6, keep_checkpoints=0, resume_anyway=True))
+    assert "model.py is not GPT-2 any more (its logits differ" in capsys.readouterr().out
+    assert (checkpoints(run.out_dir)[-1] / "gpt.json").exists()
+
+
 def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
     GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path / "other")
     GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path / "bytes")
