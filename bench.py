@@ -37,8 +37,10 @@ import train
 from model import GPT, SIZES, GPTConfig
 from parts import auto, data, inference, loss, runtime
 from parts.auto import Arithmetic, prepare_for_inference
-from parts.console import command
+from parts.console import OptionParser, command, path_option
 from parts.documents import read_documents
+from parts.files import check_is_file
+from parts.json_files import read_json
 from parts.metrics import read_metrics, select
 from parts.runtime import Runtime
 from parts.sharding import (
@@ -127,7 +129,11 @@ def bench_tokenize(arguments: argparse.Namespace, machine: Runtime) -> dict:
     if not arguments.workers:
         arguments.workers = available_cpus()
     workers = arguments.workers
+    for path in files:
+        check_is_file(path)
     megabytes = sum(len(text.encode()) for text in read_texts(files)) / 1e6
+    if not megabytes:
+        raise ValueError(f"{arguments.files[0]}: no text in it; there is nothing to measure")
 
     def run_tiktoken() -> dict:
         with multiprocessing.get_context(START_METHOD).Pool(workers) as pool:
@@ -744,14 +750,14 @@ def time_all_reduce(n_bytes: float, n_gpus: int, bytes_per_s: float) -> float:
 
 def bench_show(arguments: argparse.Namespace, machine: Runtime) -> dict:
     """The table of a result that was printed with --json."""
+    result = read_json(Path(arguments.file))
     try:
-        result = json.loads(Path(arguments.file).read_text(encoding="utf-8"))
         format_table(result)
-        return result
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError(
             f"{arguments.file}: not a result of this bench.py's --json; measure again"
         ) from None
+    return result
 
 
 def format_table(result: dict) -> str:
@@ -802,7 +808,7 @@ def format_figure(value: float | str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="bench.py", description="Measure speed on this machine; medians of rounds."
     )
     benches = parser.add_subparsers(dest="bench", required=True)
@@ -821,12 +827,17 @@ def build_parser() -> argparse.ArgumentParser:
     # What each bench alone has.
     tokenize = add_bench("tokenize", bench_tokenize)
     tokenize.add_argument(
-        "files", nargs="*", help="text, .jsonl or .parquet; none: Python's own library"
+        "files",
+        nargs="*",
+        type=path_option,
+        help="text, .jsonl or .parquet; none: Python's own library",
     )
     tokenize.add_argument("--workers", type=int, default=0, help="processes; 0: as many as CPUs")
 
     score = add_bench("hellaswag", bench_hellaswag)
-    score.add_argument("--data", help="file of tasks; none: the official ones, fetched once")
+    score.add_argument(
+        "--data", type=path_option, help="file of tasks; none: the official ones, fetched once"
+    )
     score.add_argument("--limit", type=int, default=500, help="the first so many tasks; 0: all")
 
     sample = add_bench("sample", bench_sample)
@@ -856,7 +867,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch_tokens", type=int, default=524_288, help="in a step, on all GPUs")
 
     show = add_bench("show", bench_show)
-    show.add_argument("file", help="what --json printed")
+    show.add_argument("file", type=path_option, help="what --json printed")
 
     # What several have.
     for bench in (step, ladder, choices):

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import re
 import textwrap
 import tokenize
@@ -36,9 +37,13 @@ def setting(
     resume: str = CHANGES_LOSSES,
     at_least: float = 0,
     below: float = 2**63,
+    is_path: bool = False,
 ) -> Any:
-    """A dataclass field with a default, its bounds (of numbers), and how it counts on a resume."""
-    metadata = dict(resume=resume, at_least=at_least, below=below)
+    """A dataclass field with a default, its bounds (of numbers), and how it counts on a resume.
+
+    A path is not empty, unless its default is, and a leading ~ is the home folder.
+    """
+    metadata = dict(resume=resume, at_least=at_least, below=below, is_path=is_path)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -80,28 +85,42 @@ def configure(cls: type, argv: list[str]) -> Any:
     `cls.mistakes()`.
     """
     types_of = get_type_hints(cls)
-    values = {name: field.default for name, field in settings_of(cls).items()}
+    fields = settings_of(cls)
+    values: dict[str, Any] = {name: field.default for name, field in fields.items()}
     mistakes: list[str] = []
 
     flags = [argument for argument in argv if argument.startswith("-")]
     files = [argument for argument in argv if not argument.startswith("-")]
     for path in files:
         for name, value in run_config_file(path, values, mistakes).items():
-            assign(values, types_of, name, value, f"{path}: {name} = {value!r}", mistakes)
+            assign(values, types_of, name, value, f"{path}: {name} = {shorten(value)}", mistakes)
     for flag in flags:
         name, equals, text = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not equals:
             hint = nearest(name.lstrip("-"), values)
-            mistakes.append(f"{flag}: settings are written --key=value{hint}")
+            mistakes.append(f"{shorten_text(flag)}: settings are written --key=value{hint}")
         else:
             value = parse(text, types_of.get(name, str))
-            assign(values, types_of, name, value, flag, mistakes)
+            assign(values, types_of, name, value, shorten_text(flag), mistakes)
+    for name, field in fields.items():
+        if field.metadata.get("is_path") and type(values[name]) is str:
+            values[name] = expand_path(name, values[name], field.default, mistakes)
 
     config = cls(**values)
     mistakes += config.mistakes()
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return config
+
+
+def expand_path(name: str, path: str, default: Any, mistakes: list[str]) -> str:
+    """The path with a leading ~ replaced by the home folder, as a shell does it for other words."""
+    if not path and default:
+        mistakes.append(f"{name} is empty (an unset variable?); the default is {default}")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        mistakes.append(f"{name} is {shorten(path)}: there is no such user; write ./~ for a folder")
+    return expanded
 
 
 def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
@@ -113,14 +132,22 @@ def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
         return {}
     namespace = dict(values)
     try:
-        exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
+        source = Path(path).read_bytes()
+        program = compile(source, path, "exec")
+        idle = find_idle_line(source)
+        if idle is not None:
+            mistakes.append(
+                f"{path}, line {idle}: sets nothing. A config file is Python: n_layer = 3"
+            )
+            return {}
+        exec(program, namespace)
     except (Exception, SystemExit) as error:
         where = path
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == path:
                 where = f"{path}, line {frame.lineno}"
         # The text of a SyntaxError names the line itself.
-        reason = " ".join(str(error).split())
+        reason = shorten_text(" ".join(str(error).split()), 300)
         mistakes.append(f"{where}: {type(error).__name__}: {reason}")
         return {}
 
@@ -133,6 +160,22 @@ def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
     return assigned
 
 
+def find_idle_line(source: bytes) -> int | None:
+    """The first line of a Python file that is right and does nothing; None if there is none.
+
+    It is what YAML (`n_layer: 3`), JSON and `n_layer == 3` are to Python.
+    """
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.AnnAssign) and statement.value is None:
+            return statement.lineno
+        if isinstance(statement, ast.Expr):
+            value = statement.value
+            is_comment = isinstance(value, ast.Constant) and isinstance(value.value, str)
+            if not is_comment and not isinstance(value, ast.Call):
+                return statement.lineno
+    return None
+
+
 def assign(
     values: dict, types_of: dict, name: str, value: Any, where: str, mistakes: list[str]
 ) -> None:
@@ -140,7 +183,7 @@ def assign(
     if name not in values:
         mistakes.append(f"{where}: there is no setting {name!r}" + nearest(name, values))
     elif not accepts(types_of[name], value):
-        mistakes.append(f"{where}: {name} takes {describe(types_of[name])}, not {value!r}")
+        mistakes.append(f"{where}: {name} takes {describe(types_of[name])}, not {shorten(value)}")
     elif types_of[name] is float:
         values[name] = float(value)
     else:
@@ -174,7 +217,7 @@ def parse(text: str, annotation: Any) -> Any:
         return text == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -186,7 +229,23 @@ def describe(annotation: Any) -> str:
     choices = []
     for one in get_args(annotation):
         choices.append(repr(one) if get_origin(annotation) is Literal else describe(one))
+    if len(choices) == 1:
+        return choices[0]
     return " or ".join([", ".join(choices[:-1]), choices[-1]])
+
+
+def shorten(value: Any) -> str:
+    """A value as Python writes it, cut where it is too long for a line."""
+    try:
+        return shorten_text(repr(value))
+    except (ValueError, RecursionError):  # an int of thousands of digits; a list in itself
+        return f"an unreadable {type(value).__name__}"
+
+
+def shorten_text(text: str, longest: int = 100) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[:longest]}... ({len(text):,} characters)"
 
 
 def nearest(name: str, names: Any) -> str:

@@ -48,8 +48,9 @@ from typing import Any, NamedTuple
 from model import GPT, GPTConfig, open_model
 from parts import runtime
 from parts.auto import prepare_for_inference
-from parts.console import command
-from parts.files import write_whole
+from parts.console import OptionParser, command, path_option
+from parts.files import check_is_file, write_whole
+from parts.json_files import parse_json
 from parts.metrics import PUBLISHED
 from parts.runtime import Runtime
 from parts.standin import differ, exact_arithmetic, make_standin, random_ids
@@ -98,6 +99,7 @@ def examples(
     Raises ValueError for a line that is not a task, and for a file without tasks.
     """
     path = Path(path or fetch())
+    check_is_file(path)
     tasks: list[Example] = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
@@ -106,8 +108,8 @@ def examples(
         if limit and len(tasks) == limit:
             break
         try:
-            tasks.append(parse_example(json.loads(line), style))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            tasks.append(parse_example(parse_json(line), style))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}, line {number}: not a HellaSwag task ({reason})") from None
     if not tasks:
@@ -126,11 +128,15 @@ def parse_example(record: dict, style: str) -> Example:
         context = clean(sentence + " " + record["ctx_b"].capitalize())
         endings = [clean(ending) for ending in endings]
     # The label is "3" instead of 3 in some copies.
-    task = Example(context, tuple(endings), int(record["label"]), style)
-    are_texts = all(isinstance(text, str) for text in (task.context, *task.endings))
-    if not are_texts or len(task.endings) != 4 or not 0 <= task.label < 4:
-        raise ValueError("ctx must be a string, endings four strings, label 0 to 3")
-    return task
+    label = record["label"]
+    if isinstance(label, str) and label.isdecimal():
+        label = int(label)
+    are_four = isinstance(endings, list) and len(endings) == 4
+    if not are_four or not all(isinstance(text, str) for text in (context, *endings)):
+        raise ValueError("ctx must be a string, endings a list of four strings")
+    if type(label) is not int or not 0 <= label < 4:
+        raise ValueError("label must be 0 to 3")
+    return Example(context, tuple(endings), label, style)
 
 
 def clean(text: str) -> str:
@@ -484,7 +490,7 @@ def score_lines(result: dict, published: tuple[float, float] | None) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("hellaswag.py", description="Score a GPT-2 on HellaSwag.")
+    parser = OptionParser("hellaswag.py", description="Score a GPT-2 on HellaSwag.")
 
     def add(name: str, text: str, **options) -> None:
         parser.add_argument(name, help=text, **options)
@@ -493,8 +499,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     data = "tasks, one JSON object a line (none: the official ones, fetched once)"
     limit = "only the first N tasks; 0 is all (default: %(default)s)"
     dtypes = ["auto", *runtime.DTYPES]
-    add("--model", model, default="gpt2")
-    add("--data", data, metavar="FILE")
+    add("--model", model, default="gpt2", type=path_option)
+    add("--data", data, metavar="FILE", type=path_option)
     add("--limit", limit, type=int, default=0, metavar="N")
     add(
         "--style",
@@ -511,7 +517,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-@command("hellaswag.py")
+@command("hellaswag.py", "stop what else uses it, or use --device=cpu")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     machine = runtime.start(arguments.device)
@@ -521,24 +527,19 @@ def main(argv: list[str] | None = None) -> None:
     tasks = machine.broadcast(tasks)
     model, tokenizer, source = open_model(arguments.model)
     n_parameters = model.num_params()
-    try:
-        prepared = prepare_for_inference(model, machine, arguments.dtype, rows=1024)
-        if machine.is_main:
-            print(f"model: {source}, {n_parameters:,} parameters", file=sys.stderr)
-            print(f"{machine.note}\n{prepared.note}", file=sys.stderr)
-        start = time.perf_counter()
-        result = evaluate(
-            prepared.model,
-            tokenizer,
-            machine,
-            tasks,
-            dtype=prepared.dtype,
-            show_progress=machine.is_main,
-        )
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            "out of GPU memory; stop what else uses the GPU, or use --device=cpu"
-        ) from None
+    prepared = prepare_for_inference(model, machine, arguments.dtype, rows=1024)
+    if machine.is_main:
+        print(f"model: {source}, {n_parameters:,} parameters", file=sys.stderr)
+        print(f"{machine.note}\n{prepared.note}", file=sys.stderr)
+    start = time.perf_counter()
+    result = evaluate(
+        prepared.model,
+        tokenizer,
+        machine,
+        tasks,
+        dtype=prepared.dtype,
+        show_progress=machine.is_main,
+    )
     seconds = time.perf_counter() - start
     result = {"model": str(source), **result, "seconds": seconds}
     if machine.is_main and arguments.json:

@@ -24,6 +24,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+# More than these would keep any machine busy without end, or take more memory than any has.
+LARGEST = dict(vocab_size=2**31, block_size=2**31, n_layer=10_000, n_head=2**20, n_embd=2**20)
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -46,10 +49,12 @@ class GPTConfig:
     def mistakes(self) -> list[str]:
         """One sentence for each impossible value."""
         mistakes = []
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        for name in LARGEST:
             size = getattr(self, name)
-            if type(size) is not int or size < 1:
-                mistakes.append(f"{name} is {size!r}: it must be an int of at least 1")
+            if type(size) is not int or not 1 <= size <= LARGEST[name]:
+                mistakes.append(
+                    f"{name} is {size!r}: it must be an int from 1 to {LARGEST[name]:,}"
+                )
         if not mistakes and self.n_embd % self.n_head != 0:
             mistakes.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if not 0 <= self.dropout < 1:

@@ -10,14 +10,15 @@ python plot.py --report out/quickstart
 python plot.py --weights out/quickstart
 """
 
-import argparse
+import io
 import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from model import GPT
-from parts.console import command, print_lines
+from parts.console import OptionParser, command, path_option, print_lines
+from parts.files import write_whole
 from parts.metrics import (
     GPT2_LOSS,
     GPT3_HELLASWAG,
@@ -298,7 +299,9 @@ def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # matplotlib puts the date and its own version into an .svg, unless told not to.
     metadata = dict(Date=None, Creator=None) if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=200, metadata=metadata)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix("."), dpi=200, metadata=metadata)
+    write_whole(path, picture.getvalue())
     return path
 
 
@@ -388,29 +391,28 @@ def draw_similarity(axes, rows: np.ndarray, title: str):
 
 @command("plot.py")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="plot.py", description="Draw runs, or the embeddings of a model."
-    )
+    parser = OptionParser(prog="plot.py", description="Draw runs, or the embeddings of a model.")
     add = parser.add_argument
     runs_help = "folders of runs: draw loss and training"
-    add("runs", nargs="*", type=Path, metavar="out/RUN", help=runs_help)
+    add("runs", nargs="*", type=path_option, metavar="out/RUN", help=runs_help)
     weights_help = "instead: gpt2 ... gpt2-xl, a hub id, a run or a checkpoint"
-    add("--weights", metavar="MODEL", help=weights_help)
+    add("--weights", type=path_option, metavar="MODEL", help=weights_help)
     report_help = "also write report.md into the folder of each run"
     add("--report", action="store_true", help=report_help)
     out_help = "for pictures (default: beside what is drawn)"
-    add("--out", type=Path, metavar="FOLDER", help=out_help)
+    add("--out", type=path_option, metavar="FOLDER", help=out_help)
     arguments = parser.parse_args(argv)
-    runs = arguments.runs
+    runs = [Path(run) for run in arguments.runs]
+    out = Path(arguments.out) if arguments.out else None
     if bool(runs) == bool(arguments.weights) or (arguments.weights and arguments.report):
         raise ValueError(
             "say what to draw: python plot.py [--report] out/RUN ..., or plot.py --weights MODEL"
         )
     if arguments.weights:
-        files = draw_weights(arguments.weights, arguments.out)
+        files = draw_weights(arguments.weights, out)
     else:
         beside = runs[0] if len(runs) == 1 else runs[0].parent
-        files = draw_curves(runs, arguments.out or beside)
+        files = draw_curves(runs, out or beside)
     print(*files, sep="\n")
     if arguments.report:
         for run in runs:

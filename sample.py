@@ -21,12 +21,12 @@ import configurator
 from model import GPT, GPTConfig, OpenedModel, open_model
 from parts import page, runtime
 from parts.auto import prepare_for_inference
-from parts.console import command, printable
+from parts.console import OptionParser, command, path_option, printable
+from parts.files import check_is_file
 from parts.inference import SETTINGS, Record, Text, check_settings, complete
+from parts.json_files import parse_json, read_json
 from parts.pretrained import checkpoints
 from parts.tokenizer import Tokenizer, get_tokenizer
-
-import torch
 
 HELLO = "Hello, I'm a language model,"
 UNTRAINED = Path("untrained")
@@ -49,7 +49,7 @@ COMMANDS = """  A line is appended to the text, and the model continues from the
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sample.py", description="Continue prompts with a GPT-2.")
+    parser = OptionParser(prog="sample.py", description="Continue prompts with a GPT-2.")
     add = parser.add_argument
     add(
         "prompts",
@@ -64,13 +64,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help=f"another one (default: the run's sample_prompt, else {HELLO})",
     )
-    add("--file", help='more prompts: one a line, or the "prompt" of each object in a .jsonl file')
+    add(
+        "--file",
+        type=path_option,
+        help='more prompts: one a line, or the "prompt" of each object in a .jsonl file',
+    )
     add("-i", "--interactive", action="store_true", help="write with the model, line by line")
     add(
         "-n", "--samples", type=int, default=1, help="samples of each prompt (default: %(default)s)"
     )
     add(
         "--model",
+        type=path_option,
         help="gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder "
         "(default: the newest under out/)",
     )
@@ -147,6 +152,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def read_prompt_file(file: str) -> list[str]:
     prompts = []
+    check_is_file(Path(file))
     lines = Path(file).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -154,9 +160,10 @@ def read_prompt_file(file: str) -> list[str]:
         if not file.endswith(".jsonl"):
             prompts.append(line)
             continue
-        prompt = None
-        with suppress(ValueError, KeyError, TypeError):
-            prompt = json.loads(line)["prompt"]
+        try:
+            prompt = parse_json(line).get("prompt")
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
         if not isinstance(prompt, str):
             raise ValueError(f'{file}, line {number}: not a JSON object with a text as "prompt"')
         prompts.append(prompt)
@@ -187,7 +194,9 @@ def choose_prompt(source: Path) -> str:
     """The prompt that the run of this checkpoint sampled from; HELLO for any other model."""
     # A model that was not trained here has no such file. A damaged one does not matter.
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads((source / "settings.json").read_text())["settings"]["sample_prompt"]
+        prompt = read_json(source / "settings.json")["settings"]["sample_prompt"]
+        if isinstance(prompt, str):
+            return prompt
     return HELLO
 
 
@@ -330,7 +339,7 @@ def serve_page(shelf: page.Shelf, tokenizer: Tokenizer, form: dict, port: int) -
 # ---- The command ---------------------------------------------------------------------------------
 
 
-@command("sample.py")
+@command("sample.py", "fewer --samples or prompts at once, a lower -m, or --device cpu")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     settings = check_settings(vars(arguments))
@@ -340,40 +349,35 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = opened.tokenizer
     description = describe(opened)
     default_prompt = choose_prompt(opened.source)
-    try:
-        rows = min(BATCH, max(1, len(prompts)) * arguments.samples)
-        prepared = prepare_for_inference(opened.model, machine, arguments.dtype, rows)
-        print(f"model: {description}\n{machine.note}\n{prepared.note}", file=sys.stderr)
-        if arguments.interactive:
-            write_together(prepared.model, tokenizer, "".join(prompts), arguments.stop, settings)
-        elif arguments.web:
-            shelf = page.Shelf(opened.source, prepared.model, prepared.dtype, open_model)
-            # Only the shelf keeps the model, so that it is gone when another takes its place.
-            del opened, prepared
-            form = dict(
-                about=description,
-                settings=settings,
-                prompts=[*prompts, default_prompt],
-                stop=arguments.stop,
-            )
-            serve_page(shelf, tokenizer, form, arguments.port)
-        else:
-            texts = []
-            for prompt in prompts or [default_prompt]:
-                for i in range(arguments.samples):
-                    texts.append(Text(tokenizer, prompt, arguments.seed + i, arguments.stop))
-            write(
-                prepared.model,
-                texts,
-                settings,
-                stream=arguments.stream,
-                as_json=arguments.json,
-                logprobs=arguments.logprobs,
-            )
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            "out of memory; fewer --samples or prompts at once, or --device cpu"
-        ) from None
+    rows = min(BATCH, max(1, len(prompts)) * arguments.samples)
+    prepared = prepare_for_inference(opened.model, machine, arguments.dtype, rows)
+    print(f"model: {description}\n{machine.note}\n{prepared.note}", file=sys.stderr)
+    if arguments.interactive:
+        write_together(prepared.model, tokenizer, "".join(prompts), arguments.stop, settings)
+    elif arguments.web:
+        shelf = page.Shelf(opened.source, prepared.model, prepared.dtype, open_model)
+        # Only the shelf keeps the model, so that it is gone when another takes its place.
+        del opened, prepared
+        form = dict(
+            about=description,
+            settings=settings,
+            prompts=[*prompts, default_prompt],
+            stop=arguments.stop,
+        )
+        serve_page(shelf, tokenizer, form, arguments.port)
+    else:
+        texts = []
+        for prompt in prompts or [default_prompt]:
+            for i in range(arguments.samples):
+                texts.append(Text(tokenizer, prompt, arguments.seed + i, arguments.stop))
+        write(
+            prepared.model,
+            texts,
+            settings,
+            stream=arguments.stream,
+            as_json=arguments.json,
+            logprobs=arguments.logprobs,
+        )
 
 
 if __name__ == "__main__":

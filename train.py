@@ -55,13 +55,15 @@ class TrainConfig(GPTConfig):
     """
 
     # ---- The run ----
-    data_dir: str = setting("shards/fineweb_edu_10B", resume=FREE)  # folder of the shards
-    out_dir: str = setting("out/gpt2_124M", resume=FREE)  # for checkpoints and metrics.jsonl
+    # Folder of the shards.
+    data_dir: str = setting("shards/fineweb_edu_10B", resume=FREE, is_path=True)
+    # For checkpoints and metrics.jsonl.
+    out_dir: str = setting("out/gpt2_124M", resume=FREE, is_path=True)
     # scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, a run or a checkpoint's folder; its
     # shape comes from there.
-    init_from: str = setting("scratch", resume=FREE)
+    init_from: str = setting("scratch", resume=FREE, is_path=True)
     # auto: from out_dir's newest checkpoint; never: move out_dir aside; or a checkpoint's folder.
-    resume: str = setting("auto", resume=FREE)
+    resume: str = setting("auto", resume=FREE, is_path=True)
     # Resume even if settings that change the losses differ from the checkpoint's.
     resume_anyway: bool = setting(False, resume=FREE)
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
@@ -113,7 +115,7 @@ class TrainConfig(GPTConfig):
     # harness: as lm-evaluation-harness scores.
     hellaswag_style: Literal["completion", "harness"] = setting("completion", resume=FREE)
     # A copy of hellaswag_val.jsonl; if empty, it is fetched once to shards/hellaswag.
-    hellaswag_data: str = setting("", resume=FREE)
+    hellaswag_data: str = setting("", resume=FREE, is_path=True)
     sample_every: int = setting(1_000, resume=FREE)  # a sample of text
     # What the sample continues.
     sample_prompt: str = setting("Hello, I'm a language model,", resume=FREE)
@@ -138,7 +140,7 @@ class TrainConfig(GPTConfig):
     # On NVIDIA: products of float32 matrices with a 10-bit mantissa.
     tf32: bool = setting(True, resume=FREE)
     # Seconds that ranks wait for a slow one before the run ends (after the first step).
-    timeout: int = setting(120, resume=FREE, at_least=1)
+    timeout: int = setting(120, resume=FREE, at_least=1, below=10**9)
     # Profile this many steps, from the third on, to out_dir/profile.txt and trace.json.
     profile: int = setting(0, resume=FREE)
 
@@ -681,7 +683,13 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-@command("train.py")
+SAVE_MEMORY = (
+    "set --batch_size=auto, a smaller one, or --recompute=True (the result is the same), "
+    "or a smaller model"
+)
+
+
+@command("train.py", SAVE_MEMORY)
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
@@ -695,11 +703,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with own_folder:
             result = train(config)
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"out of memory with batch_size {config.batch_size}: "
-            "set --batch_size=auto, a smaller one, or --recompute=True; the result is the same"
-        ) from None
     except RuntimeError as error:  # torch.distributed raises several types
         if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise

@@ -1,6 +1,7 @@
 """What the commands at the top are made of, a room a job. A room imports only rooms above it.
 
 files         what survives a crash: whole writes, locks, SHA-256
+json_files    JSON that others have written: one reader, which refuses what would fail later
 console       what a terminal shows, which signals it sends, and how a command ends
 loss          the head's loss without keeping the logits
 optimizer     AdamW, SGD, Muon; which parameter has which rule

@@ -8,7 +8,9 @@ training, `Console.line` during it, because a plain print would tear the progres
 if __name__ == "__main__":
     raise SystemExit("parts/console.py is no command: README.md lists the commands")
 
+import argparse
 import contextlib
+import errno
 import json
 import os
 import re
@@ -19,54 +21,143 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import TextWrapper
-from typing import Any
+from typing import Any, NoReturn
 
 # They could move a terminal's cursor or ring its bell. Tab, line feed and carriage return may stay.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+# What torch says when the machine's memory is used up, or when no machine could have as much.
+NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
+    "|numel: integer multiplication overflow|Invalid .*: size too large"
+)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def command(program: str) -> Iterator[None]:
+def command(program: str, save_memory: str = "take less at once") -> Iterator[None]:
     """Decorate the main of a script: a mistake of the user, or a fault of a file or of the machine,
     becomes one line and exit code 2, without a traceback; Ctrl-C becomes exit code 130.
+
+    save_memory: what to do when memory runs out, on a GPU or a CPU.
     """
-    # A character that the terminal cannot encode must not end the program. (What replaces stdout
-    # in a notebook may have no such method.)
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    open_missing_streams()
+    # A character that the terminal cannot encode, or text in another encoding that comes in, must
+    # not end the program. (What replaces stdout in a notebook may have no such method.)
+    for stream in (sys.stdin, sys.stdout):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
         discard_stdout()
     except (ValueError, OSError, ImportError) as error:
-        reason = str(error)
-        rank = int(os.environ.get("RANK", 0))
-        if rank > 0:
-            # All ranks usually fail for the same reason. Rank 0 reports it at once; then torchrun
-            # stops the others, before they report it too.
-            time.sleep(10)
-            reason = f"(rank {rank}) {reason}"
-        message = "\n".join(f"{program}: {line}" for line in reason.strip().splitlines())
-        print(message, file=sys.stderr)
-        # torchrun prints what is in this file at the end of its own report.
-        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if error_file:
-            Path(error_file).write_text(json.dumps(dict(message=message, timestamp=time.time())))
-        sys.exit(2)
+        fail(program, explain(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(program, f"out of memory{requested_memory(error)}; {save_memory}")
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def fail(program: str, reason: str) -> NoReturn:
+    """End the program with exit code 2, and the reason on stderr."""
+    rank = os.environ.get("RANK", "0")
+    if rank.isdecimal() and int(rank) > 0:
+        # All ranks usually fail for the same reason. Rank 0 reports it at once; then torchrun
+        # stops the others, before they report it too.
+        time.sleep(10)
+        reason = f"(rank {rank}) {reason}"
+    # Names of files and of what is in them are part of a reason.
+    lines = printable(reason.strip().replace("\r", "\ufffd")).split("\n")
+    message = "\n".join(f"{program}: {line}" for line in lines)
+    # Nobody may be there to read it; the exit code stays.
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+    # torchrun prints what is in this file at the end of its own report.
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        with contextlib.suppress(OSError):
+            Path(error_file).write_text(json.dumps(dict(message=message, timestamp=time.time())))
+    sys.exit(2)
+
+
+def explain(error: Exception) -> str:
+    """What an error says, in a line that names what it is about."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error}; install it: pip install {error.name}"
+    if isinstance(error, OSError) and error.filename is None:
+        # What could not be written to stdout is still in its buffer, and fails again.
+        try:
+            sys.stdout.flush()
+        except OSError as again:
+            discard_stdout()
+            return f"the output (stdout): {again.strerror or again}"
+    reason = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        reason += "; allow more of them: ulimit -n 4096"
+    return reason
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a GPU's, or that of the machine, of which torch says so in several
+    ways.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # by its name: not every command loads torch
+        return True
+    return isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
+
+
+def requested_memory(error: BaseException) -> str:
+    """How much was asked for in vain, such as " (40.00 GB at once)"; empty if it does not say."""
+    on_cpu = re.search(r"tried to allocate (\d+) bytes", str(error))
+    if on_cpu:
+        return f" ({int(on_cpu[1]) / 1e9:,.2f} GB at once)"
+    on_gpu = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    if on_gpu:
+        return f" ({on_gpu[1]} at once)"
+    return ""
+
+
+def open_missing_streams() -> None:
+    """Give a program that was started without stdin, stdout or stderr the null device instead.
+
+    Without it, the next file that is opened would become, say, the stdout of a library in C.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def discard_stdout() -> None:
     """Send all further output to the null device, once the reader of a pipe (such as head) has
-    closed it. Otherwise Python's own flush at exit would fail again.
+    closed it, or the disk is full. Otherwise Python's own flush at exit would fail again.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser of options whose complaints are one line like any other: it raises ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help shows all options)")
+
+
+def path_option(text: str) -> str:
+    """An option that names a file or folder: never empty, and a leading ~ is the home folder.
+
+    (A shell expands `--out ~/x`, but not `--out=~/x`.)
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; an unset variable?")
+    return os.path.expanduser(text)
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -80,7 +171,22 @@ def print_lines(text: str) -> None:
     wrapper = TextWrapper(
         width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
-    print("\n".join(wrapper.fill(line) for line in text.splitlines()), flush=True)
+    print_or_go_on("\n".join(wrapper.fill(line) for line in printable(text).splitlines()))
+
+
+def print_or_go_on(text: str) -> None:
+    """Print lines. Where nobody reads any more, or the disk under a log file is full, all further
+    output is lost, but nothing else: a checkpoint may still have to be saved.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        discard_stdout()
+    except OSError as error:
+        discard_stdout()
+        with contextlib.suppress(OSError):
+            reason = error.strerror or error
+            print(f"NOTE: stdout: {reason}; the program goes on without it", file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -130,14 +236,12 @@ class Console(contextlib.AbstractContextManager):
         self.bar.unpause()
         if not self.is_main:
             return
-        try:
-            if self.live:
-                self.bar.write(text)
-            else:
-                print(text, flush=True)
-        except BrokenPipeError:
-            # Nobody reads any more, but a checkpoint may still have to be saved.
-            discard_stdout()
+        if not self.live:
+            print_or_go_on(text)
+            return
+        # A terminal that is gone.
+        with contextlib.suppress(OSError):
+            self.bar.write(text)
 
     def step(self, step: int, record: dict) -> None:
         """Show one training record, the dict that goes to metrics.jsonl."""

@@ -32,6 +32,14 @@ def write_whole(path: Path, *content: bytes | memoryview) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def check_is_file(path: Path) -> None:
+    """ValueError for a folder, or for a pipe or device, which one might wait for without end."""
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a pipe or a device, not a file; copy its content into a file")
+
+
 def fsync(path: Path) -> None:
     """Wait until the disk holds a file's content, or a folder's list of names."""
     is_file = path.is_file()

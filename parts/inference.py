@@ -524,8 +524,11 @@ def stream(
     predict = Predictor(model, rows, max_new_tokens)
     for _ in range(max_new_tokens):
         logits = predict(rows).float()  # (B, V)
-        if logits.isnan().any():
-            raise ValueError("the model's logits are NaN: it is damaged, or its training diverged")
+        # The largest one of a row is NaN if any is.
+        if not logits.amax(dim=-1).isfinite().all():
+            raise ValueError(
+                "the model's logits are not finite: it is damaged, or its training diverged"
+            )
 
         draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
         penalized = penalize(logits, seen, repetition_penalty)
@@ -700,9 +703,11 @@ def count_held_back(text: str, stops: list[str]) -> int:
     """How many characters at the end of the text may be the beginning of a stop text."""
     longest = 0
     for stop in stops:
-        for n in range(1, len(stop)):
+        # From the longest, which is never longer than the text: a stop text may be a whole page.
+        for n in range(min(len(stop) - 1, len(text)), longest, -1):
             if text.endswith(stop[:n]):
-                longest = max(longest, n)
+                longest = n
+                break
     return longest
 
 

@@ -412,10 +412,10 @@ def test_tasks_come_back_from_a_file(tmp_path):
     "line, message",
     [
         ("", "no tasks in it"),
-        ("{", "JSONDecodeError"),
+        ("{", "not JSON"),
         ('{"ctx": "a", "label": 0}', "KeyError: 'endings'"),
-        ('{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', "label 0 to 3"),
-        ('{"ctx": "a", "label": 0, "endings": ["a", "b", "c"]}', "endings four strings"),
+        ('{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', "label must be 0 to 3"),
+        ('{"ctx": "a", "label": 0, "endings": ["a", "b", "c"]}', "endings a list of four strings"),
         ('{"ctx": 1, "label": 0, "endings": ["a", "b", "c", "d"]}', "ctx must be a string"),
     ],
 )

@@ -20,16 +20,18 @@ TOP = {
     "model": "loss pretrained tokenizer",
     "prepare": "console documents files sharding tokenizer",
     "fineweb": "console data documents files sharding tokenizer",
-    "hellaswag": "model auto console files metrics runtime standin tokenizer",
-    "sample": "configurator model auto console inference page pretrained runtime tokenizer",
-    "plot": "model console metrics pretrained report",
+    "hellaswag": "model auto console files json_files metrics runtime standin tokenizer",
+    "sample": "configurator model auto console files inference json_files page pretrained runtime "
+    "tokenizer",
+    "plot": "model console files metrics pretrained report",
     "train": "configurator model hellaswag plot auto checkpoint console data files inference "
     "metrics optimizer pretrained runtime tokenizer",
-    "bench": "model train hellaswag auto console data documents inference loss metrics runtime "
-    "sharding tokenizer",
+    "bench": "model train hellaswag auto console data documents files inference json_files loss "
+    "metrics runtime sharding tokenizer",
 }
 PARTS = {
     "files": "",
+    "json_files": "files",
     "console": "",
     "loss": "",
     "optimizer": "",
@@ -38,14 +40,14 @@ PARTS = {
     "pretrained": "standin",
     "tokenizer": "files",
     "documents": "",
-    "data": "files tokenizer",
+    "data": "files json_files tokenizer",
     "sharding": "console files tokenizer documents data",
     "inference": "standin tokenizer console",
     "auto": "console runtime inference",
     "metrics": "files tokenizer data runtime",
     "report": "console metrics",
     "checkpoint": "files pretrained tokenizer metrics report",
-    "page": "tokenizer runtime pretrained inference metrics",
+    "page": "json_files tokenizer runtime pretrained inference metrics",
 }
 HOUSE = TOP | {f"parts.{name}": allowed for name, allowed in PARTS.items()}
 COMMANDS = ("prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench")

@@ -455,9 +455,10 @@ def test_a_context_too_short_to_compare(block_size):
     ]
 
 
-def test_damaged_weights_are_said_to_be_damaged(toy, capsys):
-    toy.transformer.ln_f.weight.data[3] = float("nan")
-    with pytest.raises(ValueError, match="logits are NaN"):
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 3e38])
+def test_damaged_weights_are_said_to_be_damaged(toy, capsys, weight):
+    toy.transformer.wte.weight.data[3] = weight
+    with pytest.raises(ValueError, match="logits are not finite"):
         generate(toy, [[1, 2]], 3)
     assert not capsys.readouterr().err
 

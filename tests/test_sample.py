@@ -221,7 +221,7 @@ def test_bad_models_and_prompts_are_one_line(toy, capsys, tmp_path, monkeypatch)
     model = GPT.from_pretrained(toy)
     model.transformer.ln_f.weight.data[3] = float("nan")
     model.save_pretrained(tmp_path)
-    assert "logits are NaN: it is damaged, or its training diverged" in fails(
+    assert "logits are not finite: it is damaged, or its training diverged" in fails(
         capsys, "--model", str(tmp_path)
     )
     monkeypatch.setattr(inference, "stream", Mock(side_effect=torch.OutOfMemoryError))

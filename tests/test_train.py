@@ -522,13 +522,30 @@ def test_several_mistakes_are_reported_together(capsys):
     assert exit_.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_out_of_memory_says_what_fits(config, capsys, monkeypatch):
-    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    monkeypatch.setattr(GPT, "forward", full)
-    wanted = (
-        "out of memory with batch_size 4: set --batch_size=auto, a smaller one, or --recompute=True"
-    )
-    assert wanted in fails(capsys, *flags(config()))
+@pytest.mark.parametrize(
+    "error, amount",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            " (2.00 GiB at",
+        ),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000 "
+                "bytes."
+            ),
+            " (4.00 GB at",
+        ),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), ""),
+        (MemoryError(), ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_out_of_memory_says_what_fits(config, capsys, monkeypatch, error, amount):
+    monkeypatch.setattr(GPT, "forward", Mock(side_effect=error))
+    line = fails(capsys, *flags(config()))
+    assert f"out of memory{amount}" in line
+    assert "set --batch_size=auto, a smaller one, or --recompute=True" in line
 
 
 def test_checkpoints_that_do_not_fit(config, capsys, text_file, tmp_path):
