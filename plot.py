@@ -24,7 +24,7 @@ from parts.metrics import (
     GPT3_HELLASWAG,
     LLMC_LOSSES,
     LLMC_TOKENS,
-    PUBLISHED,
+    published_score,
     read_metrics,
     select,
     tokens_seen,
@@ -110,8 +110,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
                 "name a run, as in out/quickstart"
             )
         facts = started[-1]
-        text = f"{facts['settings']['data_dir']} {facts['data']}".lower()
-        is_fineweb = facts["tokenizer"] == "gpt2" and "fineweb" in text
+        text = f"{facts['settings'].get('data_dir')} {facts.get('data')}".lower()
+        is_fineweb = facts.get("tokenizer") == "gpt2" and "fineweb" in text
         name = str(folder) if len(folders) > 1 else folder.resolve().name
         runs.append(Run(name, look, records, is_fineweb))
     return compare_in_bits(runs)
@@ -121,13 +121,13 @@ def compare_in_bits(runs: list[Run]) -> list[Run]:
     """The same runs, with losses in bits a byte if their tokenizers differ: losses a token cannot
     be compared then. They stay in nats a token if a run has not recorded its bits a byte.
     """
-    tokenizers = {select(run.records, "run")[-1]["tokenizer"] for run in runs}
+    tokenizers = {select(run.records, "run")[-1].get("tokenizer") for run in runs}
     if len(tokenizers) == 1:
         return runs
     converted = []
     for run in runs:
         val = select(run.records, "val", "loss", "val_bpb")
-        if not val:
+        if not val or val[-1]["loss"] == 0:
             return runs
         bits_per_nat = val[-1]["val_bpb"] / val[-1]["loss"]
         converted.append(run._replace(bits_per_nat=bits_per_nat, is_fineweb=False))
@@ -200,12 +200,11 @@ def draw_losses(runs: list[Run]):
             tokens, scores = run.curve("hellaswag", "acc_norm")
             bottom.plot(tokens, scores, **run.look, marker="o", ms=4, mfc="none")
         bottom.set_ylabel("HellaSwag, acc_norm")
-        styles = set()
+        published = set()
         for run in runs:
             for record in select(run.records, "hellaswag"):
-                styles.add(record.get("style", "completion"))
-        for style in sorted(styles):
-            _, acc_norm = PUBLISHED[style]["gpt2"]
+                published.add(published_score(record))
+        for acc_norm in sorted(published):
             draw_reference(bottom, acc_norm, "GPT-2 124M")
         draw_reference(bottom, GPT3_HELLASWAG, "GPT-3 124M")
     finish(figure, runs)
@@ -295,7 +294,7 @@ def short_number(number: float, _=None) -> str:
 
 
 def save(figure, path: Path) -> Path:
-    """Write a picture. The same input gives the same bytes."""
+    """Write a picture, whole or not at all. The same input gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # matplotlib puts the date and its own version into an .svg, unless told not to.
     metadata = dict(Date=None, Creator=None) if path.suffix == ".svg" else None

@@ -262,12 +262,13 @@ class Console(contextlib.AbstractContextManager):
 
 class StopSignal:
     """While in use, a first signal asks the run to stop after the current step; a second Ctrl-C
-    stops it at once. `received` is the number of the last signal, or 0.
+    stops it at once. `received` is the number of the last signal, or 0. A signal that is ignored
+    stays so.
     """
 
-    # SIGINT is Ctrl-C, SIGTERM comes from torchrun and most systems, and SIGUSR1 from SLURM before
-    # the time limit. Windows has no SIGUSR1.
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+    # SIGINT is Ctrl-C, SIGTERM comes from torchrun and most systems, SIGHUP from a terminal that is
+    # closed, and SIGUSR1 from SLURM before the time limit. Windows has neither of the last two.
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     MESSAGE = b"\nstopping after this step, then saving; Ctrl-C again stops at once, unsaved\n"
 
     def __init__(self, is_main: bool):
@@ -277,8 +278,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         for name in self.NAMES:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
+            number = getattr(signal, name, None)
+            # nohup ignores SIGHUP, and a shell's script ignores Ctrl-C for what it starts with "&".
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 self.old_handlers[number] = signal.signal(number, self.receive)
         return self
 

@@ -1,18 +1,23 @@
-"""Files that survive a crash: written whole, synced to the disk, locked, and hashed."""
+"""Files that survive a crash: written whole, synced to the disk, locked, and hashed; and JSON from
+files that anyone may have written.
+"""
 
 if __name__ == "__main__":
     raise SystemExit("parts/files.py is no command: README.md lists the commands")
 
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, *content: bytes | memoryview) -> None:
-    """Write a file atomically.
+    """Write a file atomically. A symbolic link of that name is replaced, not followed.
 
     After a kill or a crash, `path` holds its old content or all of the new content, never a part.
     OSError with the file's name if the disk is full.
@@ -20,7 +25,7 @@ def write_whole(path: Path, *content: bytes | memoryview) -> None:
     # The temporary name is random, because two processes may write the same file.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             for part in content:
                 file.write(part)
             file.flush()
@@ -38,6 +43,27 @@ def check_is_file(path: Path) -> None:
         raise ValueError(f"{path}: a folder, not a file")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: a pipe or a device, not a file; copy its content into a file")
+
+
+def delete_leftovers(path: Path) -> None:
+    """Delete what killed processes have left of their attempts to write this file whole.
+
+    Call it only where no other process can be writing the file, as under a lock.
+    """
+    for leftover in path.parent.glob(f"{path.name}.{'[0-9a-f]' * 8}.tmp"):
+        delete(leftover)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a symbolic link (not its target), or a folder with all that is in it.
+
+    What cannot be deleted stays, without an error.
+    """
+    try:
+        path.unlink()
+    except OSError:
+        # A folder cannot be unlinked. rmtree leaves links and files alone.
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
@@ -58,6 +84,17 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """json.loads for text that anyone may have written. ValueError for all that is wrong with it.
+
+    parse_constant gets "NaN", "Infinity" or "-Infinity", which are no JSON but which Python writes.
+    """
+    try:
+        return json.loads(text, parse_constant=parse_constant)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
 
 
 @contextmanager

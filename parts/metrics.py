@@ -3,7 +3,6 @@
 if __name__ == "__main__":
     raise SystemExit("parts/metrics.py is no command: README.md lists the commands")
 
-import contextlib
 import json
 import math
 import os
@@ -11,10 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from parts import data
-from parts.files import write_whole
+from parts.files import parse_json, write_whole
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ class Log:
             # A resumed run continues the curve of the run with this id.
             id_file = out_dir / "wandb_id"
             if start_step == 0 or not id_file.exists():
-                id_file.write_text(os.urandom(4).hex())
+                write_whole(id_file, os.urandom(4).hex().encode())
             self.wandb = wandb.init(
                 project=config.wandb_project,
                 name=out_dir.name,
@@ -101,13 +101,14 @@ class Log:
 
 
 def cut_back(path: Path, start_step: int) -> None:
-    """Drop the records of metrics.jsonl that a run resumed at start_step will write again, and a
-    line that a kill has cut short. Creates the file if there is none.
+    """Drop the records of metrics.jsonl that a run resumed at start_step will write again, and
+    lines that are no records, as a kill leaves one. Creates the file if there is none.
     """
     kept = []
-    for record in read_metrics(path):
-        if updates_done(record) <= start_step:
-            kept.append(json.dumps(record) + "\n")
+    for line in read_lines(path):
+        record = parse_record(line)
+        if record is not None and updates_done(record) <= start_step:
+            kept.append(line + "\n")
     write_whole(path, "".join(kept).encode())
 
 
@@ -168,14 +169,94 @@ def read_commit() -> str | None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl, without lines that a kill cut short; [] if there is no file."""
+    """The records of metrics.jsonl; [] if there is no file.
+
+    This is the one place that decides what a record is: see `parse_record`.
+    """
+    records = []
+    for line in read_lines(path):
+        record = parse_record(line)
+        if record is not None:
+            records.append(record)
+    return records
+
+
+def read_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
+def parse_record(line: str) -> dict | None:
+    """The record in a line of metrics.jsonl; None if it has none, as when a kill has cut it short.
+
+    A record has a step and a kind, and one of the kind "run" has the batch size. A known value of
+    another type than `Log` writes becomes None, which is what a NaN is logged as.
+    """
+    try:
+        record = parse_json(line, parse_constant=lambda _: None)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not is_count(record.get("step")):
+        return None
+    kind = record.get("kind")
+    if not isinstance(kind, str):
+        return None
+    for name, is_right in KNOWN_VALUES.get(kind, {}).items():
+        if name in record and not is_right(record[name]):
+            record[name] = None
+    if kind == "run":
+        settings = record.get("settings") or {}
+        if not is_count(settings.get("total_batch_size")):
+            return None
+    return record
+
+
+def is_count(value) -> bool:
+    # float64 holds every integer up to this one.
+    return type(value) is int and 0 <= value <= 2**53
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def is_style(value) -> bool:
+    return isinstance(value, str) and value in PUBLISHED
+
+
+def is_table(value) -> bool:
+    return isinstance(value, dict)
+
+
+# Kind of record -> the values that are read again, and what is right for them.
+KNOWN_VALUES: dict[str, dict[str, Callable[[object], bool]]] = {
+    "run": {
+        "settings": is_table,
+        "parameters": is_number,
+        "flops_per_token": is_number,
+        "device": is_text,
+        "world_size": is_count,
+        "command": is_text,
+        "tokenizer": is_text,
+        "data": is_table,
+    },
+    "train": {
+        "loss": is_number,
+        "lr": is_number,
+        "grad_norm": is_number,
+        "tokens_per_s": is_number,
+        "mfu": is_number,
+        "ms": is_number,
+    },
+    "val": {"loss": is_number, "val_bpb": is_number},
+    "hellaswag": {"acc": is_number, "acc_norm": is_number, "style": is_style},
+    "sample": {"text": is_text},
+}
 
 
 def select(records: list[dict], kind: str, *names: str) -> list[dict]:
@@ -188,6 +269,14 @@ def select(records: list[dict], kind: str, *names: str) -> list[dict]:
         if record["kind"] == kind and all(record.get(name) is not None for name in names):
             selected.append(record)
     return selected
+
+
+def published_score(record: dict) -> float:
+    """The acc_norm of GPT-2 124M in the style of a HellaSwag record."""
+    # The records of earlier versions name no style.
+    style = record.get("style") or "completion"
+    _, acc_norm = PUBLISHED[style]["gpt2"]
+    return acc_norm
 
 
 def updates_done(record: dict) -> int:

@@ -9,7 +9,16 @@ from pathlib import Path
 from textwrap import indent
 
 from parts.console import printable
-from parts.metrics import PUBLISHED, pick_evenly, read_metrics, select, tokens_seen, updates_done
+from parts.files import write_whole
+from parts.metrics import (
+    is_count,
+    pick_evenly,
+    published_score,
+    read_metrics,
+    select,
+    tokens_seen,
+    updates_done,
+)
 
 import numpy as np
 
@@ -20,9 +29,11 @@ VERBATIM = " " * 4
 def write_markdown(folder: Path) -> Path:
     """Write report.md into the folder of a run, with the pictures that are there; return its path.
 
-    A run without records is a ValueError.
+    ValueError if there is no record of a run.
     """
     records = read_metrics(folder / "metrics.jsonl")
+    if not select(records, "run"):
+        raise ValueError(f"{folder}: no run in a metrics.jsonl here")
     n_steps = max(updates_done(record) for record in records)
     pictures = []
     for name in ("loss", "training"):
@@ -30,8 +41,19 @@ def write_markdown(folder: Path) -> Path:
             pictures.append(f"\n![{name}]({name}.svg)")
     text = format_run(folder.resolve().name, records, n_steps, below_table="\n".join(pictures))
     path = folder / "report.md"
-    path.write_text(text, encoding="utf-8", errors="replace")
+    write_whole(path, text.encode("utf-8", errors="replace"))
     return path
+
+
+def is_reported(folder: Path) -> bool:
+    """Whether report.md was written after the last record. A report that its reader has edited
+    since then counts too, and so does a folder without records: there is nothing to report.
+    """
+    metrics = folder / "metrics.jsonl"
+    report = folder / "report.md"
+    if not metrics.exists():
+        return True
+    return report.exists() and report.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
 
 
 def make_card(folder: Path, step: int, departure: str = "") -> str:
@@ -48,13 +70,13 @@ def make_card(folder: Path, step: int, departure: str = "") -> str:
     header: dict = dict(pipeline_tag="text-generation")
     if not departure:
         header.update(library_name="transformers", tags=["gpt2"])
-    dataset = run["data"]["source"].get("dataset")
-    if dataset:
-        header["datasets"] = [dataset]
-    init_from = run["settings"]["init_from"]
+    source = (run.get("data") or {}).get("source") or {}
+    if source.get("dataset"):
+        header["datasets"] = [source["dataset"]]
+    init_from = str(run["settings"].get("init_from"))
     if init_from.startswith("gpt2"):
         header["base_model"] = f"openai-community/{init_from}"
-    prompt = run["settings"]["sample_prompt"]
+    prompt = run["settings"].get("sample_prompt", "")
     code = f'transformers.pipeline("text-generation", model=".")({prompt!r})'
     usage = f"\nIn Python, in this folder:\n\n{VERBATIM}{code}"
     if departure:
@@ -74,10 +96,10 @@ def format_run(name: str, records: list[dict], n_steps: int, below_table: str) -
     lines += format_history(
         "HellaSwag, acc_norm", select(records, "hellaswag", "acc_norm"), "acc_norm"
     )
-    for record in pick_evenly(select(records, "sample"), 4):
+    for record in pick_evenly(select(records, "sample", "text"), 4):
         text = indent(printable(record["text"]), VERBATIM)
         lines += ["", f"## Sample after {record['step']:,} steps", "", text]
-    lines += ["", "## Reproduce", "", indent(run["command"], VERBATIM), ""]
+    lines += ["", "## Reproduce", "", indent(run.get("command") or "unknown", VERBATIM), ""]
     lines += ["<details><summary>Machine, versions, data and all settings</summary>", ""]
     lines += [indent(json.dumps(run, indent=2), VERBATIM), "", "</details>", ""]
     return "\n".join(lines)
@@ -98,25 +120,31 @@ def summarize(records: list[dict], n_steps: int) -> dict[str, str]:
     run = select(records, "run")[-1]
     settings = run["settings"]
     tokens = int(tokens_seen(records, n_steps))
-    rows = {
-        "data_dir": f"`{settings['data_dir']}`",
-        "init_from": f"`{settings['init_from']}`",
-        "parameters": f"{run['parameters']:,}",
-        "steps": f"{n_steps:,} of {settings['max_steps']:,}",
-        "tokens": f"{tokens:,}",
-        "compute": f"{run['flops_per_token'] * tokens:.3g} FLOPs",
-    }
+    rows = {}
+    for name in ("data_dir", "init_from"):
+        if name in settings:
+            rows[name] = f"`{settings[name]}`"
+    if run.get("parameters") is not None:
+        rows["parameters"] = f"{run['parameters']:,}"
+    rows["steps"] = f"{n_steps:,}"
+    if is_count(settings.get("max_steps")):
+        rows["steps"] += f" of {settings['max_steps']:,}"
+    rows["tokens"] = f"{tokens:,}"
+    if run.get("flops_per_token") is not None:
+        rows["compute"] = f"{run['flops_per_token'] * tokens:.3g} FLOPs"
 
     train = select(records, "train", "loss")
     if train:
         rows["training loss"] = f"{train[-1]['loss']:.4f} (step {train[-1]['step']:,})"
+    timed = select(records, "train", "loss", "ms", "tokens_per_s")
+    if timed:
         # The ms of a record is the mean over the steps since the record before.
-        n_timed = np.diff([record["step"] for record in train], prepend=records[0]["step"] - 1)
-        seconds = n_timed @ [record["ms"] / 1000 for record in train]
+        n_timed = np.diff([record["step"] for record in timed], prepend=records[0]["step"] - 1)
+        seconds = n_timed @ [record["ms"] / 1000 for record in timed]
         time = datetime.timedelta(seconds=round(seconds))
-        device = run["device"].removeprefix("cuda:0, ")
-        rows["training time (h:mm:ss)"] = f"{time} on {run['world_size']} x {device}"
-        speed = np.median([record["tokens_per_s"] for record in train])
+        device = (run.get("device") or "unknown").removeprefix("cuda:0, ")
+        rows["training time (h:mm:ss)"] = f"{time} on {run.get('world_size') or 1} x {device}"
+        speed = np.median([record["tokens_per_s"] for record in timed])
         rows["tokens/s (median)"] = f"{speed:,.0f}"
 
     val = select(records, "val", "loss")
@@ -127,13 +155,11 @@ def summarize(records: list[dict], n_steps: int) -> dict[str, str]:
         )
     val = select(records, "val", "val_bpb")
     if val:
-        rows["validation, bits a byte"] = f"{val[-1]['val_bpb']:.4f} ({run['tokenizer']})"
+        rows["validation, bits a byte"] = f"{val[-1]['val_bpb']:.4f} ({run.get('tokenizer')})"
 
-    scores = select(records, "hellaswag")
+    scores = select(records, "hellaswag", "acc_norm")
     if scores:
-        # The records of earlier versions name no style.
-        style = scores[-1].get("style", "completion")
-        _, published = PUBLISHED[style]["gpt2"]
+        published = published_score(scores[-1])
         rows["HellaSwag (acc_norm)"] = f"{scores[-1]['acc_norm']:.4f} (GPT-2 124M: {published})"
 
     mfu = [record["mfu"] for record in select(records, "train", "mfu")]

@@ -112,6 +112,36 @@ def config(shards, tmp_path):
     return functools.partial(toy_config, data_dir=shards, out_dir=tmp_path / "run")
 
 
+# Lines of metrics.jsonl that are no records, or whose values are of kinds that no run writes.
+ODD_LINES = [
+    *("[]", "5", "null", '"x"', "{}", "", "[" * 100_000, '{"a":' * 100_000, "9" * 5000),
+    *('{"step": 1}', '{"kind": "train"}', '{"step": null, "kind": "train"}'),
+    *(
+        '{"step": "x", "kind": "val"}',
+        '{"step": 1.5, "kind": "val"}',
+        '{"step": true, "kind": "val"}',
+    ),
+    *(
+        '{"step": -1, "kind": "train"}',
+        '{"step": 1e999, "kind": "train"}',
+        '{"step": 1, "kind": 5}',
+    ),
+    *('{"step": 1' + "0" * 400 + ', "kind": "train"}', '{"step": 1, "kind": "tra'),
+    *('{"step": 1, "kind": "run"}', '{"step": 1, "kind": "run", "settings": []}'),
+    '{"step": 1, "kind": "run", "settings": {"total_batch_size": "x"}}',
+    '{"step": 1, "kind": "run", "settings": {"total_batch_size": 128}}',
+    '{"step": 1, "kind": "run", "settings": {"total_batch_size": 128}, "data": 5, "command": []}',
+    '{"step": 1, "kind": "train", "loss": "x", "ms": [], "lr": {}, "grad_norm": true}',
+    '{"step": 1, "kind": "train", "loss": NaN, "tokens_per_s": 1e999}',
+    '{"step": 1, "kind": "train", "loss": 2.0}',
+    '{"step": 1, "kind": "val", "loss": [1]}',
+    '{"step": 1, "kind": "hellaswag", "style": "x"}',
+    '{"step": 1, "kind": "hellaswag", "acc_norm": 0.5, "style": []}',
+    '{"step": 1, "kind": "sample", "text": 5}',
+    '{"step": 1, "kind": "sample"}',
+]
+
+
 def metrics(out_dir: str | Path, kind: str = "train") -> list[dict]:
     """The records of one kind in a run's metrics.jsonl."""
     lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()

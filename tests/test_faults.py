@@ -49,6 +49,11 @@ def start(config, *torchrun: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
 
 
+def take_ctrl_c() -> None:
+    """A background job, such as pytest's, ignores Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def end(process: subprocess.Popen) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
@@ -223,7 +228,7 @@ def test_a_signal_while_the_last_checkpoint_is_written(config, monkeypatch):
 def test_a_reader_that_is_gone_costs_no_step(config):
     """Ctrl-C ends the `tee` of `train.py 2>&1 | tee log` too."""
     run = config(max_steps=100_000)
-    process = start(run)
+    process = start(run, preexec_fn=take_ctrl_c)
     wait_until(lambda: (Path(run.out_dir) / "metrics.jsonl").exists(), process)
     time.sleep(0.3)
     process.stdout.close()

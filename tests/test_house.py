@@ -45,7 +45,7 @@ PARTS = {
     "inference": "standin tokenizer console",
     "auto": "console runtime inference",
     "metrics": "files tokenizer data runtime",
-    "report": "console metrics",
+    "report": "console files metrics",
     "checkpoint": "files pretrained tokenizer metrics report",
     "page": "json_files tokenizer runtime pretrained inference metrics",
 }

@@ -10,6 +10,7 @@ from model import GPT, GPTConfig
 import numpy as np
 import pytest
 import torch
+from conftest import ODD_LINES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,6 +124,17 @@ def test_cut_lines_and_nulls_are_left_out(tmp_path):
     axes = loss_axes(run)[0]
     assert dots(axes).tolist() == line(axes, "run: training").tolist() == [[1000, 2], [3000, 2]]
     assert not any("validation" in str(drawn.get_label()) for drawn in axes.lines)
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_an_odd_line_costs_no_curve(tmp_path, line):
+    run = write(tmp_path / "run", started(), trained(0), scored(0), trained(2))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    runs = plot.read_runs([run])
+    assert plot.draw_training(runs) and plot.draw_losses(runs)
+    _, losses = runs[0].curve("train", "loss")
+    assert set(losses) == {2.0} and len(losses) >= 2
 
 
 @given(st.lists(st.floats(0, 20), max_size=80))

@@ -11,12 +11,12 @@ import plot
 import train
 from parts import report as reports
 from parts.console import Console, plural, print_lines
-from parts.metrics import pick_evenly
+from parts.metrics import pick_evenly, read_metrics, select
 from parts.pretrained import checkpoints
 from parts.report import make_card, write_markdown
 
 import pytest
-from conftest import metrics
+from conftest import ODD_LINES, metrics
 from huggingface_hub import ModelCard
 
 RESULTS = [
@@ -100,6 +100,38 @@ def test_a_run_of_which_little_is_known_has_a_report_and_a_card(tmp_path):
     folder = a_run(tmp_path / "run", RUN, trained(3, None))
     assert write_markdown(folder).read_text().startswith("# run\n")
     assert ModelCard(make_card(folder, 5)).data.library_name == "transformers"
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_an_odd_line_costs_neither_the_report_nor_the_card_nor_the_page(tmp_path, line):
+    folder = a_run(tmp_path / "run", RUN, *TRAIN)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(line + "\n" + json.dumps(dict(step=21, kind="val", loss=3.25)) + "\n")
+    text = write_markdown(folder).read_text()
+    assert "| validation loss | 3.2500 (best: 3.2500 at step 21) |" in text
+    assert ModelCard(make_card(folder, 21)).data.library_name == "transformers"
+    records = read_metrics(folder / "metrics.jsonl")
+    json.dumps([record.get("loss") for record in records], allow_nan=False)
+    assert [r["step"] for r in select(records, "train", "loss", "ms")] == [0, 10, 20]
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="no run in a metrics.jsonl here"):
+        write_markdown(a_run(tmp_path, TRAIN[0]))
+
+
+def test_reports_and_pictures_replace_links_and_are_written_whole(tmp_path):
+    """A folder from elsewhere may have links to anything: their targets stay as they are."""
+    folder = a_run(tmp_path / "run", RUN, *(r | dict(lr=1.0, grad_norm=1.0) for r in TRAIN))
+    target = tmp_path / "target"
+    target.write_text("precious")
+    names = ("report.md", "loss.svg", "loss.png", "training.svg", "training.png")
+    for name in names:
+        (folder / name).symlink_to(target)
+    plot.write_report(folder)
+    assert target.read_text() == "precious"
+    assert not any((folder / name).is_symlink() for name in names)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(("metrics.jsonl", *names))
 
 
 def test_long_lists_are_thinned_and_keep_both_ends():

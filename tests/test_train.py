@@ -324,8 +324,24 @@ def test_fp16_skips_and_scales_and_resumes(config, tmp_path, monkeypatch, optimi
     assert curve[first]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_the_step_saves_and_leads_on(config, tmp_path, monkeypatch, capsys, number):
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.fixture
+def usual_signals():
+    """Ctrl-C and SIGHUP as in a terminal: pytest may run in the background, or under nohup."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_the_step_saves_and_leads_on(
+    config, tmp_path, monkeypatch, capsys, usual_signals, number
+):
     """At step 6, which has no checkpoint of its own. The exit code is the shell's for that
     signal.
     """
@@ -350,6 +366,20 @@ def test_a_signal_ends_the_step_saves_and_leads_on(config, tmp_path, monkeypatch
     assert without_times(stopped.out_dir, "checkpoint") == without_times(
         straight.out_dir, "checkpoint"
     )
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_that_is_ignored_stops_nothing(config, monkeypatch, usual_signals, number):
+    """As SIGHUP is under nohup."""
+    signal.signal(number, signal.SIG_IGN)
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def interrupted(*arguments):
+        signal.raise_signal(number)
+        return clip(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    assert train.train(config(max_steps=2)) == dict(step=2, val_loss=None, stopped=None)
 
 
 def test_a_finished_run_says_so_goes_on_or_is_moved_aside(config, tmp_path, capsys):
