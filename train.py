@@ -37,6 +37,7 @@ from parts.console import Console, StopSignal, command, print_lines, printable, 
 from parts.files import lock
 from parts.metrics import Log, describe_run
 from parts.optimizer import build_optimizer, describe
+from parts.report import is_reported
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
 
@@ -197,6 +198,8 @@ def train(config: TrainConfig) -> dict:
                 "out_dir must be on a disk that all machines share"
             )
         if start_step >= config.max_steps:
+            if machine.is_main:
+                finish(config, resume_point)
             say(checkpoint.finished_message(out_dir, start_step, config.max_steps))
             machine.close()
             return dict(step=start_step, val_loss=resume_point.state.val_loss, stopped=None)
@@ -206,6 +209,9 @@ def train(config: TrainConfig) -> dict:
     tokenizer = data.tokenizer_of_shards(config.data_dir)
     shards = data.open_shards(config.data_dir, "train")
     windows = data.TokenWindows(shards, config.block_size, tokenizer.vocab_size)
+    text_digest = data.digest_of_shards(config.data_dir)
+    if resume_point is not None:
+        checkpoint.check_text(resume_point, config, windows.n_tokens, text_digest)
     validation = Validation(config, tokenizer)
     epochs = config.max_steps * config.total_batch_size / windows.n_tokens
     say(
@@ -258,7 +264,7 @@ def train(config: TrainConfig) -> dict:
     # rounded to it.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=dtype == torch.float16)
     if resume_point is not None:
-        say(checkpoint.restore(resume_point, config, windows.n_tokens, optimizer, scaler))
+        say(checkpoint.restore(resume_point, config, optimizer, scaler))
 
     # ---- 6. Compile, then wrap -------------------------------------------------------------------
     # Only raw_model is evaluated, sampled and saved: it shares the parameters, its names have no
@@ -357,11 +363,14 @@ def train(config: TrainConfig) -> dict:
         log("checkpoint", step)  # before saving: a resume cuts the line if the folder never came
         if not machine.is_main:
             return
+        if val_loss is not None and not math.isfinite(val_loss):
+            val_loss = None
         state = RunState(
             step=step,
             val_loss=val_loss,
             settings=vars(config),
             train_tokens=windows.n_tokens,
+            train_sha256=text_digest,
             chosen=dataclasses.asdict(arithmetic),
         )
         with clock.waiting():
@@ -495,6 +504,21 @@ def train(config: TrainConfig) -> dict:
             result += f", val loss {val_loss:.4f}"
         say(f"{result}{checkpoint.best_note(out_dir)}; metrics in {out_dir}/metrics.jsonl")
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
+
+
+def finish(config: TrainConfig, point: ResumePoint) -> None:
+    """Do what a run that ended right after its last checkpoint has left undone: leftovers, old
+    checkpoints, and the report.
+    """
+    out_dir = Path(config.out_dir)
+    if not checkpoint.is_in(out_dir, point):
+        return
+    checkpoint.delete_unfinished(out_dir)
+    # Only as the run itself would have: another command deletes nothing here.
+    if point.state.settings.get("keep_checkpoints") == config.keep_checkpoints:
+        checkpoint.prune(out_dir, config.keep_checkpoints, print_lines)
+    if config.report and not is_reported(out_dir):
+        plot.write_report(out_dir)
 
 
 class StepClock:

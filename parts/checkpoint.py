@@ -4,7 +4,8 @@ out_dir/step_0001000/ is a model's folder as parts/pretrained.py writes it (a Hu
 unless model.py was changed into something else), with the tokenizer's files, a card in README.md,
 and two more files: train_state.pt, the state of the optimizer and of fp16's scaler, and
 settings.json. A folder with such a name is whole: it is written under a name that begins with a
-dot, synced to the disk, and renamed.
+dot, synced to the disk, and renamed. What a resume relies on is under a checksum: the SHA-256 of
+each file is in settings.json, which has one of its own content as well.
 """
 
 if __name__ == "__main__":
@@ -12,6 +13,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -20,13 +22,15 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from parts import GPT
-from parts.files import fsync, sha256
-from parts.metrics import read_metrics, select
+from parts.files import delete, delete_leftovers, fsync, sha256
+from parts.json_files import read_json
+from parts.metrics import is_count, read_metrics, select
 from parts.pretrained import ModelState, checkpoints, copy_state, step_of, write
 from parts.report import make_card
+from parts.runtime import DTYPES
 from parts.tokenizer import TOKENIZER_FILE, Tokenizer, save_tokenizer
 
 import torch
@@ -35,6 +39,8 @@ TRAIN_STATE = "train_state.pt"
 SETTINGS = "settings.json"  # it has the SHA-256 of the other files
 # What a checkpoint had before settings.json listed its files.
 FIRST_FILES = ("config.json", "model.safetensors", TRAIN_STATE)
+# What settings.json had before it had a checksum of its own.
+FIRST_NAMES = ("step", "val_loss", "settings", "train_tokens", "chosen", "sha256")
 # What a run writes into its folder. No other file there is ever moved.
 RUN_FILES = (
     "step_*",
@@ -47,6 +53,22 @@ RUN_FILES = (
     "profile.txt",
     "trace.json",
 )
+# Those that a kill can leave under a temporary name: see files.write_whole.
+WHOLE_FILES = (
+    "metrics.jsonl",
+    "wandb_id",
+    "report.md",
+    "loss.svg",
+    "loss.png",
+    "training.svg",
+    "training.png",
+)
+# What an optimizer keeps of each parameter, by the rule of its group.
+MOMENTS = {
+    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+    "sgd": {"momentum_buffer"},
+    "muon": {"step", "momentum"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +76,14 @@ class RunState:
     """settings.json of a checkpoint. The first versions lacked what has a default here."""
 
     step: int  # updates so far
-    val_loss: float | None  # nats a token; None if it was not evaluated at this step
+    # Nats a token; None if it was not evaluated at this step, or not finite.
+    val_loss: float | None
     settings: dict
     train_tokens: int | None = None  # in data_dir
+    train_sha256: str | None = None  # of the training shards: see data.digest_of_shards
     chosen: dict = dataclasses.field(default_factory=dict)  # the fields of auto.Arithmetic
     sha256: dict = dataclasses.field(default_factory=dict)  # file name -> its sum
+    checksum: str | None = None  # of all of the above; see `checksum`
 
 
 class ResumePoint(NamedTuple):
@@ -72,14 +97,65 @@ class ResumePoint(NamedTuple):
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """settings.json of a checkpoint. ValueError if it is unreadable."""
+    """settings.json of a checkpoint. ValueError if it is unreadable, or not as it was written."""
     try:
-        content = json.loads((checkpoint / SETTINGS).read_text())
+        content = read_json(checkpoint / SETTINGS, allow_nan=True)
+        if "checksum" in content:
+            if content["checksum"] != checksum(content):
+                raise ValueError("it is not as it was written: its checksum differs")
+        elif not content.keys() <= set(FIRST_NAMES):
+            raise ValueError("it is not as it was written: its checksum is missing")
         known = {field.name for field in dataclasses.fields(RunState)}
         state = RunState(**{name: content[name] for name in known & content.keys()})
-        return dataclasses.replace(state, step=int(state.step), settings=dict(state.settings))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = find_problem(state)
+        if problem:
+            raise ValueError(problem)
+        check_number(checkpoint, state)
+        return state
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint}: {SETTINGS} cannot be read ({error})") from None
+
+
+def checksum(content: dict) -> str:
+    """The SHA-256 of what settings.json says, without the checksum itself and the line breaks."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def find_problem(state: RunState) -> str:
+    """What is of the wrong kind in a state that anyone may have written; empty if nothing is."""
+    if not is_count(state.step):
+        return "its step is no number of steps"
+    if state.val_loss is not None and type(state.val_loss) not in (int, float):
+        return "its val_loss is no number"
+    if state.train_tokens is not None and not is_count(state.train_tokens):
+        return "its train_tokens is no number of tokens"
+    for name in ("settings", "chosen", "sha256"):
+        if not isinstance(getattr(state, name), dict):
+            return f"its {name} is no table of names and values"
+    for name, digest in state.sha256.items():
+        # A name alone: no file outside the checkpoint is any of its business.
+        if Path(name).name != name or not isinstance(digest, str):
+            return f"its sha256 of {name!r} is none"
+    is_right = {
+        "dtype": lambda value: value in tuple(DTYPES),
+        "flash": lambda value: type(value) is bool,
+        "threads": lambda value: type(value) is int and 1 <= value <= 4096,
+        "compile": lambda value: type(value) is bool,
+    }
+    for name, check in is_right.items():
+        value = state.chosen.get(name)
+        if value is not None and not check(value):
+            return f"its chosen {name} is {value!r}"
+    return ""
+
+
+def check_number(checkpoint: Path, state: RunState) -> None:
+    """ValueError if the folder is named after another step. Any other name is right."""
+    name = checkpoint.absolute().name
+    digits = name.removeprefix("step_")
+    if name.startswith("step_") and digits.isdecimal() and int(digits) != state.step:
+        raise ValueError(f"its step is {state.step}, not that of the folder's name")
 
 
 def verify(checkpoint: Path) -> RunState:
@@ -89,6 +165,8 @@ def verify(checkpoint: Path) -> RunState:
         digest = sha256(checkpoint / name)
         if state.sha256.get(name, digest) != digest:
             raise ValueError(f"{checkpoint / name} is not as it was written: its SHA-256 differs")
+    if not state.sha256:
+        load_train_state(checkpoint)  # the only way to see whether it is whole
     return state
 
 
@@ -191,21 +269,39 @@ def compare_settings(saved: dict, config) -> dict[str, str]:
     return differences
 
 
-def restore(
-    point: ResumePoint, config, n_tokens: int, optimizer: torch.optim.Optimizer, scaler
-) -> str:
-    """Restore optimizer and scaler; returns a line that says so.
+def check_text(point: ResumePoint, config, n_tokens: int, digest: str | None) -> None:
+    """ValueError if the training text is not the one that the checkpoint was trained on.
 
-    ValueError if the length of the training text, in tokens, has changed.
+    n_tokens and digest are those of the shards: see data.digest_of_shards.
     """
-    trained_on = point.state.train_tokens
-    if trained_on not in (None, n_tokens) and not config.resume_anyway:
+    if config.resume_anyway:
+        return
+    state = point.state
+    restore_it = "restore it, or add --resume_anyway=True"
+    if state.train_tokens not in (None, n_tokens):
         raise ValueError(
             f"data_dir {config.data_dir} has {n_tokens:,} training tokens, "
-            f"but {point.folder} was trained on {trained_on:,}: "
-            f"restore it, or add --resume_anyway=True"
+            f"but {point.folder} was trained on {state.train_tokens:,}: {restore_it}"
         )
-    saved = torch.load(point.folder / TRAIN_STATE, map_location="cpu", weights_only=True)
+    if None not in (state.train_sha256, digest) and state.train_sha256 != digest:
+        raise ValueError(
+            f"data_dir {config.data_dir} has other training text than {point.folder} was trained "
+            f"on, though as many tokens: {restore_it}"
+        )
+
+
+def restore(point: ResumePoint, config, optimizer: torch.optim.Optimizer, scaler) -> str:
+    """Restore optimizer and scaler; returns a line that says so.
+
+    ValueError if they were not saved by a run of this model.
+    """
+    saved = load_train_state(point.folder)
+    try:
+        check_optimizer_state(saved["optimizer"], optimizer, config.resume_anyway)
+        if scaler.is_enabled() and saved["scaler"]:
+            check_scaler_state(saved["scaler"], scaler)
+    except ValueError as error:
+        raise ValueError(f"{point.folder / TRAIN_STATE}: {error}") from None
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(dict(state=saved["optimizer"], param_groups=groups))
     if scaler.is_enabled() and saved["scaler"]:
@@ -216,7 +312,83 @@ def restore(
     changed = [text for name, text in differences.items() if not name.startswith("resume")]
     if changed:
         line += f"; changed since then: {', '.join(changed)}"
+    if point.state.checksum is None:
+        line += (
+            "\nNOTE: an earlier version saved it: "
+            "its settings and its training text are under no checksum"
+        )
     return line
+
+
+def load_train_state(checkpoint: Path) -> dict[str, dict]:
+    """The states of the "optimizer" and the "scaler", on the CPU.
+
+    ValueError if the file is damaged, OSError if it cannot be opened.
+    """
+    path = checkpoint / TRAIN_STATE
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises many types
+        reason = f"{error} ".splitlines()[0].strip()
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {reason})") from None
+    for name in ("optimizer", "scaler"):
+        if not isinstance(saved, dict) or not isinstance(saved.get(name), dict):
+            raise ValueError(f"{path}: no state of the {name} is in it")
+    return saved
+
+
+def check_optimizer_state(state: dict, optimizer: torch.optim.Optimizer, anyway: bool) -> None:
+    """ValueError unless the state is one of this optimizer's parameters.
+
+    The kernels of the optimizer trust shapes and dtypes, and the checksums beside a state protect
+    it from accidents only: who writes a foreign folder writes them too. anyway: accept numbers that
+    are not finite.
+    """
+    n_parameters = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            values = state.get(n_parameters, {})
+            where = f"the optimizer's state of parameter {n_parameters}"
+            n_parameters += 1
+            if not isinstance(values, dict):
+                raise ValueError(f"{where} is no table of names and tensors")
+            # An empty state is right for a parameter that has had no update.
+            expected = MOMENTS.get(group["rule"], values.keys())
+            if values and values.keys() != expected:
+                raise ValueError(f"{where} is no state of {group['rule']}")
+            for name, value in values.items():
+                # SGD without momentum has None.
+                if value is not None:
+                    problem = compare_moment(name, value, parameter, anyway)
+                    if problem:
+                        raise ValueError(f"{where}: {name} {problem}")
+    if not state.keys() <= set(range(n_parameters)):
+        raise ValueError(
+            f"it is the state of another model: this one has {n_parameters} parameters"
+        )
+
+
+def compare_moment(name: str, value: Any, parameter: torch.Tensor, anyway: bool) -> str:
+    """What is wrong with a tensor of a parameter's state, in words; empty if nothing is."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return "is no plain tensor"
+    shape = () if name == "step" else tuple(parameter.shape)
+    dtype = torch.float32 if name == "step" else parameter.dtype
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        return f"is {value.dtype} {tuple(value.shape)}, but the model has it as {dtype} {shape}"
+    if not anyway and not torch.isfinite(value).all():
+        return "is not finite; --resume_anyway=True takes it as it is"
+    return ""
+
+
+def check_scaler_state(state: dict, scaler) -> None:
+    """ValueError unless the state has the numbers that fp16's scaler has."""
+    for name, own_value in scaler.state_dict().items():
+        value: Any = state.get(name)
+        if type(value) is not type(own_value) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"the scaler's {name} is {value!r}")
 
 
 def finished_message(out_dir: Path, step: int, max_steps: int) -> str:
@@ -229,18 +401,27 @@ def finished_message(out_dir: Path, step: int, max_steps: int) -> str:
   to start over:      the same command with --resume=never"""
 
 
+def delete_unfinished(out_dir: Path) -> None:
+    """Delete what killed runs have left behind in a run's folder, which must be locked."""
+    for leftover in out_dir.glob(".step_*"):
+        delete(leftover)
+    for name in WHOLE_FILES:
+        delete_leftovers(out_dir / name)
+
+
 def make_room(out_dir: Path, point: ResumePoint | None) -> None:
     """Prepare a run's folder: delete leftovers of killed runs, and move what is in the way.
 
-    The checkpoints later than the resume point move into a new folder beside out_dir. Without a
-    resume point, or if it is another run's, all that a run has written here moves.
+    The checkpoints later than the resume point move into a new folder beside out_dir, with a copy
+    of metrics.jsonl. Without a resume point, or if it is another run's, all that a run has written
+    here moves.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in out_dir.glob(".step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    delete_unfinished(out_dir)
 
+    metrics = out_dir / "metrics.jsonl"
     moved = []
-    continues = point is not None and point.folder.resolve().parent == out_dir.resolve()
+    continues = point is not None and is_in(out_dir, point)
     if point is not None and continues:
         for folder in checkpoints(out_dir):
             if step_of(folder) > point.state.step:
@@ -252,14 +433,25 @@ def make_room(out_dir: Path, point: ResumePoint | None) -> None:
         return
     for n in itertools.count(1):
         aside = Path(f"{out_dir.resolve()}.old{n}")
-        if not aside.exists():
+        if not os.path.lexists(aside):
             break
     aside.mkdir()
-    if continues:
-        shutil.copy(out_dir / "metrics.jsonl", aside)
-    for path in moved:
-        path.rename(aside / path.name)
+    try:
+        if continues and metrics.is_file():
+            shutil.copy(metrics, aside)
+        for path in moved:
+            path.rename(aside / path.name)
+    except OSError:
+        # The next try makes a folder of its own.
+        if not any((aside / path.name).exists() for path in moved):
+            delete(aside)
+        raise
     print(f"files of the earlier run are moved to {aside}")
+
+
+def is_in(out_dir: Path, point: ResumePoint) -> bool:
+    """Whether a checkpoint is one of the run in this folder."""
+    return point.folder.resolve().parent == out_dir.resolve()
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -309,6 +501,7 @@ class Saver(contextlib.AbstractContextManager):
         folder = self.out_dir / f"step_{state.step:07d}"
         aside = folder.with_name(f".{folder.name}.tmp")
         try:
+            delete(aside)
             names = write(aside, weights)
             save_tokenizer(tokenizer, aside, weights.config.block_size)
             torch.save(train_state, aside / TRAIN_STATE)
@@ -320,31 +513,43 @@ class Saver(contextlib.AbstractContextManager):
                 names.append(TOKENIZER_FILE)
             sums = {name: sha256(aside / name) for name in names}
             content = dataclasses.asdict(dataclasses.replace(state, sha256=sums))
+            content["checksum"] = checksum(content)
             (aside / SETTINGS).write_text(json.dumps(content, indent=2) + "\n")
+            # The records up to this step survive what the checkpoint survives.
+            metrics = self.out_dir / "metrics.jsonl"
+            if metrics.is_file():
+                fsync(metrics)
             for path in (*aside.iterdir(), aside):
                 fsync(path)
             aside.rename(folder)
             fsync(self.out_dir)
         except Exception as error:  # safetensors and torch.save have types of their own
-            shutil.rmtree(aside, ignore_errors=True)
+            delete(aside)
             raise OSError(
                 f"{folder} could not be written ({error}); disk full? Earlier ones are good"
             ) from error
-        self.prune()
+        prune(self.out_dir, self.keep, self.say)
         self.say(f"step {state.step:,} | saved {folder}")
 
-    def prune(self) -> None:
-        """Delete all checkpoints but the newest `keep` and the best."""
-        if not self.keep:
-            return
-        kept = best(self.out_dir)
-        for folder in checkpoints(self.out_dir)[: -self.keep]:
-            if kept is not None and folder == kept.folder:
-                continue
+
+def prune(out_dir: Path, keep: int, say: Callable[[str], None]) -> None:
+    """Delete all checkpoints but the newest `keep` and the best. keep = 0 keeps all."""
+    if not keep:
+        return
+    kept = best(out_dir)
+    for folder in checkpoints(out_dir)[:-keep]:
+        if kept is not None and folder == kept.folder:
+            continue
+        gone = folder.with_name(f".{folder.name}.gone")
+        delete(gone)
+        try:
             # Renamed first: a folder under its own name is always whole.
-            gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
-            # A file that is still open on NFS stays: the next start tries again.
-            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)
+        except OSError as error:
+            say(f"NOTE: an old checkpoint could not be deleted: {error}")
+            continue
+        # A file that is still open on NFS stays: the next start tries again.
+        delete(gone)
 
 
 def copy_to_cpu(state: dict) -> dict:

@@ -10,6 +10,7 @@ if __name__ == "__main__":
     raise SystemExit("parts/data.py is no command: README.md lists the commands")
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -157,6 +158,20 @@ def read_meta(data_dir: str | Path) -> dict:
         ):
             return meta
     raise ValueError(f"{path}: damaged, or not what prepare.py writes; make the shards again")
+
+
+def digest_of_shards(data_dir: str | Path) -> str | None:
+    """Return one SHA-256 for all training shards in their order, from those in meta.json.
+
+    None where meta.json has none, as beside published shards.
+    """
+    rows = read_meta(data_dir).get("shards", {}).get("train", [])
+    digest = hashlib.sha256()
+    for row in sorted(rows, key=lambda row: row["file"]):
+        if "sha256" not in row:
+            return None
+        digest.update(f"{row['tokens']} {row['sha256']}\n".encode())
+    return digest.hexdigest() if rows else None
 
 
 def tokenizer_of_shards(data_dir: str | Path) -> Tokenizer:

@@ -1,19 +1,15 @@
-"""Files that survive a crash: written whole, synced to the disk, locked, and hashed; and JSON from
-files that anyone may have written.
-"""
+"""Files that survive a crash: written whole, synced to the disk, locked, and hashed."""
 
 if __name__ == "__main__":
     raise SystemExit("parts/files.py is no command: README.md lists the commands")
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 
 def write_whole(path: Path, *content: bytes | memoryview) -> None:
@@ -73,28 +69,20 @@ def fsync(path: Path) -> None:
         return  # Windows cannot sync a folder.
     # Windows syncs a file only through a descriptor that may write.
     descriptor = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal. ValueError if it is no file."""
+    check_is_file(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def parse_json(text: str | bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """json.loads for text that anyone may have written. ValueError for all that is wrong with it.
-
-    parse_constant gets "NaN", "Infinity" or "-Infinity", which are no JSON but which Python writes.
-    """
-    try:
-        return json.loads(text, parse_constant=parse_constant)
-    except RecursionError:
-        raise ValueError("its brackets are nested too deeply") from None
 
 
 @contextmanager

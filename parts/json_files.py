@@ -20,8 +20,8 @@ LARGEST_NUMBER = 2**64  # the first one that 64 bits cannot hold
 KINDS: dict[type, str] = {dict: "an object {...}", list: "a list [...]", str: "a text"}
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The content of a JSON file, which must be of this kind.
+def read_json(path: Path, kind: type = dict, allow_nan: bool = False) -> Any:
+    """The content of a JSON file, which must be of this kind. allow_nan: see `parse_json`.
 
     ValueError names the file and says what is wrong with it; OSError if it cannot be read.
     """
@@ -31,22 +31,25 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if len(content) > LARGEST_FILE:
         raise ValueError(f"{path}: more than {LARGEST_FILE >> 20} MB, too large for a JSON file")
     try:
-        return parse_json(content, kind)
+        return parse_json(content, kind, allow_nan)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def parse_json(text: str | bytes, kind: type = dict) -> Any:
+def parse_json(text: str | bytes, kind: type = dict, allow_nan: bool = False) -> Any:
     """The value of a JSON text, which must be of this kind (dict, list or str).
 
     It holds no NaN, no infinity and no number beyond 64 bits, and is not nested too deeply.
-    ValueError says what is wrong.
+    ValueError says what is wrong. allow_nan: NaN and infinities are taken as Python writes them.
     """
     try:
         # utf-8-sig: some editors put a byte order mark before a text.
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(
-            decoded, parse_constant=refuse_number, parse_float=read_float, parse_int=read_int
+            decoded,
+            parse_constant=float if allow_nan else refuse_number,
+            parse_float=read_float,
+            parse_int=read_int,
         )
     except UnicodeDecodeError:
         raise ValueError("not JSON: its text is not UTF-8") from None

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from parts import data
-from parts.files import parse_json, write_whole
+from parts.files import write_whole
+from parts.json_files import parse_json
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
 
@@ -194,13 +195,11 @@ def parse_record(line: str) -> dict | None:
     another type than `Log` writes becomes None, which is what a NaN is logged as.
     """
     try:
-        record = parse_json(line, parse_constant=lambda _: None)
+        record = parse_json(line, allow_nan=True)
     except ValueError:
         return None
-    if not isinstance(record, dict) or not is_count(record.get("step")):
-        return None
     kind = record.get("kind")
-    if not isinstance(kind, str):
+    if not isinstance(kind, str) or not is_count(record.get("step")):
         return None
     for name, is_right in KNOWN_VALUES.get(kind, {}).items():
         if name in record and not is_right(record[name]):

@@ -3,7 +3,9 @@ nothing may be lost.
 """
 
 import functools
+import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import train
-from parts import checkpoint
+from parts import checkpoint, data, files
 from parts.pretrained import checkpoints
 
 import pytest
 import torch
-from conftest import clean_environment, flags, losses, metrics, toy_config, weights
+from conftest import ODD_LINES, clean_environment, flags, losses, metrics, toy_config, weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,6 +192,303 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, tmp_path, caps
     assert f"resume: {run.out_dir}/step_0000004" in out
     assert (tmp_path / "run.old1" / "step_0000008").is_dir()
     assert_equal_runs(straight, run.out_dir)
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(shards, tmp_path_factory) -> Path:
+    """A run's folder with checkpoints at 4, 8 and 12; not to be changed."""
+    folder = tmp_path_factory.mktemp("three") / "run"
+    train.train(toy_config(shards, folder, **THREE, eval_every=4))
+    return folder
+
+
+@pytest.fixture
+def stopped(three_checkpoints, tmp_path) -> Path:
+    """A copy of it as after step 8."""
+    folder = shutil.copytree(three_checkpoints, tmp_path / "run")
+    shutil.rmtree(folder / "step_0000012")
+    return folder
+
+
+def flip_a_digit(text: str) -> str:
+    assert '"step": 8' in text
+    return text.replace('"step": 8', '"step": 0')
+
+
+def rename_the_checksum(text: str) -> str:
+    return text.replace('"checksum"', '"chacksum"')
+
+
+@pytest.mark.parametrize("damage", [flip_a_digit, rename_the_checksum])
+def test_a_flipped_digit_in_settings_is_damage(stopped, damage):
+    path = stopped / "step_0000008" / "settings.json"
+    path.write_text(damage(path.read_text()))
+    assert checkpoint.newest_whole(stopped).folder.name == "step_0000004"
+
+
+def test_every_byte_of_settings_counts(stopped):
+    """Whatever single byte is flipped: the checkpoint is damaged, or it says what it said."""
+    path = stopped / "step_0000008" / "settings.json"
+    state = checkpoint.read_state(path.parent)
+    content = path.read_bytes()
+    n_damaged = 0
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 0x01
+        path.write_bytes(flipped)
+        try:
+            assert checkpoint.read_state(path.parent) == state  # white space
+        except ValueError as error:
+            assert f"{path.parent}: settings.json cannot be read" in str(error)
+            n_damaged += 1
+    assert n_damaged > 0.7 * len(content)
+
+
+# What settings.json of an early version, which has no checksum, can be changed into.
+WRONG_KINDS = {
+    "step": ["x", None, -1, 8.5, True, [], float("inf"), 0],
+    "val_loss": ["x", [], {}, True],
+    "settings": [None, [], 5, "x"],
+    "train_tokens": ["x", -1, [], 1e99],
+    "sha256": [None, [], "x", {"../../x": "0"}, {"config.json": 5}, {"nothing.bin": "0"}],
+    "chosen": [
+        *(None, [], "x", {"dtype": "fp99"}, {"dtype": []}, {"threads": "x"}, {"threads": -3}),
+        *({"threads": 10**9}, {"flash": "x"}, {"compile": 5}),
+    ],
+}
+
+
+def test_wrong_kinds_in_settings_are_damage_and_end_no_run(stopped, capsys):
+    path = stopped / "step_0000008" / "settings.json"
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    del content["train_sha256"]
+    path.write_text(json.dumps(content))
+    assert checkpoint.newest_whole(stopped).folder.name == "step_0000008"
+    texts = ["[" * 100_000, '{"step": ' * 50_000, "[]", "5", "9" * 5000, "", "\0"]
+    for name, values in WRONG_KINDS.items():
+        texts += [json.dumps(content | {name: value}) for value in values]
+        if name in ("step", "val_loss", "settings"):
+            texts.append(json.dumps({key: content[key] for key in content if key != name}))
+    for text in texts:
+        path.write_text(text)
+        capsys.readouterr()
+        assert checkpoint.newest_whole(stopped).folder.name == "step_0000004", text[:200]
+        assert "WARNING: a damaged checkpoint: " in capsys.readouterr().out
+        # What a run does when it deletes old checkpoints: this one must not end it.
+        assert "sha256" in text or checkpoint.best(stopped).folder.name == "step_0000004", text[
+            :200
+        ]
+
+
+def test_an_early_checkpoint_without_sums_is_damaged_if_its_state_cannot_be_read(stopped):
+    """Its settings.json lists no files, so nothing but reading them shows it."""
+    folder = stopped / "step_0000008"
+    content = json.loads((folder / "settings.json").read_text())
+    early = {name: content[name] for name in ("step", "val_loss", "settings")}
+    (folder / "settings.json").write_text(json.dumps(early))
+    assert checkpoint.newest_whole(stopped).folder == folder
+    state = (folder / "train_state.pt").read_bytes()
+    for damaged in (b"", b"x", state[:-7], state[: len(state) // 2], pickle.dumps([1])):
+        (folder / "train_state.pt").write_bytes(damaged)
+        assert checkpoint.newest_whole(stopped).folder.name == "step_0000004"
+    for damaged in ([], {}, {"optimizer": {}}, {"optimizer": [], "scaler": {}}, 5):
+        torch.save(damaged, folder / "train_state.pt")
+        assert checkpoint.newest_whole(stopped).folder.name == "step_0000004"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with names")
+@pytest.mark.parametrize("name", ["settings.json", "train_state.pt"])
+def test_a_pipe_in_a_checkpoint_is_no_wait_for_ever(stopped, name):
+    path = stopped / "step_0000008" / name
+    path.unlink()
+    os.mkfifo(path)
+    assert checkpoint.newest_whole(stopped).folder.name == "step_0000004"
+
+
+def test_lost_metrics_and_a_damaged_checkpoint_do_not_end_a_runs_life(config, stopped, tmp_path):
+    (stopped / "metrics.jsonl").unlink()
+    (stopped / "step_0000008" / "train_state.pt").unlink()
+    train.train(config(**THREE, eval_every=4))
+    assert [record["step"] for record in metrics(stopped)] == list(range(4, 12))
+    assert [path.name for path in tmp_path.glob("run.old*")] == ["run.old1"]
+    assert [path.name for path in (tmp_path / "run.old1").iterdir()] == ["step_0000008"]
+
+
+def test_a_move_that_fails_leaves_no_folder_behind(config, stopped, tmp_path, monkeypatch):
+    (stopped / "step_0000008" / "train_state.pt").unlink()
+    rename = Path.rename
+
+    def refuse(self, target):
+        if "run.old" in str(target):
+            raise PermissionError(13, "Permission denied", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    for _ in range(2):
+        with pytest.raises(PermissionError):
+            train.train(config(**THREE, eval_every=4))
+    assert not list(tmp_path.glob("run.old*"))
+    monkeypatch.undo()
+    assert train.train(config(**THREE, eval_every=4))["step"] == 12
+
+
+def test_no_odd_line_of_metrics_blocks_a_resume(config, three_checkpoints, stopped):
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write("\n".join(ODD_LINES) + "\n")
+    train.train(config(**THREE, eval_every=4))
+    last_losses = []
+    for folder in (three_checkpoints, stopped):
+        last_losses.append([r["loss"] for r in metrics(folder) if r["step"] >= 8])
+    assert len(last_losses[0]) == 4 and last_losses[0] == last_losses[1]
+
+
+# ---- Other text ----------------------------------------------------------------------------------
+
+
+def test_other_text_of_the_same_length_is_named(config, stopped, shards, tmp_path, capsys):
+    """The length of the text is not enough: the same files in another order have it too."""
+    other = shutil.copytree(shards, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    first, second = meta["shards"]["train"][:2]
+    first["sha256"], second["sha256"] = second["sha256"], first["sha256"]
+    a, b = (other / row["file"] for row in (first, second))
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+    (other / "meta.json").write_text(json.dumps(meta))
+    settings = dict(**THREE, eval_every=4, data_dir=str(other))
+    with pytest.raises(ValueError, match=r"other training text than .*step_0000008 was trained on"):
+        train.train(config(**settings))
+    assert train.train(config(**settings, resume_anyway=True))["step"] == 12
+    # The folder's name does not count, and neither do the names of its files.
+    shutil.rmtree(stopped / "step_0000012")
+    same = shutil.copytree(shards, tmp_path / "same")
+    assert checkpoint.newest_whole(stopped).state.train_sha256 == data.digest_of_shards(same)
+
+
+# ---- Killed after the last checkpoint ------------------------------------------------------------
+
+
+def test_the_same_command_finishes_what_a_kill_after_the_last_checkpoint_left(
+    config, tmp_path, capsys
+):
+    """Its leftovers, its old checkpoints, and its report; and then nothing more."""
+    run = config(checkpoint_every=4, keep_checkpoints=1, report=True)
+    train.train(run)
+    folder = Path(run.out_dir)
+    whole = sorted(path.name for path in folder.iterdir())
+    assert "report.md" in whole and "step_0000008" not in whole
+    report = (folder / "report.md").read_text()
+    shutil.copytree(folder / "step_0000012", folder / ".step_0000004.gone")
+    for name in (".step_0000016.tmp", "metrics.jsonl.0123abcd.tmp", "loss.svg.0123abcd.tmp"):
+        (folder / name).write_text("")
+    content = json.loads((folder / "step_0000012" / "settings.json").read_text())
+    shutil.copytree(folder / "step_0000012", folder / "step_0000008")
+    content["step"] = 8
+    content["checksum"] = checkpoint.checksum(content)
+    (folder / "step_0000008" / "settings.json").write_text(json.dumps(content))
+    for name in ("report.md", "loss.svg", "training.png"):
+        (folder / name).unlink()
+    capsys.readouterr()
+    train.train(config(checkpoint_every=4, keep_checkpoints=0))  # another command: nothing is lost
+    assert (folder / "step_0000008").exists() and not (folder / "report.md").exists()
+
+    train.train(run)
+    out = capsys.readouterr().out
+    assert f"report: {folder}/report.md" in out and "is finished: it has 12 steps" in out
+    assert sorted(path.name for path in folder.iterdir()) == whole
+    assert (folder / "report.md").read_text() == report
+    (folder / "report.md").write_text("my own notes")
+    train.train(run)
+    assert (folder / "report.md").read_text() == "my own notes"
+    assert "report: " not in capsys.readouterr().out
+
+
+def test_a_resumed_run_deletes_what_killed_ones_left(config, stopped, tmp_path):
+    """Links among it are deleted, and not what they lead to."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("")
+    (stopped / ".step_0000012.tmp").symlink_to(precious)
+    (stopped / "metrics.jsonl.0123abcd.tmp").write_text("x")
+    (stopped / "metrics.jsonl.mine.tmp").write_text("the user's own")
+    train.train(config(**THREE, eval_every=4))
+    left = sorted(path.name for path in stopped.iterdir() if not path.name.startswith("step_"))
+    assert left == ["metrics.jsonl", "metrics.jsonl.mine.tmp"] and (precious / "file").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(config, monkeypatch, capsys):
+    rename = Path.rename
+
+    def refuse(self, target):
+        if str(target).endswith(".gone"):
+            raise PermissionError(13, "Permission denied", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    run = config(checkpoint_every=4, keep_checkpoints=1)
+    assert train.train(run)["step"] == 12
+    assert "NOTE: an old checkpoint could not be deleted" in capsys.readouterr().out
+    monkeypatch.undo()
+    train.train(run)
+    assert [folder.name for folder in checkpoints(run.out_dir)] == ["step_0000012"]
+
+
+# ---- A foreign optimizer's state -----------------------------------------------------------------
+
+
+def replaced(name: str, make: Callable[[torch.Tensor], object]) -> Callable[[dict], None]:
+    """A damage: what the optimizer has of its first parameter becomes make(the right tensor)."""
+
+    def damage(state: dict) -> None:
+        state[0][name] = make(state[0]["exp_avg"])
+
+    return damage
+
+
+FOREIGN = {
+    "another shape": (replaced("exp_avg", lambda _: torch.zeros(3, 3)), "exp_avg is .* but the"),
+    "a scalar": (replaced("exp_avg_sq", lambda _: torch.zeros(())), "exp_avg_sq is .* but the"),
+    "another type": (replaced("exp_avg", torch.Tensor.double), "exp_avg is torch.float64 "),
+    "a number": (replaced("exp_avg", lambda _: 0.0), "exp_avg is no plain tensor"),
+    "sparse": (replaced("exp_avg", torch.Tensor.to_sparse), "exp_avg is no plain tensor"),
+    "no data": (replaced("exp_avg", lambda good: good.to("meta")), "exp_avg is no plain tensor"),
+    "a step for each": (replaced("step", lambda good: good), "step is .* but the"),
+    "another name": (replaced("momentum", lambda good: good), "is no state of adamw"),
+    "a name less": (lambda state: state[0].pop("exp_avg"), "is no state of adamw"),
+    "no table": (lambda state: state.update({0: 5}), "is no table"),
+    "a parameter more": (lambda state: state.update({99: {}}), "state of another model"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_foreign_optimizers_state_is_compared_with_the_model(stopped, config, case):
+    """The sums protect from accidents only: here they are right."""
+    damage, message = FOREIGN[case]
+    change_state(stopped / "step_0000008", damage)
+    with pytest.raises(ValueError, match=rf"train_state\.pt: .*{message}"):
+        train.train(config(**THREE, eval_every=4))
+
+
+def change_state(folder: Path, damage: Callable[[dict], object]) -> None:
+    saved = torch.load(folder / "train_state.pt", weights_only=True)
+    damage(saved["optimizer"])
+    torch.save(saved, folder / "train_state.pt")
+    content = json.loads((folder / "settings.json").read_text())
+    content["sha256"]["train_state.pt"] = files.sha256(folder / "train_state.pt")
+    content["checksum"] = checkpoint.checksum(content)
+    (folder / "settings.json").write_text(json.dumps(content))
+
+
+def test_numbers_that_are_not_finite_are_named_and_can_be_taken_anyway(stopped, config):
+    def overflow(state: dict) -> None:
+        state[1]["exp_avg_sq"].fill_(float("inf"))
+
+    change_state(stopped / "step_0000008", overflow)
+    with pytest.raises(ValueError, match="exp_avg_sq is not finite; --resume_anyway=True"):
+        train.train(config(**THREE, eval_every=4))
+    assert train.train(config(**THREE, eval_every=4, resume_anyway=True))["step"] == 12
 
 
 def test_an_older_damaged_checkpoint_ends_no_run_but_when_none_is_whole_nothing_is_begun(config):

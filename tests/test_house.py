@@ -25,7 +25,7 @@ TOP = {
     "tokenizer",
     "plot": "model console files metrics pretrained report",
     "train": "configurator model hellaswag plot auto checkpoint console data files inference "
-    "metrics optimizer pretrained runtime tokenizer",
+    "metrics optimizer pretrained report runtime tokenizer",
     "bench": "model train hellaswag auto console data documents files inference json_files loss "
     "metrics runtime sharding tokenizer",
 }
@@ -44,9 +44,9 @@ PARTS = {
     "sharding": "console files tokenizer documents data",
     "inference": "standin tokenizer console",
     "auto": "console runtime inference",
-    "metrics": "files tokenizer data runtime",
+    "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",
-    "checkpoint": "files pretrained tokenizer metrics report",
+    "checkpoint": "files json_files runtime pretrained tokenizer metrics report",
     "page": "json_files tokenizer runtime pretrained inference metrics",
 }
 HOUSE = TOP | {f"parts.{name}": allowed for name, allowed in PARTS.items()}

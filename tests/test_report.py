@@ -116,7 +116,7 @@ def test_an_odd_line_costs_neither_the_report_nor_the_card_nor_the_page(tmp_path
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="no run in a metrics.jsonl here"):
+    with pytest.raises(ValueError, match=r"no run in a metrics\.jsonl here"):
         write_markdown(a_run(tmp_path, TRAIN[0]))
 
 

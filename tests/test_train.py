@@ -695,7 +695,7 @@ def test_evaluation_off_needs_no_validation_shards(config, shards, tmp_path):
     assert len(losses(config(data_dir=str(copy), max_steps=2))) == 2
 
 
-def test_a_checkpoint_made_by_the_format_s_description_is_resumed(config, tmp_path):
+def test_a_checkpoint_made_by_the_format_s_description_is_resumed(config, tmp_path, capsys):
     """Written by hand as version 94d11fd described it, so that checkpoints of earlier versions stay
     readable.
     """
@@ -720,6 +720,7 @@ def test_a_checkpoint_made_by_the_format_s_description_is_resumed(config, tmp_pa
         json.dumps(dict(step=5, val_loss=None, settings=settings))
     )
     found = losses(c)
+    assert "under no checksum" in capsys.readouterr().out
     windows = data.TokenWindows(data.open_shards(c.data_dir, "train"), 32, 257)
     batches = data.Batches(windows, batch_size=4, windows_per_step=4, world_size=1, seed=c.seed)
     batch = torch.from_numpy(batches.batch(5))
