@@ -289,7 +289,7 @@ def test_an_early_checkpoint_without_sums_is_damaged_if_its_state_cannot_be_read
     (folder / "settings.json").write_text(json.dumps(early))
     assert checkpoint.newest_whole(stopped).folder == folder
     state = (folder / "train_state.pt").read_bytes()
-    for damaged in (b"", b"x", state[:-7], state[: len(state) // 2], pickle.dumps([1])):
+    for damaged in (b"", b"x", state[:-7], state[: len(state) // 2], pickle.dumps([1], protocol=2)):
         (folder / "train_state.pt").write_bytes(damaged)
         assert checkpoint.newest_whole(stopped).folder.name == "step_0000004"
     for damaged in ([], {}, {"optimizer": {}}, {"optimizer": [], "scaler": {}}, 5):
