@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import math
 import os
 import re
 import textwrap
@@ -26,7 +27,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 # How a setting counts when a checkpoint is resumed with another value. A setting that says nothing
 # changes the losses, so that what is forgotten is refused instead of mixed in silence.
-FIXED = "fixed"  # refused: the tensors would not fit
+FIXED = "fixed"  # refused: it would be another model, or its tensors would not fit
 CHANGES_LOSSES = "changes the losses"  # refused, unless resume_anyway says otherwise
 FREE = "free"  # it changes rounding, paths or intervals only
 
@@ -35,12 +36,13 @@ def setting(
     default: Any,
     *,
     resume: str = CHANGES_LOSSES,
-    at_least: float = 0,
+    at_least: float | None = None,
     below: float = 2**63,
     is_path: bool = False,
 ) -> Any:
     """A dataclass field with a default, its bounds (of numbers), and how it counts on a resume.
 
+    A number whose default is not negative may not become negative, unless at_least says otherwise.
     A path is not empty, unless its default is, and a leading ~ is the home folder.
     """
     metadata = dict(resume=resume, at_least=at_least, below=below, is_path=is_path)
@@ -68,10 +70,16 @@ def out_of_bounds(config: Any) -> list[str]:
         value = getattr(config, name)
         if type(value) not in (int, float):
             continue
-        low = field.metadata.get("at_least", 0)
+        low = field.metadata.get("at_least")
+        if low is None:
+            default: Any = field.default
+            default_is_negative = type(default) in (int, float) and default < 0
+            low = -math.inf if default_is_negative else 0
         high = field.metadata.get("below", 2**63)
-        if not low <= value < high:
-            mistakes.append(f"{name} is {value}: it must be at least {low} and below {high}")
+        if not value >= low:
+            mistakes.append(f"{name} is {value}: it must be at least {low}")
+        elif not value < high:
+            mistakes.append(f"{name} is {value}: it must be below {high}")
     return mistakes
 
 
@@ -85,6 +93,12 @@ def configure(cls: type, argv: list[str]) -> Any:
     `cls.mistakes()`.
     """
     types_of = get_type_hints(cls)
+    for name in settings_of(cls):
+        if not can_be_set(types_of[name]):
+            raise ValueError(
+                f"the setting {name} has the type {types_of[name]}; a setting can be "
+                "int, float, bool, str, None, a Literal of these, or several of them with |"
+            )
     fields = settings_of(cls)
     values: dict[str, Any] = {name: field.default for name, field in fields.items()}
     mistakes: list[str] = []
@@ -155,7 +169,8 @@ def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
     own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     assigned = {}
     for name, value in namespace.items():
-        if not name.startswith("_") and not isinstance(value, own):
+        unchanged = name in values and values[name] is value
+        if not name.startswith("_") and not isinstance(value, own) and not unchanged:
             assigned[name] = value
     return assigned
 
@@ -191,6 +206,13 @@ def assign(
 
 
 # ---- Types ---------------------------------------------------------------------------------------
+
+
+def can_be_set(annotation: Any) -> bool:
+    """Whether the command line and config files know values of this type."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return all(can_be_set(one) for one in get_args(annotation))
+    return get_origin(annotation) is Literal or annotation in (int, float, bool, str, type(None))
 
 
 def accepts(annotation: Any, value: Any) -> bool:
@@ -336,3 +358,7 @@ def read_source(cls: type) -> list[Line]:
         else:
             above = []
     return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit("configurator.py is no command: README.md lists the commands")

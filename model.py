@@ -234,7 +234,7 @@ class GPT(nn.Module):
                 real_rows = module.weight[: self.config.vocab_size]
                 real_rows.normal_(std=0.02)
                 module.weight[len(real_rows) :] = 0.0
-            elif isinstance(module, nn.Linear) and module is not self.lm_head:
+            elif isinstance(module, nn.Linear) and module.weight is not self.transformer.wte.weight:
                 std = 0.02
                 if name.endswith("c_proj"):
                     std /= math.sqrt(2 * self.config.n_layer)
@@ -286,8 +286,9 @@ class GPT(nn.Module):
 
     def use_flash(self, flash: bool) -> None:
         """Fused attention, or the (T, T) matrix in memory, in all blocks from now on."""
-        for block in self.transformer.h:
-            block.attn.flash = flash
+        for module in self.modules():
+            if isinstance(module, CausalSelfAttention):
+                module.flash = flash
 
     def num_params(self) -> int:
         """Parameters as papers count them: with positions, the tied head once, without padding."""
@@ -347,3 +348,7 @@ def open_model(name: str | Path, **settings) -> OpenedModel:
     model = GPT.from_pretrained(folder, **settings)
     tokenizer = tokenizer_of_model(folder, model.config.vocab_size)
     return OpenedModel(model, tokenizer, Path(source))
+
+
+if __name__ == "__main__":
+    raise SystemExit("model.py is no command: README.md lists the commands")

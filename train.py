@@ -31,7 +31,7 @@ import hellaswag
 import plot
 from configurator import FIXED, FREE, setting
 from model import GPT, GPTConfig, open_model
-from parts import auto, checkpoint, data, inference, pretrained, runtime
+from parts import auto, checkpoint, data, inference, pretrained, runtime, standin
 from parts.checkpoint import ResumePoint, RunState, Saver
 from parts.console import Console, StopSignal, command, print_lines, printable, profiler
 from parts.files import lock
@@ -241,6 +241,12 @@ def train(config: TrainConfig) -> dict:
                 f"({departure}): restore it, or use another out_dir; "
                 "--resume_anyway=True continues with the new one"
             )
+    cls: Any = type(raw_model)
+    if not standin.loss_is_cross_entropy(cls, raw_model.config):
+        say(
+            "NOTE: in evaluation, model.py's loss is not the cross entropy of its logits: "
+            "validation reports the loss; HellaSwag and samples use the logits"
+        )
     if departure:
         say(
             f"model.py is not GPT-2 any more ({departure}): checkpoints hold its own tensors and "
@@ -333,50 +339,7 @@ def train(config: TrainConfig) -> dict:
         device=machine.device,
     )
 
-    # ---- 9. What is done besides training. None of it changes what training computes -------------
-    def due(every: int, step: int) -> bool:
-        if resume_point is not None and step == start_step:
-            return False  # done before the checkpoint was saved
-        return every > 0 and (step % every == 0 or step == config.max_steps)
-
-    def validate(step: int) -> float:
-        console.bar.set_postfix_str("validation")
-        loss = evaluate(raw_model, validation, batch_size, machine, dtype)
-        bits = loss * validation.bits_per_nat
-        log("val", step, loss=loss, val_bpb=bits)
-        console.line(f"step {step:,} | val loss {loss:.4f} ({bits:.4f} bits a byte)")
-        return loss
-
-    def score(step: int) -> None:
-        console.bar.set_postfix_str("HellaSwag")
-        result = hellaswag.evaluate(raw_model, tokenizer, machine, tasks, dtype=dtype)
-        log("hellaswag", step, **result)
-        console.line(f"step {step:,} | hellaswag {result['acc_norm']:.4f} of {result['n']:,}")
-
-    def write_sample(step: int) -> None:
-        with machine.autocast(dtype):
-            text = sample_text(raw_model, tokenizer, config)
-        log("sample", step, text=text)
-        console.line(f"step {step:,} | sample:\n{printable(text)}\n")
-
-    def save(step: int, val_loss: float | None) -> None:
-        log("checkpoint", step)  # before saving: a resume cuts the line if the folder never came
-        if not machine.is_main:
-            return
-        if val_loss is not None and not math.isfinite(val_loss):
-            val_loss = None
-        state = RunState(
-            step=step,
-            val_loss=val_loss,
-            settings=vars(config),
-            train_tokens=windows.n_tokens,
-            train_sha256=text_digest,
-            chosen=dataclasses.asdict(arithmetic),
-        )
-        with clock.waiting():
-            saver.save(raw_model, tokenizer, optimizer, scaler, state)
-
-    # ---- 10. The loop. It goes one past the last update, to evaluate and save the result ---------
+    # ---- 9. The loop. It goes one past the last update, to evaluate and save the result ----------
     flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
     val_loss = None
     skipped = 0  # steps whose gradient was not finite, since this process started
@@ -390,6 +353,51 @@ def train(config: TrainConfig) -> dict:
         Saver(out_dir, config.keep_checkpoints, departure, console.line) as saver,
         profiler(out_dir, config.profile, machine) as profile,
     ):
+        # What is done besides training. None of it changes what training computes.
+        def due(every: int, step: int) -> bool:
+            if resume_point is not None and step == start_step:
+                return False  # done before the checkpoint was saved
+            return every > 0 and (step % every == 0 or step == config.max_steps)
+
+        def validate(step: int) -> float:
+            console.bar.set_postfix_str("validation")
+            loss = evaluate(raw_model, validation, batch_size, machine, dtype)
+            bits = loss * validation.bits_per_nat
+            log("val", step, loss=loss, val_bpb=bits)
+            console.line(f"step {step:,} | val loss {loss:.4f} ({bits:.4f} bits a byte)")
+            return loss
+
+        def score(step: int) -> None:
+            console.bar.set_postfix_str("HellaSwag")
+            result = hellaswag.evaluate(raw_model, tokenizer, machine, tasks, dtype=dtype)
+            log("hellaswag", step, **result)
+            console.line(f"step {step:,} | hellaswag {result['acc_norm']:.4f} of {result['n']:,}")
+
+        def write_sample(step: int) -> None:
+            with machine.autocast(dtype):
+                text = sample_text(raw_model, tokenizer, config)
+            log("sample", step, text=text)
+            console.line(f"step {step:,} | sample:\n{printable(text)}\n")
+
+        def save(step: int, val_loss: float | None) -> None:
+            log(
+                "checkpoint", step
+            )  # before saving: a resume cuts the line if the folder never came
+            if not machine.is_main:
+                return
+            if val_loss is not None and not math.isfinite(val_loss):
+                val_loss = None
+            state = RunState(
+                step=step,
+                val_loss=val_loss,
+                settings=vars(config),
+                train_tokens=windows.n_tokens,
+                train_sha256=text_digest,
+                chosen=dataclasses.asdict(arithmetic),
+            )
+            with clock.waiting():
+                saver.save(raw_model, tokenizer, optimizer, scaler, state)
+
         for step in range(start_step, config.max_steps + 1):
             # At step 0 a model from scratch is at chance: nothing to score or to sample.
             at_chance = step == 0 and config.init_from == "scratch"
@@ -417,8 +425,7 @@ def train(config: TrainConfig) -> dict:
             # mean, so 1/k of each adds up to the mean of all.
             loss = torch.zeros((), device=machine.device)
             for k in range(n_accumulate):
-                if config.dropout:
-                    seed_dropout(config.seed, step, k, machine.rank)
+                seed_step(config.seed, step, k, machine.rank)
                 with clock.waiting():
                     x, y = loader.batch(step, k)  # (B, T) each
                 # Ranks average their gradients once, in the last micro-step.
@@ -438,6 +445,8 @@ def train(config: TrainConfig) -> dict:
             if math.isfinite(grad_norm):
                 scaler.step(optimizer)
             scaler.update()
+            if step == start_step:
+                report_missing_gradients(raw_model, console.line)
             optimizer.zero_grad(set_to_none)
             log_now = is_log_step(step, config)
             if log_now:
@@ -488,7 +497,7 @@ def train(config: TrainConfig) -> dict:
         saver.wait()
         machine.barrier()
 
-    # ---- 11. The summary -------------------------------------------------------------------------
+    # ---- 10. The summary -------------------------------------------------------------------------
     machine.close()
     if stopping:
         name = signal.Signals(stopping).name
@@ -519,6 +528,13 @@ def finish(config: TrainConfig, point: ResumePoint) -> None:
         checkpoint.prune(out_dir, config.keep_checkpoints, print_lines)
     if config.report and not is_reported(out_dir):
         plot.write_report(out_dir)
+
+
+def report_missing_gradients(model: GPT, say: Callable[[str], None]) -> None:
+    """One line if parameters have no part in the loss: no optimizer will ever change them."""
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    if missing:
+        say(f"NOTE: no gradient for {', '.join(missing)}: the loss does not depend on it")
 
 
 class StepClock:
@@ -583,10 +599,10 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return config.min_lr + height * (config.learning_rate - config.min_lr)
 
 
-def seed_dropout(*numbers: int) -> None:
+def seed_step(*numbers: int) -> None:
     """Seed torch from (seed, step, micro-step, rank).
 
-    So dropout has no state that a resume could lose.
+    So dropout, and whatever else a model draws in training, has no state that a resume could lose.
     """
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed >> 1))

@@ -1,4 +1,4 @@
-"""What the commands at the top are made of, a room a job. A room imports only rooms above it.
+"""What the commands at the top are made of, a part a job. A part imports only parts above it.
 
 files         what survives a crash: whole writes, locks, SHA-256
 json_files    JSON that others have written: one reader, which refuses what would fail later

@@ -71,6 +71,10 @@ MOMENTS = {
 }
 
 
+# Settings that came after the first checkpoints, whose runs were as with today's defaults.
+CAME_LATER = ("exact_gelu", "muon_learning_rate", "muon_momentum")
+
+
 @dataclasses.dataclass(frozen=True)
 class RunState:
     """settings.json of a checkpoint. The first versions lacked what has a default here."""
@@ -258,11 +262,14 @@ def check_settings(point: ResumePoint, config, rules: dict[str, str]) -> None:
 def compare_settings(saved: dict, config) -> dict[str, str]:
     """Setting -> "name old -> new", for those that differ.
 
-    A setting that the checkpoint does not know yet had its default.
+    A setting that the checkpoint does not know is one that somebody has added since.
     """
     defaults = vars(type(config)())
     differences = {}
     for name, new in vars(config).items():
+        if name not in saved and name not in CAME_LATER:
+            differences[name] = f"{name} is new: {new}"
+            continue
         old = saved.get(name, defaults[name])
         if old != new:
             differences[name] = f"{name} {old} -> {new}"

@@ -116,9 +116,10 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
         nanogpt_file = folder / f"{split}.bin"
         if nanogpt_file.is_file():
             return [open_nanogpt_file(nanogpt_file)]
+        new_folder = "shards/NAME" if folder.exists() else folder
         raise ValueError(
             f"data_dir: no {split} shards in {folder.absolute()}; "
-            f"make them: python fineweb.py, or python prepare.py TEXT --out {folder}"
+            f"make them: python fineweb.py, or python prepare.py TEXT --out {new_folder}"
         )
     meta = read_meta(folder)
     if not meta.get("complete", True):

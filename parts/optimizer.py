@@ -121,8 +121,10 @@ class Muon(torch.optim.AdamW):
                 self.update(parameter, splits, group["lr"], group["weight_decay"])
         all_groups = self.param_groups
         self.param_groups = adamw_groups
-        super().step()
-        self.param_groups = all_groups
+        try:
+            super().step()
+        finally:
+            self.param_groups = all_groups
 
     def update(
         self, parameter: torch.Tensor, splits: tuple[int, ...], lr: float, weight_decay: float

@@ -489,9 +489,8 @@ def own_model(stored: Stored) -> str:
     """What to do about a checkpoint that this model.py does not fit."""
     if stored.is_gpt2:
         return "this model.py is not GPT-2's any more; train it from scratch"
-    return (
-        f"the model.py that made it is {stored.path / OWN_MODEL}; copy it over model.py to use it"
-    )
+    saved = stored.path / OWN_MODEL
+    return f"the model.py that made it is {saved}; copy it over model.py (keep yours) to use it"
 
 
 def compare_with_probe(model: GPT, stored: Stored) -> None:

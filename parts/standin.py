@@ -20,6 +20,7 @@ from typing import Any
 from parts import GPT, GPTConfig
 
 import torch
+import torch.nn.functional as F
 
 # Two ways to compute the same differ by less than this share of the largest value, in float64.
 TOLERANCE = 1e-6
@@ -38,7 +39,7 @@ def make_standin(cls: Any, config: GPTConfig) -> GPT:
         torch.manual_seed(0)
         try:
             model = cls(shrink(config))
-        except (ValueError, RuntimeError, TypeError):  # a changed model.py may want its own width
+        except Exception:  # a changed model.py may want a width or a depth of its own
             model = cls(config)
         model = model.double().eval().requires_grad_(False)
         for parameter in model.parameters():
@@ -80,3 +81,17 @@ def differ(values: torch.Tensor, expected: torch.Tensor) -> bool:
         return True
     error = (values - expected).abs().max()
     return not bool(error <= TOLERANCE * expected.abs().max())  # also if one of them is NaN
+
+
+@functools.lru_cache(maxsize=8)
+def loss_is_cross_entropy(cls: Any, config: GPTConfig) -> bool:
+    """Whether a model's loss, when it is not training, is the cross entropy of its logits."""
+    model = make_standin(cls, config)
+    ids = random_ids(model, 1, min(config.block_size, 64) + 1)
+    x = ids[:, :-1]
+    y = ids[:, 1:]
+    with exact_arithmetic():
+        loss = model(x, y)
+        expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    # The loss itself may be computed in float32.
+    return math.isclose(loss.item(), expected.item(), rel_tol=1e-4)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_type_hints
 
 import train
-from configurator import configure, help_text, parse
+from configurator import configure, help_text, out_of_bounds, parse, setting
 
 import pytest
 
@@ -138,3 +138,26 @@ def test_help_shows_every_setting_with_its_comment():
 def test_every_config_file_is_right(path):
     config = configure(train.TrainConfig, [str(path)])
     assert train.sequences_per_process(config, world_size=1) >= 1
+
+
+def test_a_type_that_cannot_be_set_is_refused_at_once():
+    @dataclass
+    class Scales:
+        scales: tuple[float, ...] = (1.0, 0.5)
+
+    with pytest.raises(ValueError, match=r"setting scales has the type tuple.*int, float, bool"):
+        configure(Scales, [])
+
+
+def test_bounds_follow_the_default():
+    """A number that is not negative stays so, and only the bound that is broken is named."""
+
+    @dataclass
+    class Bounds:
+        plain: float = 1.0
+        negative: float = -1.0
+        share: float = setting(0.9, below=1)
+
+    assert out_of_bounds(Bounds(plain=-1.0)) == ["plain is -1.0: it must be at least 0"]
+    assert out_of_bounds(Bounds(negative=-5.0)) == []
+    assert out_of_bounds(Bounds(share=1.0)) == ["share is 1.0: it must be below 1"]

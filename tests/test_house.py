@@ -25,7 +25,7 @@ TOP = {
     "tokenizer",
     "plot": "model console files metrics pretrained report",
     "train": "configurator model hellaswag plot auto checkpoint console data files inference "
-    "metrics optimizer pretrained report runtime tokenizer",
+    "metrics optimizer pretrained report runtime standin tokenizer",
     "bench": "model train hellaswag auto console data documents files inference json_files loss "
     "metrics runtime sharding tokenizer",
 }

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import prepare
 import train
 from model import GPT, Block, GPTConfig
-from parts import auto, data
+from parts import auto, checkpoint, data
 from parts.optimizer import make_groups
 from parts.pretrained import checkpoints
 from parts.runtime import Runtime
@@ -535,7 +535,7 @@ def test_a_run_that_diverges_stops_with_advice(config, monkeypatch, capsys):
         (dict(dtype="fp16"), "fp16 is for CUDA"),
         (dict(device="cuda"), "sees no CUDA GPU here; use --device=cpu"),
         (dict(wandb=True), "wandb"),
-        (dict(seed=2**70), "seed is 1180591620717411303424: it must be at least 0 and below"),
+        (dict(seed=2**70), "seed is 1180591620717411303424: it must be below"),
         (dict(total_batch_size=128 * 1000), "too few for a step of 4000"),
     ],
 )
@@ -728,3 +728,52 @@ def test_a_checkpoint_made_by_the_format_s_description_is_resumed(config, tmp_pa
         theirs.eval()(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()
     )
     assert len(found) == 2 and found[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+# ---- Changed models ------------------------------------------------------------------------------
+
+
+class NoisyGPT(GPT):
+    """It draws in training, though its dropout is 0."""
+
+    def hidden(self, idx, **layout):
+        x = super().hidden(idx, **layout)
+        return x + 0.1 * torch.randn_like(x) if self.training else x
+
+
+def test_what_a_model_draws_in_training_is_repeated_by_a_resume(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.GPT", NoisyGPT)
+    monkeypatch.setattr(train, "GPT", NoisyGPT)
+    straight = losses(config(out_dir=str(tmp_path / "straight")))
+    run = config(checkpoint_every=6, keep_checkpoints=0)
+    train.train(run)
+    shutil.rmtree(checkpoints(run.out_dir)[-1])
+    assert losses(run) == straight
+
+
+class BiasedHeadGPT(GPT):
+    """Its loss leaves out what its logits have."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lift = torch.nn.Parameter(torch.zeros(config.vocab_size))
+
+    def logits(self, x):
+        return super().logits(x) + self.lift
+
+
+def test_a_loss_that_is_not_that_of_the_logits_is_said(config, monkeypatch, capsys):
+    monkeypatch.setattr(train, "GPT", BiasedHeadGPT)
+    train.train(config(max_steps=1))
+    out = capsys.readouterr().out
+    assert "model.py's loss is not the cross entropy of its logits" in out
+    assert "NOTE: no gradient for lift: the loss does not depend on it" in out
+
+
+def test_a_setting_that_came_after_the_checkpoint_is_no_silent_change(config):
+    """Somebody adds it to model.py in the middle of a run. exact_gelu came with this project."""
+    saved = dict(vars(config()))
+    del saved["exact_gelu"]
+    assert checkpoint.compare_settings(saved, config()) == {}
+    del saved["dropout"]
+    assert checkpoint.compare_settings(saved, config()) == dict(dropout="dropout is new: 0.0")
