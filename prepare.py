@@ -154,6 +154,28 @@ def describe_source(
     return source
 
 
+def read_states(files: list[Path]) -> dict[Path, tuple[int, int]]:
+    """Return the size and the time of the last change of each file."""
+    states = {}
+    for path in files:
+        status = path.stat()
+        states[path] = (status.st_size, status.st_mtime_ns)
+    return states
+
+
+def check_unchanged(states: dict[Path, tuple[int, int]], out: str) -> None:
+    """Raise ValueError if a file is another one than it was when `read_states` saw it.
+
+    The files are read several times, so the shards would hold a text that never was.
+    """
+    for path, state in states.items():
+        if not path.is_file() or read_states([path])[path] != state:
+            raise ValueError(
+                f"{path}: changed while it was read; delete {out}, "
+                "and run the same command again when no program writes to it"
+            )
+
+
 def check_is_text(path: Path) -> None:
     """Raise ValueError if the first megabyte of a file has a NUL byte, which no text has."""
     with open(path, "rb") as file:
@@ -229,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(arguments.out).resolve()
     files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
     choice = parse_tokenizer_option(arguments.tokenizer)
+    states = read_states(files)
     source = describe_source(arguments, files, choice)
 
     with lock_shard_folder(out, source) as meta:
@@ -257,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{files[0]}: too little text for a training and a validation split; "
                 f"delete {arguments.out}, and take more text or --val_fraction 0"
             )
+        check_unchanged(states, arguments.out)
         documents = sum(row["documents"] for row in rows["train"])
         # The end of a document that is for validation is no document of its own.
         if not split.tail:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,6 +105,16 @@ def open_nanogpt_file(path: Path) -> Shard:
     return Shard(path, np.memmap(path, dtype="<u2", mode="r"))
 
 
+def find_lost_shards(folder: Path, rows: Iterable[dict]) -> list[Path]:
+    """Return the files of the rows of meta.json that are missing, or of another size."""
+    lost = []
+    for row in rows:
+        path = folder / row["file"]
+        if not path.is_file() or path.stat().st_size != HEADER_BYTES + 2 * row["tokens"]:
+            lost.append(path)
+    return lost
+
+
 def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     """Memory-map all shards of a split ("train" or "val"), in the order of their names.
 
@@ -111,7 +122,10 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     """
     folder = Path(data_dir)
     name = re.compile(rf"_{split}_\d+\.(bin|npy)$")
-    paths = sorted(path for path in folder.glob("*") if name.search(path.name))
+    paths = []
+    if folder.is_dir():
+        # Not glob, which finds nothing in a folder that it may not list, and does not say so.
+        paths = sorted(path for path in folder.iterdir() if name.search(path.name))
     if not paths:
         nanogpt_file = folder / f"{split}.bin"
         if nanogpt_file.is_file():

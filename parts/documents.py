@@ -117,7 +117,7 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
                 raise ValueError(f"{top}: no such file or folder")
             candidates = [top]
             if top.is_dir():
-                candidates = sorted(file for file in top.rglob("*") if fnmatch(file.name, pattern))
+                candidates = list_files(top, pattern, exclude)
             for file in candidates:
                 real_path = file.resolve()
                 is_output = out in real_path.parents
@@ -128,6 +128,29 @@ def find_files(paths: list[str], pattern: str, exclude: list[str], out: Path) ->
             f"{' '.join(paths)}: no files match {pattern!r} (see --glob and --exclude)"
         )
     return list(first_paths.values())
+
+
+def list_files(top: Path, pattern: str, exclude: list[str]) -> list[Path]:
+    """List the files under a folder whose names match the pattern, in the order of their paths.
+
+    Folders that match one of `exclude` are not entered. ValueError for one that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(
+            f"{error.filename}: {error.strerror}; leave it out with --exclude"
+        ) from None
+
+    files = []
+    for folder, subfolders, names in os.walk(top, onerror=refuse):
+        entered = []
+        for name in subfolders:
+            if not any(fnmatch(name, unwanted) for unwanted in exclude):
+                entered.append(name)
+        # os.walk goes where this list says.
+        subfolders[:] = entered
+        files += [Path(folder, name) for name in names if fnmatch(name, pattern)]
+    return sorted(files)
 
 
 def expand_glob(path: str) -> list[Path]:

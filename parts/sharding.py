@@ -29,14 +29,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 from parts import data
 from parts.documents import Document, read_documents
-from parts.files import lock, write_whole
+from parts.files import delete, lock, write_whole
 from parts.tokenizer import (
     BREAK,
     PIECE_BYTES,
     TOKENIZER_FILE,
+    TOKENIZERS,
     Tokenizer,
     cut_into_segments,
     load_tokenizer,
@@ -282,13 +284,25 @@ class ShardWriter:
             self.load_record()
 
     def load_record(self) -> None:
-        with np.load(self.record) as saved:
-            state = json.loads(str(saved["state"]))
+        """Continue from the record. Begin anew, with a note, if it is damaged, or if a shard that
+        it names is gone.
+        """
+        try:
+            with np.load(self.record) as saved:
+                state = json.loads(str(saved["state"]))
+                rest = {split: [saved[split]] for split in self.sizes}
+            rows = state["rows"]
+            folder = self.name_shard(next(iter(self.sizes)), 0).parent
+            lost = data.find_lost_shards(folder, itertools.chain(*rows.values()))
+            if lost:
+                raise ValueError(f"{lost[0].name} is gone, or not whole")
             self.n_pieces = state["pieces"]
             self.n_tokens = state["n_tokens"]
             self.complete = state["complete"]
-            self.rows = state["rows"]
-            self.rest = {split: [saved[split]] for split in self.sizes}
+            self.rows = rows
+            self.rest = rest
+        except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+            print(f"NOTE: {self.record}: {error}; its shards are made again", file=sys.stderr)
 
     def save_record(self) -> None:
         state = {
@@ -417,13 +431,14 @@ def lock_shard_folder(
     otherwise.
     """
     meta = data.read_meta(out)
+    lost = find_lost(out, meta)
     progress = out / "progress"
     if not meta and out.is_dir() and has_foreign_files(out):
         raise ValueError(
             f"{out}: holds files that this command did not write; choose a new folder for --out"
         )
     with ExitStack() as locks:
-        if not meta.get("complete"):
+        if not meta.get("complete") or lost:
             progress.mkdir(parents=True, exist_ok=True)
             busy = f"{out}: another process makes these shards; wait, or stop it"
             locks.enter_context(lock(progress / f"{part}_of_{parts}.lock", busy))
@@ -433,6 +448,7 @@ def lock_shard_folder(
                 with lock(other, busy):
                     pass
             meta = data.read_meta(out)  # again: it may have changed before the lock was ours
+            lost = find_lost(out, meta)
 
         # While there is no shard, the source may change: nothing is lost by a new beginning.
         may_begin = parts == 1 and not any(out.glob("*.bin"))
@@ -452,7 +468,33 @@ def lock_shard_folder(
                 f"{out}: made from another source ({', '.join(changes)}); "
                 "choose another --out or delete that folder"
             )
+        if lost:
+            print(f"{lost[0]}: gone, or not whole; it is made again")
+            meta = {"source": recorded, "complete": False}
+            write_meta(out, meta)
+            for path in lost:
+                path.unlink(missing_ok=True)
+        elif meta.get("complete"):
+            delete_progress(out)
         yield meta
+
+
+def find_lost(out: Path, meta: dict) -> list[Path]:
+    """Return the files of a complete folder that are not there any more, or are not whole."""
+    if not meta.get("complete"):
+        return []
+    lost = data.find_lost_shards(out, itertools.chain(*meta.get("shards", {}).values()))
+    is_learned = meta.get("tokenizer", "gpt2") not in TOKENIZERS
+    if is_learned and not (out / TOKENIZER_FILE).is_file():
+        lost.append(out / TOKENIZER_FILE)
+    return lost
+
+
+def delete_progress(out: Path) -> None:
+    """Delete what a complete folder does not need any more: records, and what kills have left."""
+    shutil.rmtree(out / "progress", ignore_errors=True)
+    for path in out.glob("*.tmp"):
+        delete(path)
 
 
 def has_foreign_files(out: Path) -> bool:
@@ -490,10 +532,11 @@ def finish_folder(
         "source": source,
         "complete": True,
     }
+    lost = find_lost(out, meta)
+    if lost:
+        raise ValueError(f"{lost[0]}: gone, or not whole; run the same command again")
     write_meta(out, meta)
-    shutil.rmtree(out / "progress", ignore_errors=True)
-    for path in out.glob("*.tmp"):  # left from runs that were killed
-        path.unlink(missing_ok=True)
+    delete_progress(out)
     documents_made = "1 document" if documents == 1 else f"{documents:,} documents"
     tokens_made = f"{n_tokens['train']:,} training and {n_tokens['val']:,} validation tokens"
     return f"{documents_made}, {tokens_made} ({tokenizer.name})"

@@ -353,6 +353,24 @@ def test_which_files_are_taken(tmp_path):
     assert find_files([b, a, b, a], "*", [], top / "out") == [top / "b.txt", top / "a.py"]
 
 
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Unless it is excluded. (A test that runs as root may read everything.)"""
+    for name in ("a.txt", "closed/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("some text")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="closed: Permission denied; leave it out with --exclude"):
+        find_files([str(tmp_path)], "*", [], tmp_path / "out")
+    assert find_files([str(tmp_path)], "*", ["clos*"], tmp_path / "out") == [tmp_path / "a.txt"]
+
+
 NO_OBJECT = "not a JSON object with text in the column 'body' (choose with --text_column)"
 WRONG_ROWS = {
     "a.jsonl": (b'{"body": "x"}\n\n{"body": \n', f'line 3: {NO_OBJECT}: b\'{{"body": '),
@@ -390,6 +408,119 @@ def test_wrong_tables_are_named(tmp_path, capsys):
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes(content[: middle - 80] + bytes(80) + content[middle:])
     assert "damaged.parquet: " in fails(capsys, str(damaged), *options, "body")
+
+
+def a_text(folder: Path, tokenizer: str = "bytes") -> tuple[Path, list[str]]:
+    """A text of several shards, and the command that makes them, without the program's name."""
+    path = folder / "a.txt"
+    path.write_text("".join(f"the square of {n} is {n * n}\n" for n in range(400)))
+    options = ["--out", str(folder / "out"), "--tokenizer", tokenizer, "--shard_tokens", "2000"]
+    return path, [str(path), *options]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_text_that_changes_while_it_is_read_is_named(tmp_path, capsys, monkeypatch):
+    path, options = a_text(tmp_path)
+    choose_split = prepare.choose_split
+
+    def change(*arguments):
+        path.write_text("other text\n" * 900)
+        return choose_split(*arguments)
+
+    monkeypatch.setattr(prepare, "choose_split", change)
+    assert "a.txt: changed while it was read; delete " in fails(capsys, *options)
+    assert not data.read_meta(tmp_path / "out")["complete"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "300"])
+def test_lost_files_are_made_again_with_the_same_bytes(tmp_path, capsys, tokenizer):
+    """One that is missing, one that was cut, and a learned tokenizer."""
+    _, options = a_text(tmp_path, tokenizer)
+    out = tmp_path / "out"
+    prepare.main(options)
+    whole = contents(out)
+    first, *_, last = sorted(out.glob("*.bin"))
+    first.unlink()
+    last.write_bytes(last.read_bytes()[:-2])
+    if tokenizer == "300":
+        (out / "tokenizer.json").unlink()
+    capsys.readouterr()
+    prepare.main(options)
+    assert f"{first.name}: gone, or not whole" in capsys.readouterr().out.replace(
+        str(out) + "/", ""
+    )
+    assert contents(out) == whole
+    prepare.main(options)
+    assert "already made" in capsys.readouterr().out
+
+
+def test_a_shard_lost_between_interruptions_is_made_again(tmp_path, capsys, monkeypatch):
+    _, options = a_text(tmp_path)
+    out = tmp_path / "out"
+    prepare.main(options)
+    whole = contents(out)
+    shutil.rmtree(out)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "finish_folder", interrupt)
+        fails(capsys, *options, code=130)
+    next(out.glob("*.bin")).unlink()
+    prepare.main(options)
+    assert "its shards are made again" in capsys.readouterr().err
+    assert contents(out) == whole
+
+    # Lost at the last moment: the folder does not become complete.
+    shutil.rmtree(out)
+    finish = sharding.ShardWriter.finish
+
+    def lose(self):
+        finish(self)
+        next(out.glob("*.bin")).unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding.ShardWriter, "finish", lose)
+        assert "gone, or not whole; run the same command again" in fails(capsys, *options)
+    prepare.main(options)
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK"])
+def test_a_damaged_record_of_progress_begins_anew(tmp_path, capsys, monkeypatch, content):
+    _, options = a_text(tmp_path)
+    out = tmp_path / "out"
+    prepare.main(options)
+    whole = contents(out)
+    shutil.rmtree(out)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "finish_folder", interrupt)
+        fails(capsys, *options, code=130)
+    (out / "progress" / "all.npz").write_bytes(content)
+    prepare.main(options)
+    assert contents(out) == whole
+
+
+def test_a_complete_folder_is_tidied(tmp_path, capsys):
+    """After a kill between meta.json and the deletion of the records."""
+    _, options = a_text(tmp_path)
+    out = tmp_path / "out"
+    prepare.main(options)
+    whole = contents(out)
+    (out / "progress").mkdir()
+    (out / "progress" / "all.npz").write_bytes(b"x")
+    (out / "out_train_000001.bin.0123abcd.tmp").write_bytes(b"x")
+    prepare.main(options)
+    assert "already made" in capsys.readouterr().out
+    assert contents(out) == whole
 
 
 def test_only_the_same_command_continues_and_at_the_end_does_nothing(tmp_path, capsys, monkeypatch):
