@@ -26,21 +26,18 @@ from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "results" / "README.md"])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "results" / "README.md"])
 README = ROOT / "README.md"
-WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 
 # A link to a line of code: the text in that line, the file, the number of the line.
 TO_CODE = re.compile(r"\[`([^`\n]+)`\]\(([^()\s#]+)#L(\d+)\)")
 # A block of code: its indentation, language and content.
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n *\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
-# A block of Python and, right below it, a block with what it prints.
+# The lines of a block of code.
 BLOCK = r"((?:(?!```).*\n)*)^```"
-EXAMPLE = re.compile(rf"^```python\n{BLOCK}\n\n?^```(?:text)?\n{BLOCK}$", re.MULTILINE)
 
 
 each_document = pytest.mark.parametrize(
@@ -284,8 +281,9 @@ def wrong_commands(block: str) -> Iterator[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with our config files, to which a document's own can be added."""
+    """A folder with our config files and the course, to which a document's own can be added."""
     shutil.copytree(ROOT / "config", tmp_path / "config")
+    shutil.copytree(ROOT / "docs" / "course", tmp_path / "docs" / "course")
     (tmp_path / "config" / "mine.py").touch()  # the reader's own
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -349,6 +347,7 @@ WITH_DOCSTRINGS = sorted(
     [
         *ROOT.glob("*.py"),
         *ROOT.glob("config/*.py"),
+        *ROOT.glob("docs/course/*.py"),
         *ROOT.glob("tests/*.py"),
         *ROOT.glob("results/**/*.py"),
     ]
@@ -495,40 +494,37 @@ def readme_sentences() -> Iterator[str]:
     yield from peers_sentences()
 
 
-def walkthrough_sentences() -> Iterator[str]:
-    yield f"its first validation loss is {losses('quickstart')[0]['loss']:.3f}"
+def course_sentences() -> Iterator[tuple[str, str]]:
+    """Sentences of the course: the chapter, and what must stand in it."""
+    yield "05-loss.md", f"its first validation loss is {losses('quickstart')[0]['loss']:.3f}"
     settings = records("quickstart/metrics.jsonl", "run")[0]["settings"]
     variance = 0.02**2 * settings["n_embd"]
-    yield f"= {math.log(4096) + variance / 2:.3f}$"
+    yield "05-loss.md", f"= {math.log(4096) + variance / 2:.3f}$"
     ladder = measured("cpu/ladder.json")
-    rungs = {
-        "| `dtype=bf16` |": "bf16 autocast",
-        "| `compile=True` |": "torch.compile",
-        "| `flash=True` |": "flash attention",
-        "| `pad_vocab=True` |": "padded vocabulary",
-        "| `fused=True` |": "fused AdamW",
-    }
-    yield f"all below off | {ladder['float32']['ms']:,.0f} ms |"
-    for setting, name in rungs.items():
-        yield f"{setting} {ladder[name]['ms']:,.0f} ms |"
+    rungs = {"1,000 ms": "float32", "300 ms": "bf16 autocast", "90 ms": "fused AdamW"}
+    for a100, name in rungs.items():
+        yield "07-speed.md", f"| {a100} | {ladder[name]['ms']:,.0f} ms |"
+    compiled = records("books/metrics.jsonl", "train")
+    seconds = (compiled[0]["ms"] - compiled[1]["ms"]) / 1000
+    yield "07-speed.md", f"compiling took {seconds:.0f} s at the first step of the [run on books]"
     yield (
+        "09-large-batches.md",
         f"Four micro-steps took {ladder['4 micro-steps']['ms'] / 1000:.1f} s where one took "
-        f"{ladder['fused AdamW']['ms'] / 1000:.1f}"
+        f"{ladder['fused AdamW']['ms'] / 1000:.1f}",
     )
     step = measured("cpu/train_8.json")
     yield (
+        "11-memory.md",
         f"takes {step['ours']['ms'] / 1000:.1f} s, where `transformers` takes "
-        f"{step['transformers']['ms'] / 1000:.1f}"
+        f"{step['transformers']['ms'] / 1000:.1f}",
     )
     half = [losses(f"muon/final_muon_500_{seed}")[-1]["loss"] for seed in (1, 2, 3)]
     full = [losses(f"muon/final_adamw_1000_{seed}")[-1]["loss"] for seed in (1, 2, 3)]
     yield (
+        "12-muon.md",
         f"it ends at {min(half):.2f} to {max(half):.2f}, "
-        f"AdamW with all of them at {min(full):.2f} to {max(full):.2f}"
+        f"AdamW with all of them at {min(full):.2f} to {max(full):.2f}",
     )
-    compiled = records("books/metrics.jsonl", "train")
-    seconds = (compiled[0]["ms"] - compiled[1]["ms"]) / 1000
-    yield f"({seconds:.0f} s in the [run on books]"
 
 
 def other_sentences() -> Iterator[tuple[str, str]]:
@@ -550,8 +546,8 @@ def test_figures_are_those_of_the_results():
     expected = list(other_sentences())
     for sentence in readme_sentences():
         expected.append(("README.md", sentence))
-    for sentence in walkthrough_sentences():
-        expected.append(("docs/walkthrough.md", sentence))
+    for chapter, sentence in course_sentences():
+        expected.append((f"docs/course/{chapter}", sentence))
     missing = []
     for name, sentence in expected:
         if sentence not in " ".join(read(ROOT / name).split()):
@@ -620,29 +616,7 @@ def test_readme_names_every_file():
         assert path.relative_to(ROOT).as_posix() in table
 
 
-# ---- Examples, drawings, width -------------------------------------------------------------------
-
-
-def what_it_prints(source: str) -> str:
-    out = io.StringIO()
-    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(out):
-        exec(compile(source, "example", "exec"), {"__name__": "example"})
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("source, output", EXAMPLE.findall(read(WALKTHROUGH)))
-def test_examples_print_what_stands_below_them(source, output):
-    assert what_it_prints(source) == output
-
-
-def test_code_without_output_is_the_network_s():
-    """What the walkthrough shows of the product stands in model.py, line by line."""
-    examples = [source for source, _ in EXAMPLE.findall(read(WALKTHROUGH))]
-    code = strip_lines(read(ROOT / "model.py"))
-    shown = [block for block in blocks(read(WALKTHROUGH), "python") if block not in examples]
-    assert shown
-    for block in shown:
-        assert strip_lines(block) in code, block
+# ---- Python, drawings, width -------------------------------------------------------------------
 
 
 @each_document
@@ -653,7 +627,7 @@ def test_python_is_python(document):
 
 def test_drawings_are_whole_and_shown():
     text = "".join(read(document) for document in DOCUMENTS)
-    for drawing in ROOT.glob("docs/*.svg"):
+    for drawing in ROOT.glob("docs/**/*.svg"):
         root = ElementTree.parse(drawing).getroot()
         assert root.get("viewBox"), drawing.name
         assert root.get("aria-label"), drawing.name

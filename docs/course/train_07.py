@@ -1,0 +1,41 @@
+"""AdamW, and no gradient longer than 1."""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where model.py lies
+from model import GPT, GPTConfig
+
+import torch
+
+batch_size = 16  # sequences in a step
+block_size = 32  # tokens in a sequence
+max_steps = 100
+learning_rate = 2e-3
+compile = False  # True pays on a GPU, and in long runs on a CPU
+
+torch.manual_seed(1337)
+text = (Path(__file__).parent / "alice.txt").read_bytes()
+tokens = torch.tensor(list(text))  # a token is a byte here
+shape = dict(block_size=block_size, n_layer=2, n_head=2, n_embd=64)
+raw_model = GPT(GPTConfig(vocab_size=257, **shape, flash=True, pad_vocab=True))
+model = torch.compile(raw_model) if compile else raw_model
+betas = (0.9, 0.95)
+optimizer = torch.optim.AdamW(raw_model.parameters(), learning_rate, betas, weight_decay=0.0)
+
+losses = []
+for step in range(max_steps):
+    starts = torch.randint(len(tokens) - block_size, (batch_size,))
+    windows = torch.stack([tokens[start : start + block_size + 1] for start in starts])
+    x = windows[:, :-1]  # what the model reads
+    y = windows[:, 1:]  # what comes next, at each place
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, y)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+    if step % 25 == 0 or step == max_steps - 1:
+        print(f"step {step:3} | loss {mean(losses[-25:]):.3f}")  # of the last 25 steps
