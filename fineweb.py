@@ -25,7 +25,7 @@ from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 
 from parts import data
-from parts.console import command
+from parts.console import OptionParser, command, path_option
 from parts.documents import TABLES, Document, read_documents
 from parts.files import lock, sha256
 from parts.sharding import (
@@ -52,7 +52,7 @@ WAIT = 30  # seconds before a failed download is repeated
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         "fineweb.py",
         description="A text dataset on the hub -> shards of GPT-2's tokens. "
         "HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured.",
@@ -70,6 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--out",
+        type=path_option,
         metavar="FOLDER",
         help="folder for the shards (default: shards/fineweb_edu_10B, or after the dataset)",
     )

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from parts.console import command, printable
+from parts.console import OptionParser, command, path_option, printable
 from parts.documents import TABLES, find_files, read_documents
 from parts.files import sha256, write_whole
 from parts.sharding import (
@@ -50,21 +50,29 @@ from parts.tokenizer import (
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         "prepare.py",
         description="Turn local text into token shards. "
         "A document is a row of a .jsonl, .jsonl.gz or .parquet, or a whole file.",
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="files, folders, or globs in quotes")
+    add(
+        "paths",
+        nargs="+",
+        type=path_option,
+        metavar="PATH",
+        help="files, folders, or globs in quotes",
+    )
     add(
         "--out",
         required=True,
+        type=path_option,
         metavar="FOLDER",
         help="folder for the shards, such as shards/mine (required)",
     )
     add(
         "--tokenizer",
+        type=path_option,
         default="gpt2",
         metavar="gpt2|bytes|N|FOLDER",
         help="gpt2, bytes, a number of tokens to learn from the text, or a folder that has "

@@ -150,7 +150,14 @@ class TrainConfig(GPTConfig):
 
         `sequences_per_process` checks what depends on the number of processes.
         """
-        mistakes = configurator.out_of_bounds(self)
+        # What they have in common is said once.
+        mistakes = super().mistakes()
+        wrong = {sentence.split()[0] for sentence in mistakes}
+        for sentence in configurator.out_of_bounds(self):
+            if sentence.split()[0] not in wrong:
+                mistakes.append(sentence)
+        if mistakes:
+            return mistakes
         if self.profile and self.profile + 2 > self.max_steps:
             mistakes.append(
                 f"profile {self.profile} starts at the third step, "
@@ -162,8 +169,7 @@ class TrainConfig(GPTConfig):
             )
         if self.optimizer == "muon" and not self.learning_rate:
             mistakes.append("with muon, learning_rate must be above 0")
-        of_the_model = super().mistakes()
-        return mistakes + [sentence for sentence in of_the_model if sentence not in mistakes]
+        return mistakes
 
 
 # A single gradient that is not finite is harmless (fp16 has some at the start). So many in a row
@@ -212,6 +218,7 @@ def train(config: TrainConfig) -> dict:
     text_digest = data.digest_of_shards(config.data_dir)
     if resume_point is not None:
         checkpoint.check_text(resume_point, config, windows.n_tokens, text_digest)
+    windows.check_enough(sequences * machine.world_size)
     validation = Validation(config, tokenizer)
     epochs = config.max_steps * config.total_batch_size / windows.n_tokens
     say(

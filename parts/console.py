@@ -147,6 +147,8 @@ class OptionParser(argparse.ArgumentParser):
     """A parser of options whose complaints are one line like any other: it raises ValueError."""
 
     def error(self, message: str) -> NoReturn:
+        if len(message) > 300:  # it quotes the option
+            message = f"{message[:300]}..."
         raise ValueError(f"{message} (--help shows all options)")
 
 

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parts.files import sha256, write_whole
+from parts.files import allow_open_files, check_is_file, sha256, write_whole
+from parts.json_files import read_json
 from parts.tokenizer import (
     TOKENIZER_FILE,
     TOKENIZERS,
@@ -60,6 +60,7 @@ def open_shard(path: Path) -> Shard:
 
     ValueError if the file is damaged.
     """
+    check_is_file(path)
     if path.suffix == ".npy":
         return open_npy_shard(path)
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
@@ -68,12 +69,15 @@ def open_shard(path: Path) -> Shard:
             f"{path}: not a token shard: "
             f"it does not begin with {MAGIC} and version {VERSION} (uint16)"
         )
-    n_tokens = (path.stat().st_size - HEADER_BYTES) / 2
-    if n_tokens != header[2]:
+    n_bytes = path.stat().st_size - HEADER_BYTES
+    n_tokens = int(header[2])
+    if n_bytes != 2 * n_tokens:
         raise ValueError(
-            f"{path}: its header promises {header[2]} tokens, "
-            f"the file holds {int(n_tokens)}; copy it again"
+            f"{path}: its header promises {n_tokens} tokens ({2 * n_tokens} bytes), "
+            f"the file holds {n_bytes} bytes of them; copy it again"
         )
+    if n_bytes == 0:
+        return Shard(path, np.empty(0, dtype="<u2"))  # an empty file cannot be mapped
     return Shard(path, np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
 
 
@@ -82,9 +86,14 @@ def open_npy_shard(path: Path) -> Shard:
     try:
         tokens = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        if "pickle" in reason:  # numpy's advice is to load such a file unsafely
+            reason = "it holds no plain numbers"
         raise ValueError(
-            f"{path}: not a whole .npy file ({error}). Copy it or make it again"
+            f"{path}: not a whole .npy file ({reason}). Copy it or make it again"
         ) from None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"{path}: an archive (.npz), not a row of tokens (.npy)")
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise ValueError(
             f"{path}: holds {tokens.dtype} of shape {tokens.shape}; tokens are a row of uint16"
@@ -97,6 +106,7 @@ def open_nanogpt_file(path: Path) -> Shard:
 
     ValueError if the size cannot be right; nothing else can be checked.
     """
+    check_is_file(path)
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise ValueError(
@@ -140,11 +150,24 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
         raise ValueError(
             f"{folder}: still being written, or interrupted; run the command that makes it again"
         )
+    # Training and validation shards are open at the same time.
+    allow_open_files(2 * len(paths))
     shards = [open_shard(path) for path in paths]
     rows = meta.get("shards", {}).get(split, [])
     if rows:
         check_counts(shards, rows, folder)
     return shards
+
+
+def check_still_whole(shard: Shard) -> None:
+    """ValueError if a shard's file was cut since it was mapped: to read it would kill the process
+    (SIGBUS), without a word.
+    """
+    if not isinstance(shard.tokens, np.memmap):
+        return
+    with suppress(FileNotFoundError):  # what is deleted stays mapped
+        if shard.path.stat().st_size < shard.tokens.offset + shard.tokens.nbytes:
+            raise ValueError(f"{shard.path}: was cut while it was read; copy it again")
 
 
 def check_counts(shards: list[Shard], rows: list[dict], folder: Path) -> None:
@@ -165,14 +188,35 @@ def read_meta(data_dir: str | Path) -> dict:
     Returns {} if there is none, as beside published shards. ValueError if it is damaged.
     """
     path = Path(data_dir) / "meta.json"
+    if not path.exists():
+        return {}
+    try:
+        meta = read_json(path)
+        check_meta(meta)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(
+            f"{path}: damaged, or not what prepare.py writes ({reason}); make the shards again"
+        ) from None
+    return meta
+
+
+def check_meta(meta: dict) -> None:
+    """ValueError says what is not of the kind that prepare.py writes."""
     types = {"tokenizer": str, "source": dict, "shards": dict, "complete": bool}
-    with suppress(ValueError):
-        meta = json.loads(path.read_text()) if path.exists() else {}
-        if isinstance(meta, dict) and all(
-            isinstance(meta[name], type_) for name, type_ in types.items() if name in meta
-        ):
-            return meta
-    raise ValueError(f"{path}: damaged, or not what prepare.py writes; make the shards again")
+    for name, type_ in types.items():
+        if name in meta and not isinstance(meta[name], type_):
+            raise ValueError(f"{name} is not a {type_.__name__}")
+    for split, rows in meta.get("shards", {}).items():
+        if not isinstance(rows, list) or not all(is_shard_row(row) for row in rows):
+            raise ValueError(f"{split} has no rows of a file and its tokens")
+
+
+def is_shard_row(row: Any) -> bool:
+    """Whether it is a row of meta.json about a shard."""
+    if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+        return False
+    return type(row.get("tokens")) is int and row["tokens"] >= 0
 
 
 def digest_of_shards(data_dir: str | Path) -> str | None:
@@ -229,6 +273,8 @@ class TokenWindows:
         damaged.
         """
         length = self.block_size + 1
+        for number in np.unique(starts[:, 0]):
+            check_still_whole(self.shards[number])
         windows = []
         for shard, first in starts.tolist():
             windows.append(self.shards[shard].tokens[first : first + length])
@@ -270,6 +316,28 @@ class TokenWindows:
         n_tokens = len(starts) * self.block_size
         return n_tokens / max(1, n_bytes) / math.log(2)
 
+    def count_per_shard(self) -> np.ndarray:
+        """Return how many windows of an epoch lie in each shard.
+
+        The first window of a shard may begin at any offset below T, so a shard of n tokens has
+        (n - T) // T windows for certain, each with the token after it.
+        """
+        T = self.block_size
+        return np.array([max(0, len(shard.tokens) - T) // T for shard in self.shards])
+
+    def check_enough(self, windows_per_step: int) -> None:
+        """ValueError if there are too few training tokens for a step."""
+        T = self.block_size
+        windows_per_epoch = int(self.count_per_shard().sum())
+        if windows_per_epoch == 0:
+            raise ValueError(self.explain_too_small("training", 2 * T))
+        if windows_per_epoch < windows_per_step:
+            raise ValueError(
+                f"{self.shards[0].path.parent}: {self.n_tokens:,} training tokens make "
+                f"{windows_per_epoch} windows of {T}, too few for a step of "
+                f"{windows_per_step}; take more text or a lower total_batch_size"
+            )
+
     def explain_too_small(self, split: str, needed: int) -> str:
         """Return the message that no shard has the `needed` tokens."""
         return (
@@ -310,20 +378,10 @@ class Batches:
         self.world_size = world_size
         self.seed = seed
 
-        # The first window of a shard may begin at any offset below T, so a shard of n tokens has
-        # (n - T) // T windows for certain, each with the token after it.
-        T = windows.block_size
-        counts = [max(0, len(shard.tokens) - T) // T for shard in windows.shards]
-        self.ends = np.cumsum(counts)  # shard s has the windows from ends[s - 1] up to ends[s]
+        windows.check_enough(windows_per_step)
+        # Shard s has the windows from ends[s - 1] up to ends[s].
+        self.ends = np.cumsum(windows.count_per_shard())
         self.windows_per_epoch = int(self.ends[-1])
-        if self.windows_per_epoch == 0:
-            raise ValueError(windows.explain_too_small("training", 2 * T))
-        if self.windows_per_epoch < windows_per_step:
-            raise ValueError(
-                f"{windows.shards[0].path.parent}: {windows.n_tokens:,} training tokens make "
-                f"{self.windows_per_epoch} windows of {T}, too few for a step of "
-                f"{windows_per_step}; take more text or a lower total_batch_size"
-            )
         # Two epochs are kept, because a step may lie across the end of one.
         self.recall_epoch = functools.lru_cache(maxsize=2)(self.draw_epoch)
 

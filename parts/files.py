@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -60,6 +60,24 @@ def delete(path: Path) -> None:
     except OSError:
         # A folder cannot be unlinked. rmtree leaves links and files alone.
         shutil.rmtree(path, ignore_errors=True)
+
+
+def allow_open_files(n: int) -> None:
+    """Let this process open `n` files more than usual, as far as the system's hard limit allows.
+
+    The soft limit is often 1,024 (on a Mac 256), and a mapped file counts as an open one.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + 256
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # a Mac has a limit of its own below the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def fsync(path: Path) -> None:

@@ -169,10 +169,16 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
     Raises ValueError if the device does not exist or cannot be used.
     """
     # torchrun sets these; without it, the process is alone.
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank = read_count("RANK", 0)
+    local_rank = read_count("LOCAL_RANK", 0)
+    world_size = read_count("WORLD_SIZE", 1)
+    local_size = read_count("LOCAL_WORLD_SIZE", 1)
+    if not rank < world_size or not local_rank < local_size <= world_size:
+        raise ValueError(
+            f"RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank} and "
+            f"LOCAL_WORLD_SIZE={local_size} do not fit together; "
+            "torchrun sets them, and without it none may be set"
+        )
 
     chosen, why = choose_device(device, world_size, local_rank, local_size)
     if chosen.type == "cuda":
@@ -193,6 +199,14 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
         )
         why += f"; {world_size} processes over {backend}"
     return Runtime(chosen, rank, world_size, local_size, why)
+
+
+def read_count(name: str, default: int) -> int:
+    """A number of torchrun's in the environment. ValueError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ValueError(f"{name}={text} in the environment: must be a number, as torchrun sets it")
+    return int(text)
 
 
 def keep_freed_memory() -> None:
@@ -268,7 +282,7 @@ def choose_device(
             name = "cpu"
             why = "no GPU here"
 
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
         raise ValueError(f"device={setting}: not a device; use auto, cpu, cuda, cuda:1 or mps")
     if name == "mps" and not has_mps:
         raise ValueError(

@@ -569,7 +569,9 @@ def add_shard_options(parser: argparse.ArgumentParser) -> None:
 
 def check_shard_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """End the program with exit code 2 if a number is out of range."""
-    for name in ("shard_tokens", "workers"):
+    # So many processes would take all memory before they do anything.
+    largest = {"shard_tokens": 2**31 - 1, "workers": 1024}
+    for name, most in largest.items():
         value = getattr(arguments, name)
-        if value is not None and not 1 <= value < 2**31:
-            parser.error(f"--{name}={value}: must be at least 1 and below 2**31")
+        if value is not None and not 1 <= value <= most:
+            parser.error(f"--{name}={value}: must be at least 1 and at most {most:,}")
