@@ -27,7 +27,7 @@ quickstart: $(BIN)/installed
 	@echo "== next:"
 	@echo "source .venv/bin/activate"
 	@echo "python sample.py 'class Stack:' -n 3      # continue a text of your own"
-	@echo "python sample.py --web                    # open http://127.0.0.1:8124 and see how it learned"
+	@echo "python sample.py --web                    # open the address it prints: see how it learned"
 	@echo "# the same with a folder of your own texts, in any language:"
 	@echo "python prepare.py my_texts/ --out shards/anytext --tokenizer 2048"
 	@echo "python train.py config/anytext.py"

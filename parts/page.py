@@ -1,8 +1,10 @@
 """The page of sample.py --web: a prompt, the settings, and the text as it is written, with the
 alternatives to each token.
 
-It is for the person at this computer. The server listens on 127.0.0.1 only, and refuses what other
-pages in the same browser may send: requests under another host's name, or from another origin.
+It is for the person at this computer. The server listens on 127.0.0.1 only, and answers only
+requests with the token of its address, which other users of this machine do not have. It also
+refuses what other pages in the same browser may send: requests under another host's name, or from
+another origin.
 (Through `ssh -L` it is the same page under the same name, on any port.) The page is page.html, one
 file that loads nothing from any other host.
 """
@@ -13,6 +15,7 @@ if __name__ == "__main__":
 import json
 import math
 import re
+import secrets
 import signal
 import socket
 import threading
@@ -24,6 +27,7 @@ from typing import Any
 
 from parts import GPT
 from parts.inference import Candidate, Text, check_settings, complete, pack
+from parts.json_files import parse_json
 from parts.metrics import pick_evenly, read_metrics, select, updates_done
 from parts.pretrained import checkpoints
 from parts.tokenizer import Tokenizer
@@ -40,7 +44,18 @@ HEADERS = {
     "form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
+    # The address has the token.
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
 }
+
+# What a request may hold: far more than the context of any GPT-2.
+LONGEST_BODY = 1 << 20  # bytes
+LONGEST = dict(prompt=200_000, stop=1_000, checkpoint=200)  # characters
+MOST_TAKEN = 100_000  # tokens
+# Requests at the same time; further ones wait until one of these is answered.
+MOST_REQUESTS = 64
+PATIENCE = 10  # seconds, for a client that connects and sends nothing, or does not read
 
 # A function from the page's request to events. The request has the settings of sampling, and prompt
 # (text), stop (text), checkpoint (name), taken (ids of tokens that the text has already). The first
@@ -103,9 +118,39 @@ class Shelf:
             records = read_metrics(self.run_folder / "metrics.jsonl")
         told: dict[str, list] = dict(checkpoints=self.list_checkpoints())
         for kind in ("train", "val"):
-            curve = pick_evenly(select(records, kind, "loss"), CURVE_POINTS)
+            known = [
+                record for record in select(records, kind, "loss") if is_number(record["loss"])
+            ]
+            curve = pick_evenly(known, CURVE_POINTS)
             told[kind] = [(updates_done(record), record["loss"]) for record in curve]
         return told
+
+
+def is_number(value: Any) -> bool:
+    """Whether JSON has it: a number, but not NaN and not infinite."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def check_request(body: bytes) -> dict:
+    """The request in a body, with every value of the right kind and size: see Answer.
+
+    ValueError says which is not.
+    """
+    request = parse_json(body)
+    settings = check_settings(request)
+    for name, longest in LONGEST.items():
+        text = request.get(name)
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a text")
+        if len(text) > longest:
+            raise ValueError(f"{name} must have at most {longest:,} characters")
+    taken = request.get("taken")
+    if not isinstance(taken, list) or not all(type(token) is int for token in taken):
+        raise ValueError("taken must be a list of the ids of tokens")
+    if len(taken) > MOST_TAKEN:
+        raise ValueError(f"taken must have at most {MOST_TAKEN:,} tokens")
+    texts = {name: request[name] for name in LONGEST}
+    return settings | texts | dict(taken=taken)
 
 
 def answer(shelf: Shelf, tokenizer: Tokenizer, request: dict) -> Generator[dict, None, None]:
@@ -179,22 +224,41 @@ def line(**event) -> str:
     return json.dumps(event, allow_nan=False) + "\n"
 
 
-def make_app(desk: Desk, progress: Callable[[], dict], form: dict):
+def make_app(desk: Desk, progress: Callable[[], dict], form: dict, token: str):
     """The Flask application. It serves the page, the values that fill its form, the progress of the
-    run's training, and the answers.
+    run's training, and the answers, to requests with ?token= in their address.
+
+    What it refuses is a line of JSON {"error": a sentence}, with a status of 400 or more.
     """
-    from flask import Flask, Response, abort, request
+    from flask import Flask, Response, request
+    from werkzeug.exceptions import HTTPException
 
     app = Flask("page", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = LONGEST_BODY
+
+    def refuse(status: int, sentence: str):
+        if request.path == "/":  # a person reads it
+            return Response(sentence + "\n", status, mimetype="text/plain")
+        return Response(line(error=sentence), status, mimetype="application/json")
 
     @app.before_request
     def refuse_strangers():
         host = request.headers.get("Host", "")
         origin = request.headers.get("Origin")
         if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host):  # DNS rebinding
-            abort(403, f"this page is http://{HOST} only")
+            return refuse(403, f"this page is http://{HOST} only")
         if origin not in (None, f"http://{host}"):
-            abort(403, "the request comes from another site's page")
+            return refuse(403, "the request comes from another site's page")
+        # compare_digest takes as long for a token that is nearly right as for any other.
+        if not secrets.compare_digest(request.args.get("token", "").encode(), token.encode()):
+            return refuse(
+                403, "the token is missing or old: open the address that sample.py --web printed"
+            )
+        return None
+
+    @app.errorhandler(HTTPException)
+    def describe(error):
+        return refuse(error.code or 500, f"{error.name}: {error.description}")
 
     @app.after_request
     def protect(response):
@@ -215,38 +279,64 @@ def make_app(desk: Desk, progress: Callable[[], dict], form: dict):
 
     @app.post("/answer")
     def send_answer():
-        return Response(desk.lines(request.get_json(force=True)), mimetype="application/x-ndjson")
+        # Before a byte of it is read.
+        if request.content_length is None:
+            return refuse(411, "the request must say its length")
+        if request.content_length > LONGEST_BODY:
+            return refuse(413, f"the request must have at most {LONGEST_BODY:,} bytes")
+        try:
+            wanted = check_request(request.get_data(cache=False))
+        except ValueError as error:
+            return refuse(400, str(error))
+        return Response(desk.lines(wanted), mimetype="application/x-ndjson")
 
     return app
 
 
 def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -> None:
-    """Serve the page until Ctrl-C, and print its address. Port 0 is any free one.
+    """Serve the page until Ctrl-C, and print its address, which has the token. Port 0 is any free
+    one.
 
     progress: see Shelf.progress. form: the values that the page's form begins with. Raises
     ValueError if the port cannot be had.
     """
     desk = Desk(answer)
-    app = make_app(desk, progress, form)
-    from werkzeug.serving import WSGIRequestHandler, make_server
+    token = secrets.token_urlsafe(16)
+    app = make_app(desk, progress, form, token)
+    from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
     class Handler(WSGIRequestHandler):
-        timeout = 60  # seconds, for a client that connects and sends nothing, or does not read
+        timeout = PATIENCE
         disable_nagle_algorithm = True  # a token is sent at once
 
         def log(self, type: str, message: str, *args) -> None:
             """Nothing: the terminal shows what goes wrong, and no list of requests."""
 
+    class Server(ThreadedWSGIServer):
+        places = threading.BoundedSemaphore(MOST_REQUESTS)
+
+        def process_request(self, *request) -> None:
+            self.places.acquire()
+            try:
+                super().process_request(*request)
+            except RuntimeError:  # no memory for another thread
+                self.places.release()
+                self.shutdown_request(request[0])
+
+        def process_request_thread(self, *request) -> None:
+            try:
+                super().process_request_thread(*request)
+            finally:
+                self.places.release()
+
     try:
-        listener = socket.create_server((HOST, port))
+        listener = socket.create_server((HOST, port), backlog=1024)
     except (OSError, OverflowError) as error:
         raise ValueError(f"--port {port}: {error} (try another, or 0 for any free one)") from None
     # A job in the background, such as one of nohup, starts with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with listener, suppress(KeyboardInterrupt):
-        server = make_server(
-            HOST, port, app, threaded=True, request_handler=Handler, fd=listener.fileno()
-        )
-        print(f"http://{HOST}:{listener.getsockname()[1]}", flush=True)
+        server = Server(HOST, port, app, handler=Handler, fd=listener.fileno())
+        print(f"http://{HOST}:{listener.getsockname()[1]}/?token={token}", flush=True)
         server.serve_forever()
     desk.close()

@@ -50,6 +50,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SERVER = """
 import json, pathlib, signal, sys, time
 from parts import page
+page.PATIENCE = 3  # seconds
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job, such as nohup make test
 def token(text, p=0.3, id=1):
     likely = [(text, p, id), ("\\n", 0.25, 11), (" <i>a</i>", 0.2, 12), ("b", 0.1, 13)]
@@ -88,6 +89,8 @@ def answer(request):
         while request["prompt"] == "forever":
             yield dict(text=" word", tokens=[token(" word")])
             time.sleep(0.01)
+        while request["prompt"] == "flood":
+            yield dict(text=" word" * 10_000, tokens=[])
         if request["prompt"] == "x":
             yield dict(text=" end", tokens=[token(" end")])
     finally:
@@ -102,12 +105,19 @@ def words(settings: dict):
     yield from (dict(text=text) for text in ("a", "b\u2028\n", "</script>"))
 
 
+TOKEN = "let-me-in"
+
+
 def client(answer=words):
-    return page_part.make_app(page_part.Desk(answer), lambda: RUN, FORM).test_client()
+    return page_part.make_app(page_part.Desk(answer), lambda: RUN, FORM, TOKEN).test_client()
+
+
+def get(client, path: str, **options):
+    return client.get(path, query_string=dict(token=TOKEN), **options)
 
 
 def post(client, **headers):
-    return client.post("/answer", json=REQUEST, headers=headers)
+    return client.post("/answer", json=REQUEST, query_string=dict(token=TOKEN), headers=headers)
 
 
 def parsed(response) -> list[dict]:
@@ -120,10 +130,10 @@ def parsed(response) -> list[dict]:
 def test_the_page_what_fills_it_and_its_answers():
     got = []
     app = client(lambda settings: got.append(settings) or words(settings))
-    page, answer, missing = app.get("/"), post(app), app.get("/web.py")
+    page, answer, missing = get(app, "/"), post(app), get(app, "/web.py")
     assert (page.status_code, page.mimetype, missing.status_code) == (200, "text/html", 404)
-    assert app.get("/form").json == json.loads(json.dumps(FORM))
-    assert app.get("/run").json == json.loads(json.dumps(RUN))
+    assert get(app, "/form").json == json.loads(json.dumps(FORM))
+    assert get(app, "/run").json == json.loads(json.dumps(RUN))
     assert parsed(answer) == list(words({})) and got == [REQUEST]
     assert answer.get_data().count(b"\n") == 3  # whatever line ends are in the text
     for response in (page, answer, missing):
@@ -156,8 +166,22 @@ def test_errors_are_a_line_and_the_next_request_is_served(capfd):
 )
 def test_only_the_page_itself_may_ask(host, origin, status):
     headers = {"Host": host} | ({"Origin": origin} if origin else {})
-    for response in (post(client(), **headers), client().get("/form", headers=headers)):
+    for response in (post(client(), **headers), get(client(), "/form", headers=headers)):
         assert response.status_code == status
+
+
+@pytest.mark.parametrize("token", [None, "", "wrong", TOKEN[:-1], TOKEN + "x", "é"])
+def test_only_who_has_the_token_is_answered(token):
+    query = {} if token is None else dict(token=token)
+    app = client(lambda request: pytest.fail("it was computed"))
+    for response in (
+        app.get("/", query_string=query),
+        app.get("/form", query_string=query),
+        app.get("/run", query_string=query),
+        app.post("/answer", json=REQUEST, query_string=query),
+    ):
+        assert response.status_code == 403
+        assert "open the address that sample.py --web printed" in response.get_data(as_text=True)
 
 
 # ---- The server, in another process --------------------------------------------------------------
@@ -172,7 +196,9 @@ class Server:
         threading.Thread(
             target=lambda: [self.lines.put(line) for line in self.process.stdout], daemon=True
         ).start()
-        self.url = self.line()
+        self.address = self.line()
+        self.url, _, query = self.address.partition("/?")
+        self.token = query.removeprefix("token=")
         self.port = int(self.url.rpartition(":")[2])
 
     def line(self) -> str:
@@ -180,7 +206,8 @@ class Server:
 
     def ask(self, prompt: str) -> tuple[socket.socket, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", "/answer", json.dumps({**REQUEST, "prompt": prompt}))
+        body = json.dumps({**REQUEST, "prompt": prompt})
+        connection.request("POST", f"/answer?token={self.token}", body)
         return connection.sock, connection.getresponse()
 
     def interrupt(self) -> None:
@@ -249,6 +276,22 @@ def test_a_second_connection_waits(server):
     assert [event["text"] for event in events if "text" in event] == [" end"]
 
 
+def test_a_client_that_stops_reading_loses_the_model(server):
+    connection, response = server.ask("flood")
+    response.readline()
+    assert server.line() == "closed"  # after page.PATIENCE
+    assert json.loads(server.ask("x")[1].readline())["text"] == " end"
+    connection.close()
+
+
+def test_more_requests_than_places_wait_for_one(server):
+    """They are all answered, in the end; a client that only connects is sent away."""
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(80)]
+    assert json.loads(server.ask("x")[1].readline())["text"] == " end"
+    for connection in idle:
+        connection.close()
+
+
 # ---- The page in a browser -----------------------------------------------------------------------
 
 
@@ -276,7 +319,7 @@ def page(browser, server):
     page.on(
         "console", lambda message: wrong.append(message.text) if message.type == "error" else None
     )
-    page.goto(server.url)
+    page.goto(server.address)
     page.wait_for_selector("#generate:enabled")
     yield page
     assert not wrong
