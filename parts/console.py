@@ -44,6 +44,8 @@ def command(program: str, save_memory: str = "take less at once") -> Iterator[No
     save_memory: what to do when memory runs out, on a GPU or a CPU.
     """
     open_missing_streams()
+    real_stdout = sys.stdout
+    sys.stdout = NamedStream(real_stdout, "stdout")  # type: ignore[assignment]
     # A character that the terminal cannot encode, or text in another encoding that comes in, must
     # not end the program. (What replaces stdout in a notebook may have no such method.)
     for stream in (sys.stdin, sys.stdout):
@@ -63,6 +65,8 @@ def command(program: str, save_memory: str = "take less at once") -> Iterator[No
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        sys.stdout = real_stdout
 
 
 def fail(program: str, reason: str) -> NoReturn:
@@ -79,6 +83,10 @@ def fail(program: str, reason: str) -> NoReturn:
     # Nobody may be there to read it; the exit code stays.
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
     # torchrun prints what is in this file at the end of its own report.
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
@@ -91,13 +99,6 @@ def explain(error: Exception) -> str:
     """What an error says, in a line that names what it is about."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error}; install it: pip install {error.name}"
-    if isinstance(error, OSError) and error.filename is None:
-        # What could not be written to stdout is still in its buffer, and fails again.
-        try:
-            sys.stdout.flush()
-        except OSError as again:
-            discard_stdout()
-            return f"the output (stdout): {again.strerror or again}"
     reason = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         reason += "; allow more of them: ulimit -n 4096"
@@ -134,6 +135,29 @@ def open_missing_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+
+
+class NamedStream:
+    """A stream whose errors name it: that of a full disk would not say which file is meant."""
+
+    def __init__(self, stream: Any, name: str):
+        self.stream = stream
+        self.name = name
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from None
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from None
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.stream, attribute)
 
 
 def discard_stdout() -> None:
