@@ -415,6 +415,8 @@ def train(config: TrainConfig) -> dict:
                 score(step)
             if machine.is_main and due(config.sample_every, step) and not at_chance:
                 write_sample(step)
+            if log.failure is not None:
+                stop.received = signal.SIGTERM
             stopping = machine.max(stop.received)
             if step > start_step and (stopping or due(config.checkpoint_every, step)):
                 save(step, val_loss if evaluated else None)
@@ -506,6 +508,9 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 10. The summary -------------------------------------------------------------------------
     machine.close()
+    if log.failure is not None:
+        say(f"the log could not be written: saved after {step:,} steps, as far as there is room")
+        raise log.failure
     if stopping:
         name = signal.Signals(stopping).name
         command_line = "the same command"

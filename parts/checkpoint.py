@@ -231,6 +231,8 @@ def find_resume_point(config, rules: dict[str, str], restarts: int) -> ResumePoi
         point = newest_whole(out_dir)
     if point is None and config.resume not in ("auto", "never"):
         folder = Path(config.resume)
+        if not folder.is_dir():
+            raise ValueError(f"resume={folder}: no such checkpoint; or use auto, or never")
         point = ResumePoint(folder, verify(folder))
         if checkpoints(out_dir) and folder.resolve().parent != out_dir.resolve():
             raise ValueError(
@@ -577,5 +579,6 @@ def check_space(folder: Path, model: GPT) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{folder}: a checkpoint takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free"
+            f"{folder}: a checkpoint takes {needed / 1e9:,.3g} GB, but only "
+            f"{free / 1e9:,.3g} GB are free"
         )

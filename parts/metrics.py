@@ -3,6 +3,7 @@
 if __name__ == "__main__":
     raise SystemExit("parts/metrics.py is no command: README.md lists the commands")
 
+import contextlib
 import json
 import math
 import os
@@ -50,6 +51,7 @@ class Log:
 
     def __init__(self, config, start_step: int, machine: Runtime):
         self.file = None
+        self.failure: OSError | None = None  # that of the first record that could not be written
         self.wandb = None
         self.tensorboard = None
         if not machine.is_main:
@@ -86,7 +88,7 @@ class Log:
                 # JSON has no NaN and no infinity: they become null.
                 finite = not isinstance(value, float) or math.isfinite(value)
                 record[name] = value if finite else None
-            print(json.dumps(record), file=self.file, flush=True)
+            self.write(json.dumps(record) + "\n")
         numbers = {f"{kind}/{n}": value for n, value in values.items() if isinstance(value, float)}
         if self.wandb and numbers:
             self.wandb.log(numbers, step=step)
@@ -94,9 +96,22 @@ class Log:
             for name, number in numbers.items():
                 self.tensorboard.add_scalar(name, number, step)
 
+    def write(self, line: str) -> None:
+        """Append a line. A full disk is no exception here, so that the run can save first: it looks
+        at `failure`.
+        """
+        assert self.file is not None
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:
+            if self.failure is None:
+                self.failure = OSError(error.errno, error.strerror, self.file.name)
+
     def close(self) -> None:
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # it is in `failure`
+                self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
 

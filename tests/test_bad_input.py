@@ -21,7 +21,7 @@ import plot
 import prepare
 import sample
 import train
-from parts import data, json_files, page
+from parts import data, json_files, metrics, page
 from parts.console import printable
 from parts.tokenizer import get_tokenizer
 
@@ -199,6 +199,12 @@ def test_an_environment_that_torchrun_did_not_make(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert part in refuse(capsys, train.main)
+
+
+@pytest.mark.parametrize("resume", ["True", "nowhere", "/dev/null"])
+def test_checkpoints_that_are_none(capsys, config, resume):
+    line = refuse(capsys, train.main, *flags(config(resume=resume)))
+    assert f"resume={resume}: no such checkpoint" in line
 
 
 @pytest.mark.parametrize(
@@ -863,6 +869,47 @@ def test_a_full_disk_under_the_output(tmp_path, command):
     assert ended.returncode == 2
     [line] = ended.stderr.splitlines()
     assert line.endswith(": [Errno 28] No space left on device: 'stdout'")
+
+
+class FullDisk:
+    """A file that takes three records."""
+
+    name = "run/metrics.jsonl"
+    written = 0
+
+    def write(self, line: str) -> None:
+        self.written += 1
+        if self.written > 3:
+            raise OSError(28, "No space left on device")
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+def test_a_run_saves_when_its_log_cannot_be_written(capsys, config, tmp_path, monkeypatch):
+    begin = metrics.Log.__init__
+
+    def begin_on_a_full_disk(log, *arguments):
+        begin(log, *arguments)
+        log.file = FullDisk()
+
+    monkeypatch.setattr(metrics.Log, "__init__", begin_on_a_full_disk)
+    line = refuse(capsys, train.main, *flags(config()))
+    assert line == "[Errno 28] No space left on device: 'run/metrics.jsonl'"
+    assert (tmp_path / "run" / "step_0000003" / "model.safetensors").exists()
+
+
+def test_a_picture_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    figure_module = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*loss.svg"):
+        plot.save(figure_module.Figure(), tmp_path / "loss.svg")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_goes_on_when_the_disk_under_its_log_is_full(config, tmp_path):
