@@ -598,7 +598,7 @@ def test_going_on_from_another_runs_checkpoint(config, tmp_path):
     assert len((tmp_path / "run.old1" / "metrics.jsonl").read_text().splitlines()) > 3
     with pytest.raises(ValueError, match="has a run of its own; choose another --out_dir"):
         train.train(branch)
-    with pytest.raises(ValueError, match="nowhere: settings"):
+    with pytest.raises(ValueError, match="nowhere: no such checkpoint"):
         train.train(config(**THREE, resume=str(tmp_path / "nowhere")))
 
 
