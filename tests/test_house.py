@@ -42,7 +42,7 @@ PARTS = {
     "documents": "",
     "data": "files json_files tokenizer",
     "sharding": "console files tokenizer documents data",
-    "inference": "standin tokenizer console",
+    "inference": "standin tokenizer console runtime",
     "auto": "console runtime inference",
     "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",

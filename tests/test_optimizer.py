@@ -4,11 +4,14 @@ its trajectory.)
 
 from types import SimpleNamespace
 
+from model import GPT, SIZES, GPTConfig, Linear
+from parts import optimizer as optimizers
 from parts.optimizer import Muon, build_optimizer, describe, orthogonalise
 
 import pytest
 import torch
 from conftest import ids, make_toy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CONFIG = SimpleNamespace(
     optimizer="muon", learning_rate=1e-3, muon_learning_rate=2e-2, muon_momentum=0.9
@@ -16,20 +19,21 @@ CONFIG = SimpleNamespace(
 vars(CONFIG).update(weight_decay=0.1, beta1=0.9, beta2=0.95, fused=True)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(64, 64), (3, 64, 64), (256, 64), (64, 256)])
-def test_an_update_is_nearly_orthogonal(shape, dtype):
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 256, 64), (1, 64, 256)])
+def test_an_update_is_nearly_orthogonal(shape, dtype, fused):
     """Singular values from 1 to 1/100 become 0.7 to 1.2, as the paper says, and the singular
     vectors stay.
     """
     torch.manual_seed(0)
     U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.logspace(0, -2, 64)
-    found = orthogonalise((U * values) @ Vh, dtype).float()
-    assert found.shape == shape
-    after = torch.linalg.svdvals(found)
+    update = orthogonalise((U * values) @ Vh, dtype, fused).float()
+    assert update.shape == shape
+    after = torch.linalg.svdvals(update)
     assert after.min() > 0.66 and after.max() < 1.22
-    exact = U.mT @ found @ Vh.mT  # diagonal, if the singular vectors are the same
+    exact = U.mT @ update @ Vh.mT  # diagonal, if the singular vectors are the same
     off_diagonal = exact - torch.diag_embed(exact.diagonal(dim1=-2, dim2=-1))
     assert off_diagonal.abs().max() < (1e-3 if dtype == torch.float32 else 0.1)
 
@@ -38,9 +42,9 @@ def test_a_matrix_is_updated_as_torch_does():
     """torch.optim.Muon computes in bfloat16, so equality is to its rounding."""
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(64, 256)) for _ in range(2))
-    group = dict(params=[ours], splits=[(64,)], rule="muon", weight_decay=0.1, lr=1e-2)
+    group = dict(params=[ours], rule="muon", weight_decay=0.1, lr=1e-2)
     rest = dict(params=[torch.nn.Parameter(torch.ones(2))], rule="adamw")
-    muon = Muon([group, rest], 0.95, torch.bfloat16)
+    muon = Muon([group, rest], splits={ours: (64,)}, momentum=0.95, dtype=torch.bfloat16)
     reference = torch.optim.Muon(
         [theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
@@ -50,6 +54,68 @@ def test_a_matrix_is_updated_as_torch_does():
         muon.step()
         reference.step()
     assert (ours - theirs).norm() < 0.03 * (theirs - 1).norm()
+
+
+def grouped_queries() -> torch.nn.Module:
+    """A toy whose keys and values have fewer heads than its queries: splits of unequal heights."""
+    toy = make_toy()
+    for block in toy.transformer.h:
+        layer = Linear(32, 64, bias=True, splits=(32, 16, 16))
+        torch.nn.init.normal_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+        block.attn.c_attn = layer
+    return toy
+
+
+@pytest.mark.parametrize("make_model", [make_toy, grouped_queries])
+def test_stacked_matrices_are_updated_as_single_ones(monkeypatch, make_model):
+    """GPUs update many matrices of one shape together. Three at once here, so that a stack ends
+    within a layer.
+    """
+    monkeypatch.setattr(optimizers, "NUMBERS_AT_ONCE", 3 * 32 * 32)
+    updated = []
+    for stacked in (False, True):
+        torch.manual_seed(0)
+        model = make_model()
+        muon = build_optimizer(model, CONFIG, torch.float32)
+        muon.stacked = stacked
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            muon.step()
+        updated.append(dict(model.named_parameters()))
+    single, together = updated
+    for name, parameter in single.items():
+        assert torch.allclose(parameter, together[name], atol=1e-5), name
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what is computed. Views cost nothing, and a call for a list of tensors is one kernel
+    (or a few, for many tensors).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size, most", [("gpt2", 120), ("gpt2-xl", 750)])
+def test_muon_takes_few_kernels(monkeypatch, size, most):
+    """For the matrices. One at a time, it would be 2,304 for GPT-2 124M and 9,216 for 1558M."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SIZES[size]))
+        muon = build_optimizer(model, CONFIG, torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        muon.step()  # makes the state
+        with CountOperations() as operations:
+            muon.step()
+    assert 0 < operations.n <= most
 
 
 def test_every_parameter_is_in_one_group():
