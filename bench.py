@@ -503,7 +503,6 @@ def add_matmul_share(
 # ---- memory: tensors without contents go through a real step, on any machine ---------------------
 
 CARDS_GB = (16, 24, 80, 141)
-USABLE = 0.9  # the share of a card's memory that tensors can use; CUDA and gaps take the rest
 
 
 def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
@@ -522,7 +521,7 @@ def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
         )
         rows[name] = {"GB for B=16": peak(16) / 1e9}
         for card in CARDS_GB:
-            rows[name][f"{card} GB"] = find_largest_batch(USABLE * card * 1e9, peak)
+            rows[name][f"{card} GB"] = find_largest_batch(auto.USABLE * card * 1e9, peak)
         print(f"{name}: counted", file=sys.stderr)
     return {"rows": rows, "ratios": {}}
 
@@ -640,7 +639,7 @@ def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
             f"plan: {n_gpus} GPUs must be machines of {per_node} and divide {batch_tokens // T} "
             "sequences; no negatives"
         )
-    usable = USABLE * gpu.memory
+    usable = auto.USABLE * gpu.memory
     peak = functools.cache(functools.partial(count_peak_memory, shape, T))
     largest = find_largest_batch(usable, peak)
     if not largest:

@@ -81,7 +81,7 @@ class TrainConfig(GPTConfig):
 
     # ---- The batch ----
     # The most sequences in a forward pass of a process; auto: what fits.
-    batch_size: int | Literal["auto"] = setting(64, resume=FREE, at_least=1)
+    batch_size: int | Literal["auto"] = setting("auto", resume=FREE, at_least=1)
     # Tokens in a step, over all processes and gradient accumulation.
     total_batch_size: int = setting(524_288, at_least=1)
 
@@ -298,8 +298,11 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 7. The batch ----------------------------------------------------------------------------
     # The recipe fixes its size in tokens; the machine decides in how many micro-steps.
+    # A resumed run has the optimizer's state in memory by now; a new one will have two numbers more
+    # for each weight.
+    state_bytes = 0 if resume_point else 2 * 4 * raw_model.num_params()
     batch_size = auto.batch_size(
-        config.batch_size, sequences, raw_model, config.block_size, machine, dtype
+        config.batch_size, sequences, raw_model, config.block_size, machine, dtype, state_bytes
     )
     n_accumulate = sequences // batch_size
     say(
@@ -316,8 +319,7 @@ def train(config: TrainConfig) -> dict:
         seed=config.seed,
     )
     if machine.device.type == "cuda":  # too little memory shows now, not after the first evaluation
-        extra_copies = 0 if resume_point else 2
-        auto.try_step(model, batch_size, config.block_size, machine, dtype, extra_copies)
+        auto.try_step(model, batch_size, config.block_size, machine, dtype, state_bytes)
         optimizer.zero_grad(set_to_none)
 
     # ---- 8. The run's folder ---------------------------------------------------------------------

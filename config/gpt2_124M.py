@@ -28,8 +28,9 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 
-# Lower batch_size when memory runs out: the accumulation follows, and the result is the same.
-batch_size = 64
+# The sequences that fit into a GPU's memory, 64 on one with 80 GB (est.). The accumulation follows,
+# and the result is the same.
+batch_size = "auto"
 total_batch_size = 524_288
 
 # GPT-3's recipe for its 125M model, with 375M tokens of warm-up.

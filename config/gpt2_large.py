@@ -17,7 +17,7 @@ out_dir = "out/gpt2_large"
 n_layer = 36
 n_head = 20
 n_embd = 1280
-batch_size = 16  # fits into 80 GB (estimated); lower it when memory runs out
+batch_size = "auto"  # the sequences that fit into a GPU's memory
 
 # GPT-3's learning rate for this size; the rest is train.py's default.
 learning_rate = 2.5e-4

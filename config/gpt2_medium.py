@@ -19,7 +19,7 @@ out_dir = "out/gpt2_medium"
 n_layer = 24
 n_head = 16
 n_embd = 1024
-batch_size = 32  # fits into 80 GB (estimated); lower it when memory runs out
+batch_size = "auto"  # the sequences that fit into a GPU's memory
 
 # GPT-3's learning rate for this size; the rest is train.py's default.
 learning_rate = 3e-4

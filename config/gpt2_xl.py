@@ -17,7 +17,7 @@ out_dir = "out/gpt2_xl"
 n_layer = 48
 n_head = 25
 n_embd = 1600
-batch_size = 8  # fits into 80 GB (estimated); lower it when memory runs out
+batch_size = "auto"  # the sequences that fit into a GPU's memory
 total_batch_size = 1_048_576
 
 # GPT-3's learning rate for this size. The warm-up has as many tokens as at the other sizes.

@@ -26,6 +26,9 @@ import torch
 
 RACE_PAYS = 20  # seconds: a shorter run takes the first candidate
 MOST_TOKENS = {"cuda": 65_536, "cpu": 8_192, "mps": 8_192}  # in a micro-step; more is not faster
+# The share of a GPU's memory that a step may take. CUDA, NCCL and the gaps between tensors take the
+# rest.
+USABLE = 0.9
 # Multiply-adds in a block: below, synchronising the threads costs more than they save.
 SMALL = 1_000_000
 
@@ -266,13 +269,20 @@ def expected_seconds(flops: float, machine: Runtime) -> float:
 
 
 def batch_size(
-    setting: int | str, sequences: int, model: GPT, T: int, machine: Runtime, dtype: torch.dtype
+    setting: int | str,
+    sequences: int,
+    model: GPT,
+    T: int,
+    machine: Runtime,
+    dtype: torch.dtype,
+    held_bytes: int = 0,
 ) -> int:
     """Sequences in a micro-step: a divisor of `sequences`, a process's share of a step.
 
     It is the largest one up to the setting. "auto" takes what fits into the GPU's memory, found by
-    trying: a forward and a backward pass beside AdamW's two moments. On other devices it takes
-    8,192 tokens. The result of a step does not depend on it.
+    trying: a forward and a backward pass, beside held_bytes for the optimizer's state, in USABLE
+    of the memory. On other devices it takes 8,192 tokens. The result of a step does not depend on
+    it.
     """
     if setting == "auto":
         most = max(1, MOST_TOKENS[machine.device.type] // T)
@@ -281,19 +291,20 @@ def batch_size(
     divisors = [b for b in range(min(most, sequences), 0, -1) if sequences % b == 0]
     if setting != "auto" or machine.device.type != "cuda":
         return divisors[0]
+    held_bytes += round((1 - USABLE) * machine.total_memory())
     for size in divisors:
-        failed = out_of_memory(model, size, T, machine, dtype)
+        failed = out_of_memory(model, size, T, machine, dtype, held_bytes)
         if not machine.max(failed):  # the same size on all ranks
             return size
     raise torch.OutOfMemoryError("a single sequence does not fit")
 
 
 def out_of_memory(
-    model: GPT, batch_size: int, T: int, machine: Runtime, dtype: torch.dtype
+    model: GPT, batch_size: int, T: int, machine: Runtime, dtype: torch.dtype, held_bytes: int
 ) -> bool:
     """Whether a training step on this batch needs more memory than the GPU has left."""
     try:
-        try_step(model, batch_size, T, machine, dtype, extra_copies=2)
+        try_step(model, batch_size, T, machine, dtype, held_bytes)
         return False
     except torch.OutOfMemoryError:
         return True
@@ -303,27 +314,23 @@ def out_of_memory(
 
 
 def try_step(
-    model: GPT,
+    model: torch.nn.Module,
     batch_size: int,
     T: int,
     machine: Runtime,
     dtype: torch.dtype,
-    extra_copies: int,
+    held_bytes: int,
 ) -> None:
-    """A forward and a backward pass on a batch of zeros.
-
-    Beside it, memory is held for so many copies of the weights, such as AdamW's two moments.
+    """A forward and a backward pass on a batch of zeros. So many bytes are held meanwhile, where
+    the optimizer's state will be.
     """
-    placeholders = []
-    for parameter in model.parameters():
-        for _ in range(extra_copies):
-            placeholders.append(torch.empty_like(parameter))
+    held = torch.empty(held_bytes, dtype=torch.uint8, device=machine.device)
     # Views of one tensor, as in training: torch.compile would compile again for other strides.
     batch = torch.zeros(batch_size, T + 1, dtype=torch.int64, device=machine.device)
     with machine.autocast(dtype):
         loss = model(batch[:, :-1], batch[:, 1:])
     loss.backward()
-    del placeholders
+    del held
 
 
 # ---- Inference -----------------------------------------------------------------------------------

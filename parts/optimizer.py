@@ -122,7 +122,7 @@ class Muon(torch.optim.AdamW):
         # On a GPU a kernel for many matrices takes little longer than one for a single matrix. On a
         # CPU each matrix is updated alone, while it is in the cache, and with the roundings of this
         # project's first versions: their runs stay the same to the last bit.
-        self.stacked = next(iter(splits)).device.type != "cpu"
+        self.stacked = any(parameter.device.type != "cpu" for parameter in splits)
         # A Gram matrix's elements are too small for fp16.
         self.dtype = torch.float32 if dtype == torch.float16 else dtype
 

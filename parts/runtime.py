@@ -143,6 +143,11 @@ class Runtime:
         units_per_gb = 1e9 if sys.platform == "darwin" else 1e6
         return peak / units_per_gb
 
+    def total_memory(self) -> int:
+        """The bytes of memory of this GPU."""
+        _, total = torch.cuda.mem_get_info(self.device)
+        return total
+
     def peak_flops(self) -> float | None:
         """The device's dense half-precision FLOP/s by its data sheet; None if it is not listed."""
         device_name = self.device_name()

@@ -1,5 +1,6 @@
 """What "auto" means: each choice follows what was measured or found, and comes with its reason."""
 
+import functools
 from types import SimpleNamespace
 
 import train
@@ -159,13 +160,11 @@ def test_the_recipe_runs_on_any_number_of_gpus(world_size, expected):
     """524,288 tokens in 2 x 8 processes were refused: 64 sequences do not divide a process's 32."""
     recipe = train.TrainConfig()
     sequences = train.sequences_per_process(recipe, world_size)
-    size = batch_size(
-        recipe.batch_size, sequences, None, 1024, Runtime(CPU, 0, world_size), torch.float32
-    )
+    size = batch_size(64, sequences, None, 1024, Runtime(CPU, 0, world_size), torch.float32)
     assert size == expected and sequences % size == 0
-    assert (
-        batch_size("auto", sequences, None, 1024, Runtime(CPU, 0, world_size), torch.float32) == 8
-    )
+    assert recipe.batch_size == "auto"
+    size = batch_size("auto", sequences, None, 1024, Runtime(CPU, 0, world_size), torch.float32)
+    assert size == 8
 
 
 def test_batch_size_auto_is_the_largest_that_fits_on_every_rank(monkeypatch):
@@ -174,12 +173,15 @@ def test_batch_size_auto_is_the_largest_that_fits_on_every_rank(monkeypatch):
     """
     room = dict(here=5, there=2)
 
-    def try_step(model, size, T, machine, dtype, extra_copies):
+    def try_step(model, size, T, machine, dtype, held_bytes):
+        assert held_bytes == 1000 + 8 * 10**9  # the optimizer's state, and a tenth of the card
         if size > room["here"]:
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(auto, "try_step", try_step)
     machine = SimpleNamespace(device=CUDA, max=lambda failed: failed)
+    machine.total_memory = lambda: 80 * 10**9
+    batch_size = functools.partial(auto.batch_size, held_bytes=1000)
     assert batch_size("auto", 12, make_toy(), 32, machine, torch.float32) == 4
     assert batch_size(5, 12, make_toy(), 32, machine, torch.float32) == 4  # without trying
     tried = iter([12, 6, 4, 3, 2])

@@ -184,7 +184,7 @@ def test_the_trial_step_and_training_share_one_compilation(shards):
     counter = CompileCounter()
     model = torch.compile(make_toy().train(), backend=counter)
     machine = Runtime(torch.device("cpu"))
-    auto.try_step(model, 4, 16, machine, torch.float32, extra_copies=0)
+    auto.try_step(model, 4, 16, machine, torch.float32, held_bytes=0)
     assert counter.frame_count == 1
 
     windows = data.TokenWindows(data.open_shards(shards, "train"), 16, 257)

