@@ -40,6 +40,7 @@ from parts.optimizer import build_optimizer, describe
 from parts.report import is_reported
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
+from parts.zero import OptimizerShare
 
 import numpy as np
 import torch
@@ -103,6 +104,9 @@ class TrainConfig(GPTConfig):
     # Largest norm of the gradient over all parameters; 0 turns clipping off.
     grad_clip: float = 1.0
     fused: bool = setting(True, resume=FREE)  # all parameters updated in one kernel
+    # Each process keeps the state of a part of the parameters and updates these (ZeRO-1): less
+    # memory where there are several.
+    shard_optimizer: bool = setting(False, resume=FREE)
 
     # ---- Watching (*_every: in steps, 0 is off; also done after the last step) ----
     log_every: int = setting(1, resume=FREE)  # a line, or the progress bar on a terminal
@@ -272,12 +276,13 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 5. The optimizer, with its state if we resume -------------------------------------------
     optimizer = build_optimizer(raw_model, config, dtype)
-    say(f"optimizer: {describe(optimizer)}")
+    share = OptimizerShare(optimizer, machine, config.shard_optimizer)
+    say(f"optimizer: {describe(optimizer)}{share.note()}")
     # For fp16 only: its smallest number is 6e-8, so gradients are scaled up before they are
     # rounded to it.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=dtype == torch.float16)
     if resume_point is not None:
-        say(checkpoint.restore(resume_point, config, optimizer, scaler))
+        say(checkpoint.restore(resume_point, config, share, scaler))
 
     # ---- 6. Compile, then wrap -------------------------------------------------------------------
     # Only raw_model is evaluated, sampled and saved: it shares the parameters, its names have no
@@ -298,9 +303,8 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 7. The batch ----------------------------------------------------------------------------
     # The recipe fixes its size in tokens; the machine decides in how many micro-steps.
-    # A resumed run has the optimizer's state in memory by now; a new one will have two numbers more
-    # for each weight.
-    state_bytes = 0 if resume_point else 2 * 4 * raw_model.num_params()
+    # A resumed run has the optimizer's state in memory by now.
+    state_bytes = 0 if resume_point else share.state_bytes()
     batch_size = auto.batch_size(
         config.batch_size, sequences, raw_model, config.block_size, machine, dtype, state_bytes
     )
@@ -389,9 +393,11 @@ def train(config: TrainConfig) -> dict:
             console.line(f"step {step:,} | sample:\n{printable(text)}\n")
 
         def save(step: int, val_loss: float | None) -> None:
-            log(
-                "checkpoint", step
-            )  # before saving: a resume cuts the line if the folder never came
+            # Before saving: a resume cuts the line if the folder never came.
+            log("checkpoint", step)
+            with clock.waiting():
+                saver.wait()  # the copies for the checkpoint before are freed by now
+                optimizer_state = share.collect()
             if not machine.is_main:
                 return
             if val_loss is not None and not math.isfinite(val_loss):
@@ -405,7 +411,7 @@ def train(config: TrainConfig) -> dict:
                 chosen=dataclasses.asdict(arithmetic),
             )
             with clock.waiting():
-                saver.save(raw_model, tokenizer, optimizer, scaler, state)
+                saver.save(raw_model, tokenizer, optimizer_state, scaler.state_dict(), state)
 
         for step in range(start_step, config.max_steps + 1):
             # At step 0 a model from scratch is at chance: nothing to score or to sample.
@@ -454,7 +460,7 @@ def train(config: TrainConfig) -> dict:
             max_norm = config.grad_clip or math.inf
             grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm).item()
             if math.isfinite(grad_norm):
-                scaler.step(optimizer)
+                share.step(scaler)
             scaler.update()
             if step == start_step:
                 report_missing_gradients(raw_model, console.line)

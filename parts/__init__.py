@@ -6,6 +6,7 @@ console       what a terminal shows, which signals it sends, and how a command e
 loss          the head's loss without keeping the logits
 optimizer     AdamW, SGD, Muon; which parameter has which rule
 runtime       the machine: device, ranks, collectives
+zero          ZeRO-1: the optimizer's state shared out among the ranks
 standin       a small model of the same class: what does this model.py compute?
 pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own; is it a GPT-2?
 tokenizer     GPT-2's, bytes, and byte-level BPEs learned from text

@@ -32,6 +32,7 @@ from parts.pretrained import ModelState, checkpoints, copy_state, step_of, write
 from parts.report import make_card
 from parts.runtime import DTYPES
 from parts.tokenizer import TOKENIZER_FILE, Tokenizer, save_tokenizer
+from parts.zero import OptimizerShare
 
 import torch
 
@@ -299,20 +300,20 @@ def check_text(point: ResumePoint, config, n_tokens: int, digest: str | None) ->
         )
 
 
-def restore(point: ResumePoint, config, optimizer: torch.optim.Optimizer, scaler) -> str:
+def restore(point: ResumePoint, config, share: OptimizerShare, scaler) -> str:
     """Restore optimizer and scaler; returns a line that says so.
 
     ValueError if they were not saved by a run of this model.
     """
-    saved = load_train_state(point.folder)
+    # Ranks that share the optimizer out also share one copy of the file in memory.
+    saved = load_train_state(point.folder, mmap=share.shared)
     try:
-        check_optimizer_state(saved["optimizer"], optimizer, config.resume_anyway)
+        check_optimizer_state(saved["optimizer"], share.optimizer, config.resume_anyway)
         if scaler.is_enabled() and saved["scaler"]:
             check_scaler_state(saved["scaler"], scaler)
     except ValueError as error:
         raise ValueError(f"{point.folder / TRAIN_STATE}: {error}") from None
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(dict(state=saved["optimizer"], param_groups=groups))
+    share.load(saved["optimizer"])
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
 
@@ -329,14 +330,14 @@ def restore(point: ResumePoint, config, optimizer: torch.optim.Optimizer, scaler
     return line
 
 
-def load_train_state(checkpoint: Path) -> dict[str, dict]:
+def load_train_state(checkpoint: Path, mmap: bool = False) -> dict[str, dict]:
     """The states of the "optimizer" and the "scaler", on the CPU.
 
     ValueError if the file is damaged, OSError if it cannot be opened.
     """
     path = checkpoint / TRAIN_STATE
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # torch.load raises many types
@@ -481,16 +482,22 @@ class Saver(contextlib.AbstractContextManager):
     def __exit__(self, kind, *_) -> None:
         self.thread.shutdown(wait=kind is not KeyboardInterrupt)  # a second Ctrl-C does not wait
 
-    def save(self, model: GPT, tokenizer: Tokenizer, optimizer, scaler, state: RunState) -> None:
-        """Copy everything and begin to write it.
+    def save(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        optimizer_state: dict,
+        scaler_state: dict,
+        state: RunState,
+    ) -> None:
+        """Copy the weights and begin to write everything.
 
+        optimizer_state: a copy that is the writer's own (see zero.OptimizerShare.collect).
         OSError if there is no room, or if the checkpoint before could not be written.
         """
         self.wait()
         check_space(self.out_dir, model)
-        train_state = dict(
-            optimizer=copy_to_cpu(optimizer.state_dict()["state"]), scaler=scaler.state_dict()
-        )
+        train_state = dict(optimizer=optimizer_state, scaler=scaler_state)
         weights = copy_state(model, self.departure)
         self.writing = self.thread.submit(self.write, weights, tokenizer, train_state, state)
 
@@ -559,18 +566,6 @@ def prune(out_dir: Path, keep: int, say: Callable[[str], None]) -> None:
             continue
         # A file that is still open on NFS stays: the next start tries again.
         delete(gone)
-
-
-def copy_to_cpu(state: dict) -> dict:
-    """An optimizer's state with its tensors copied to the CPU."""
-    copies: dict = {}
-    for index, values in state.items():
-        copies[index] = {}
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                value = value.to("cpu", copy=True)
-            copies[index][name] = value
-    return copies
 
 
 def check_space(folder: Path, model: GPT) -> None:

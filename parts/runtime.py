@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# Tensors are broadcast together, up to so many bytes in a message.
+MESSAGE_BYTES = 100 * 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense bf16 FLOP/s (fp16 on V100 and T4) from the makers' data sheets. A device has the first of
@@ -99,6 +101,46 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
+
+    @torch.no_grad()
+    def broadcast_tensors(self, tensors: list[torch.Tensor], rank: int) -> None:
+        """Overwrite the tensors, which have one dtype, with those of that rank."""
+        messages: list[list[torch.Tensor]] = []
+        n_bytes = MESSAGE_BYTES
+        for tensor in tensors:
+            if n_bytes + tensor.nbytes > MESSAGE_BYTES:
+                messages.append([])
+                n_bytes = 0
+            messages[-1].append(tensor.detach())
+            n_bytes += tensor.nbytes
+        for message in messages:
+            if len(message) == 1:
+                dist.broadcast(message[0], src=rank)
+                continue
+            numbers = torch.cat([tensor.flatten() for tensor in message])
+            dist.broadcast(numbers, src=rank)
+            if self.rank != rank:
+                pieces = numbers.split([tensor.numel() for tensor in message])
+                for tensor, piece in zip(message, pieces):
+                    tensor.copy_(piece.view_as(tensor))
+
+    def gather(self, value: Any) -> list:
+        """The value of each rank on the main rank, an empty list on the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Send a tensor to the main rank, which calls `receive`."""
+        dist.send(tensor.contiguous(), dst=0)
+
+    def receive(self, shape: torch.Size, rank: int) -> torch.Tensor:
+        """The float32 tensor of this shape that the rank sends."""
+        tensor = torch.empty(shape, device=self.device)
+        dist.recv(tensor, src=rank)
+        return tensor
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

@@ -1,10 +1,13 @@
 """Several processes under torchrun, over gloo on this machine's CPU."""
 
+import dataclasses
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import train
 from parts import data
 
 import pytest
@@ -33,7 +36,43 @@ os._exit(0)  # gloo's destructors may abort a process whose work is done
 """
 
 
-def torchrun(n: int, config, program: str | Path = "train.py") -> subprocess.CompletedProcess:
+# train.py that says how many numbers its optimizer keeps, and ends like a process whose machine has
+# lost its power once it is at step 10 and the folder in KILLED_AFTER exists.
+SHARED = """
+import os
+import signal
+import sys
+import time
+import train
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+def count(optimizer, *_):
+    numbers = 0
+    for values in optimizer.state.values():
+        numbers += sum(value.numel() for value in values.values() if value.dim())
+    sys.stderr.write(f"numbers: {numbers}\\n")
+
+schedule = train.learning_rate_at
+
+def learning_rate_at(step, config):
+    checkpoint = os.environ.get("KILLED_AFTER")
+    while checkpoint and step == 10:
+        if os.path.isdir(checkpoint):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+    return schedule(step, config)
+
+train.learning_rate_at = learning_rate_at
+register_optimizer_step_post_hook(count)
+train.main()
+sys.stdout.flush()
+os._exit(0)  # gloo's destructors may abort a process whose work is done
+"""
+
+
+def torchrun(
+    n: int, config, program: str | Path = "train.py", **environment: str
+) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
         "-m",
@@ -45,7 +84,7 @@ def torchrun(n: int, config, program: str | Path = "train.py") -> subprocess.Com
     return subprocess.run(
         command + flags(config),
         cwd=ROOT,
-        env=clean_environment(),
+        env=clean_environment(**environment),
         capture_output=True,
         text=True,
         timeout=300,
@@ -85,6 +124,66 @@ def test_two_ranks_equal_one(config, tmp_path, optimizer):
     assert losses(pair) == pytest.approx(expected, abs=1e-5)
     one, two = weights(alone.out_dir), weights(pair.out_dir)
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+# Muon updates some of its parameters by AdamW's rule, so it shows both.
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.torture), "muon"])
+def test_a_shared_optimizer_equals_a_whole_one(config, tmp_path, optimizer):
+    """ZeRO-1, from one rank to three that are killed, to two, and back to one without it. The
+    checkpoints in between are the same ones.
+    """
+    settings = dict(
+        optimizer=optimizer,
+        batch_size=1,
+        total_batch_size=6 * 32,
+        checkpoint_every=4,
+        keep_checkpoints=0,
+        grad_clip=0.5,
+    )
+    expected = losses(config(out_dir=str(tmp_path / "alone"), **settings))
+    whole = torch.load(tmp_path / "alone" / "step_0000012" / "train_state.pt", weights_only=True)
+    run = config(out_dir=str(tmp_path / "run"), shard_optimizer=True, **settings)
+    train.train(run)  # one process: nothing to share
+    shutil.rmtree(tmp_path / "run" / "step_0000008")
+    shutil.rmtree(tmp_path / "run" / "step_0000012")
+
+    (tmp_path / "shared.py").write_text(SHARED)
+    eighth = tmp_path / "run" / "step_0000008"
+    killed = torchrun(3, run, tmp_path / "shared.py", KILLED_AFTER=str(eighth))
+    assert killed.returncode != 0 and eighth.is_dir(), killed.stderr
+    all_numbers = 0
+    for values in whole["optimizer"].values():
+        all_numbers += sum(value.numel() for value in values.values() if value.dim())
+    # Two processes share the pipe, so a line may be torn.
+    kept = {int(number) for number in re.findall(r"^numbers: (\d+)$", killed.stderr, re.M)}
+    assert kept and max(kept) < 0.6 * all_numbers
+
+    pair = torchrun(2, run, tmp_path / "shared.py")
+    assert pair.returncode == 0, pair.stderr
+    assert "its state is shared out among 2 processes" in pair.stdout
+    assert [record["loss"] for record in metrics(run.out_dir)] == pytest.approx(expected, abs=1e-5)
+    collected = torch.load(tmp_path / "run" / "step_0000012" / "train_state.pt", weights_only=True)
+    assert collected["optimizer"].keys() == whole["optimizer"].keys()
+    for index, values in whole["optimizer"].items():
+        assert collected["optimizer"][index].keys() == values.keys()
+        for name, value in values.items():
+            assert torch.allclose(collected["optimizer"][index][name], value, atol=1e-4)
+
+    shutil.rmtree(tmp_path / "run" / "step_0000012")
+    assert losses(dataclasses.replace(run, shard_optimizer=False)) == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+def test_two_compiled_ranks_equal_an_eager_one(config, tmp_path):
+    """DDP splits what it compiles where its buckets end."""
+    settings = dict(batch_size=1, max_steps=4, block_size=16, total_batch_size=64)
+    expected = losses(config(out_dir=str(tmp_path / "alone"), **settings))
+    pair = config(out_dir=str(tmp_path / "pair"), compile=True, **settings)
+    run = torchrun(2, pair)
+    assert run.returncode == 0, run.stderr
+    assert metrics(pair.out_dir, "run")[0]["compiled"]
+    assert [record["loss"] for record in metrics(pair.out_dir)] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_mistake_is_said_once(config):

@@ -25,7 +25,7 @@ TOP = {
     "tokenizer",
     "plot": "model console files metrics pretrained report",
     "train": "configurator model hellaswag plot auto checkpoint console data files inference "
-    "metrics optimizer pretrained report runtime standin tokenizer",
+    "metrics optimizer pretrained report runtime standin tokenizer zero",
     "bench": "model train hellaswag auto console data documents files inference json_files loss "
     "metrics runtime sharding tokenizer",
 }
@@ -36,6 +36,7 @@ PARTS = {
     "loss": "",
     "optimizer": "",
     "runtime": "",
+    "zero": "runtime",
     "standin": "",
     "pretrained": "standin",
     "tokenizer": "files",
@@ -46,7 +47,7 @@ PARTS = {
     "auto": "console runtime inference",
     "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",
-    "checkpoint": "files json_files runtime pretrained tokenizer metrics report",
+    "checkpoint": "files json_files runtime zero pretrained tokenizer metrics report",
     "page": "json_files tokenizer runtime pretrained inference metrics",
 }
 HOUSE = TOP | {f"parts.{name}": allowed for name, allowed in PARTS.items()}
