@@ -528,7 +528,7 @@ def stream(
     for _ in range(max_new_tokens):
         logits = predict(rows).float()  # (B, V)
         # The largest one of a row is NaN if any is.
-        if not logits.amax(dim=-1).isfinite().all():
+        if (~logits.amax(dim=-1).isfinite()).any():
             raise ValueError(
                 "the model's logits are not finite: it is damaged, or its training diverged"
             )
