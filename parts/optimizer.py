@@ -146,8 +146,9 @@ class Muon(torch.optim.AdamW):
         """The matrices of these parameters, in lists of equal shapes that are updated together."""
         same_shape = defaultdict(list)
         for parameter in parameters:
+            if parameter.grad is None:
+                continue  # the loss does not depend on it
             splits = self.splits[parameter]
-            assert parameter.grad is not None
             weights = parameter.split(splits)
             gradients = parameter.grad.split(splits)
             momenta = self.momentum_of(parameter).split(splits)
