@@ -51,6 +51,7 @@ from parts.sharding import (
     start_workers,
 )
 from parts.tokenizer import get_tokenizer
+from parts.zero import assign_owners
 
 import numpy as np
 import torch
@@ -502,11 +503,14 @@ def add_matmul_share(
 
 # ---- memory: tensors without contents go through a real step, on any machine ---------------------
 
-CARDS_GB = (16, 24, 80, 141)
+CARDS_GB = (16, 24, 40, 80, 141)
 
 
 def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
-    """Which batch of which GPT-2 fits into which GPU, counted for bf16 and AdamW."""
+    """Which batch of which GPT-2 fits into which GPU, counted for bf16 and AdamW.
+
+    With --gpus, they share the optimizer's state out (train.py's shard_optimizer).
+    """
     models = {}
     for name, shape in SIZES.items():
         models[name] = shape
@@ -516,9 +520,8 @@ def bench_memory(arguments: argparse.Namespace, machine: Runtime) -> dict:
     rows = {}
     for name, shape in models.items():
         theirs = name.startswith("transformers")
-        peak = functools.cache(
-            functools.partial(count_peak_memory, shape, arguments.block_size, theirs=theirs)
-        )
+        count = functools.partial(count_peak_memory, shape, arguments.block_size, theirs=theirs)
+        peak = subtract(count, 0 if theirs else count_state_elsewhere(shape, arguments.gpus))
         rows[name] = {"GB for B=16": peak(16) / 1e9}
         for card in CARDS_GB:
             rows[name][f"{card} GB"] = find_largest_batch(auto.USABLE * card * 1e9, peak)
@@ -574,6 +577,24 @@ def count_peak_memory(shape: dict, T: int, B: int, theirs: bool = False) -> floa
 
     with_one, with_two = peaks
     return with_one + (shape["n_layer"] - 1) * (with_two - with_one)
+
+
+def subtract(count: Callable[[int], float], n_bytes: int) -> Callable[[int], float]:
+    """The same count without so many bytes. It counts each batch once."""
+    return functools.cache(lambda batch_size: count(batch_size) - n_bytes)
+
+
+def count_state_elsewhere(shape: dict, n_gpus: int) -> int:
+    """The bytes of AdamW's averages that no GPU keeps, but others for it, where n_gpus share them
+    out. It is counted for the one that keeps the most.
+    """
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**shape))
+    optimizer = torch.optim.AdamW([dict(params=list(model.parameters()), rule="adamw")])
+    kept = [0] * n_gpus
+    for parameter, rank in assign_owners(optimizer, n_gpus).items():
+        kept[rank] += 8 * parameter.numel()
+    return sum(kept) - max(kept)
 
 
 def find_largest_batch(usable: float, peak: Callable[[int], float]) -> int:
@@ -852,6 +873,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     memory = add_bench("memory", bench_memory)
     memory.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
+    memory.add_argument("--gpus", type=int, default=1, help="that share the optimizer's state out")
 
     plan = add_bench("plan", bench_plan)
     plan.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")

@@ -27,7 +27,7 @@ TOP = {
     "train": "configurator model hellaswag plot auto checkpoint console data files inference "
     "metrics optimizer pretrained report runtime standin tokenizer zero",
     "bench": "model train hellaswag auto console data documents files inference json_files loss "
-    "metrics runtime sharding tokenizer",
+    "metrics runtime sharding tokenizer zero",
 }
 PARTS = {
     "files": "",
