@@ -38,7 +38,7 @@ from model import GPT, SIZES, GPTConfig
 from parts import auto, data, inference, loss, runtime
 from parts.auto import Arithmetic, prepare_for_inference
 from parts.console import OptionParser, command, path_option
-from parts.documents import read_documents
+from parts.documents import identify, read_documents
 from parts.files import check_is_file
 from parts.json_files import read_json
 from parts.metrics import read_metrics, select
@@ -150,7 +150,8 @@ def bench_tokenize(arguments: argparse.Namespace, machine: Runtime) -> dict:
             tokenizer = get_tokenizer("gpt2")
             out = Path(folder, "bench")
             begin = time.perf_counter()
-            rows = shard_files(files, out, tokenise_all, tokenizer, {"train": 100_000_000})
+            identified = [identify(path) for path in files]
+            rows = shard_files(identified, out, tokenise_all, tokenizer, {"train": 100_000_000})
             seconds = time.perf_counter() - begin
         n_tokens = sum(row["tokens"] for row in rows["train"])
         return {"MB/s": megabytes / seconds, "tokens/s": n_tokens / seconds}
@@ -174,7 +175,7 @@ def time_tiktoken(files: list[Path]) -> float:
 def read_texts(files: list[Path]) -> list[str]:
     """The text of the files, in the segments that a worker tokenises."""
     texts = []
-    for piece in split_into_pieces(read_documents(files)):
+    for piece in split_into_pieces(read_documents(map(identify, files))):
         for segment in piece:
             texts.append(segment.text.decode(errors="replace"))
     return texts

@@ -23,16 +23,19 @@ import time
 from collections.abc import Iterator
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
+from typing import Any
 
 from parts import data
 from parts.console import OptionParser, command, path_option
-from parts.documents import TABLES, Document, read_documents
+from parts.documents import Document, ReadOptions, identify, read_documents
+from parts.encoding import Replacements, to_utf8
 from parts.files import lock, sha256
 from parts.sharding import (
     ShardWriter,
     add_shard_options,
     available_cpus,
     check_shard_options,
+    choose_read_options,
     finish_folder,
     lock_shard_folder,
     make_progress_bar,
@@ -46,6 +49,15 @@ import numpy as np
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "karpathy/fineweb-edu-100B-gpt2-token-shards"
 WAIT = 30  # seconds before a failed download is repeated
+PATIENCE = 20  # seconds that the hub may be silent for
+
+# The formats of `datasets` that are read as prepare.py reads them, unless the card has options or
+# the files are archives.
+OWN_FORMATS = ("parquet", "json", "csv", "arrow", "text")
+ARCHIVES = (".zip", ".lz4", ".7z", ".rar", ".tar")
+
+# In folders of earlier versions, `datasets` reads all files but these.
+EARLIER_TABLES = (".parquet", ".jsonl", ".jsonl.gz")
 
 
 # ---- The options ---------------------------------------------------------------------------------
@@ -110,6 +122,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.pretokenized:
         if arguments.name or arguments.keep_downloads or arguments.parts > 1:
             parser.error("--name, --part and --keep_downloads have no meaning with --pretokenized")
+        if arguments.text_column or arguments.separator or arguments.encoding or arguments.replace:
+            parser.error("how text is read has no meaning with --pretokenized")
         if max_tokens is None:
             arguments.max_tokens = 10_000_000_000
     elif max_tokens is not None:
@@ -143,16 +157,19 @@ def name_folder(dataset: str, subset: str) -> str:
 def list_files(arguments: argparse.Namespace) -> dict:
     """Ask the hub for the dataset's commit, and for the files to read.
 
-    Returns {"commit", "files", and maybe "reader"}. A file is {"path", "size" in bytes, "sha256",
-    which is None for a small file}; "reader" is how `datasets` reads the files. ValueError for any
-    error of the network, the hub, or the dataset's card.
+    Returns {"commit", "files", and maybe "reader" or "delimiter"}. A file is {"path", "size" in
+    bytes, "sha256", which is None for a small file}; "reader" is how `datasets` reads the files, if
+    it must. ValueError for any error of the network, the hub, or the dataset's card.
     """
+    from huggingface_hub import get_session
     from huggingface_hub.hf_api import HfApi, RepoFile
 
+    # The hub's client, which `datasets` uses too, would wait for ever.
+    get_session().timeout = PATIENCE
     dataset = arguments.dataset
     api = HfApi()
     try:
-        commit = str(api.dataset_info(dataset, revision="main").sha)
+        commit = str(api.dataset_info(dataset, revision="main", timeout=PATIENCE).sha)
         tree = api.list_repo_tree(dataset, recursive=True, revision=commit, repo_type="dataset")
         files: list[dict] = []
         for entry in tree:
@@ -170,7 +187,8 @@ def list_files(arguments: argparse.Namespace) -> dict:
 def select_training_files(arguments: argparse.Namespace, commit: str, files: list[dict]) -> dict:
     """Select the files of the subset's training split.
 
-    Returns {"files", "reader": the arguments with which datasets.load_dataset reads them}.
+    Returns {"files"}, and "delimiter" if the card names one for csv. If only `datasets` can read
+    them, "reader" has the arguments for datasets.load_dataset.
     """
     import datasets
 
@@ -191,7 +209,14 @@ def select_training_files(arguments: argparse.Namespace, commit: str, files: lis
     for option, value in vars(config).items():
         if value != defaults[option] and option not in ("data_files", "data_dir", "features"):
             reader[option] = value
-    return {"files": [file for file in files if file["path"] in paths], "reader": reader}
+    selected: dict[str, Any] = {"files": [file for file in files if file["path"] in paths]}
+    has_archives = any(path.endswith(ARCHIVES) for path in paths)
+    options = reader.keys() - {"path", "name", "sep", "delimiter"}
+    if builder.name not in OWN_FORMATS or options or has_archives:
+        selected["reader"] = reader
+    elif "sep" in reader:
+        selected["delimiter"] = reader["sep"]
+    return selected
 
 
 def select_ready_made(files: list[dict], max_tokens: int) -> list[dict]:
@@ -248,8 +273,23 @@ def download_file(file: dict, arguments: argparse.Namespace, commit: str, folder
 # ---- Files -> shards -----------------------------------------------------------------------------
 
 
+def read_file(
+    path: Path, source: dict, options: ReadOptions, replacements: Replacements
+) -> Iterator[Document]:
+    """Read the documents of a file. ValueError if it is damaged, or no text."""
+    if "reader" in source and not path.name.endswith(EARLIER_TABLES):
+        yield from read_rows(path, options.column, source["reader"])
+        return
+    file = identify(path, options)
+    if file.kind == "binary":
+        raise ValueError(f"{path}: binary ({file.about}), not text")
+    if options.text_column and not file.has_columns:
+        raise ValueError(f"{path}: is {file.describe()}, without columns; leave out --text_column")
+    yield from read_documents([file], options, replacements)
+
+
 def read_rows(path: Path, column: str, reader: dict) -> Iterator[Document]:
-    """Read the rows of a file in any other format of `datasets`, as read_documents does.
+    """Read the rows of a file by `datasets`, as read_documents does.
 
     How many bytes of the file a row takes is not known: 0.
     """
@@ -268,7 +308,7 @@ def read_rows(path: Path, column: str, reader: dict) -> Iterator[Document]:
                     "choose with --text_column"
                 )
             if row[column]:
-                yield Document(row[column].encode("utf-8", errors="replace"), 0)
+                yield Document(to_utf8(row[column]), 0)
     except Exception as error:  # each format has a library of its own, with errors of its own
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
@@ -308,6 +348,8 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> No
     done = [i for i in writers if writers[i].complete]
     tokens_left = arguments.max_tokens or sys.maxsize
     tokens_left -= sum(writers[i].n_tokens for i in done)
+    options = choose_read_options(arguments, delimiter=source.get("delimiter"))
+    replacements = Replacements(allowed=arguments.replace)
 
     with (
         start_workers("gpt2", arguments.workers or available_cpus()) as tokenise_all,
@@ -335,16 +377,16 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> No
                 download = start_download(missing[position + 1])
 
             bar.write(f"{files[i]['path']} ({i + 1} of {len(files)} files)", sys.stderr)
-            if path.name.endswith(TABLES):
-                documents = read_documents([path], arguments.text_column)
-            else:
-                documents = read_rows(path, arguments.text_column, source["reader"])
+            documents = read_file(path, source, options, replacements)
+            bytes_before = bar.n
             pieces = split_into_pieces(documents, progress=bar.update)
             writers[i].fill(pieces, tokenise_all, bar, tokens_left)
-            if not path.name.endswith(TABLES):
+            if bar.n == bytes_before:
                 bar.update(files[i]["size"])  # read_rows could not tell
             tokens_left -= writers[i].n_tokens
             shutil.rmtree(out / "downloads" / str(i), ignore_errors=True)
+    if replacements.total:
+        print(replacements.describe(), file=sys.stderr)
 
 
 def count_parts(arguments: argparse.Namespace, out: Path, source: dict) -> str:
@@ -437,8 +479,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(arguments.out).resolve()
     options = ["dataset", "max_tokens", "pretokenized"]
     if not arguments.pretokenized:
-        options += ["name", "text_column", "shard_tokens"]
+        options += ["name", "text_column", "separator", "encoding", "shard_tokens"]
     wanted = {option: getattr(arguments, option) for option in options}
+    if not arguments.pretokenized:
+        wanted["text_column"] = choose_read_options(arguments).column
 
     def ask_the_hub() -> dict:
         return list_files(arguments)

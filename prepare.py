@@ -3,7 +3,8 @@
     python prepare.py book.txt --out shards/book
     python prepare.py notes/ 'logs/*.md' --out shards/mine --glob '*.txt' --exclude drafts
     python prepare.py code/ --out shards/code --tokenizer 4096
-    python prepare.py reviews.jsonl.gz table.parquet --out shards/rows --text_column body
+    python prepare.py reviews.csv dump.jsonl.zst table.parquet --out shards/rows --text_column body
+    python prepare.py TinyStories.txt --out shards/stories --separator '<|endoftext|>'
 
 After an interruption, the same command continues and ends with the same bytes, on any number of
 workers.
@@ -13,11 +14,22 @@ import argparse
 import hashlib
 import itertools
 import os
+import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from parts.console import OptionParser, command, path_option, printable
-from parts.documents import TABLES, find_files, read_documents
+from parts.console import OptionParser, command, path_option, plural, printable
+from parts.documents import (
+    InputFile,
+    ReadOptions,
+    check_encoding_of,
+    find_files,
+    identify,
+    is_saved_split,
+    read_documents,
+)
+from parts.encoding import Replacements
 from parts.files import sha256, write_whole
 from parts.sharding import (
     SEED,
@@ -25,6 +37,7 @@ from parts.sharding import (
     add_shard_options,
     available_cpus,
     check_shard_options,
+    choose_read_options,
     finish_folder,
     lock_shard_folder,
     shard_files,
@@ -32,10 +45,12 @@ from parts.sharding import (
     start_workers,
 )
 from parts.tokenizer import (
+    END_OF_TEXT,
     LARGEST,
     SMALLEST,
     TOKENIZER_FILE,
     TOKENIZERS,
+    BytesTokenizer,
     GPT2Tokenizer,
     LearnedTokenizer,
     Tokenizer,
@@ -52,8 +67,9 @@ from parts.tokenizer import (
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = OptionParser(
         "prepare.py",
-        description="Turn local text into token shards. "
-        "A document is a row of a .jsonl, .jsonl.gz or .parquet, or a whole file.",
+        description="Turn local text into token shards. A document is a row of JSON lines, a JSON "
+        "array, csv, tsv, Parquet or Arrow, or a whole text; any file may be compressed (gzip, "
+        "bzip2, xz, zstd). What a file is, its content says.",
     )
     add = parser.add_argument
     add(
@@ -99,6 +115,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="share of documents for validation; with fewer than 1/F, the last share of each "
         "(default: %(default)s)",
     )
+    add(
+        "--as_text",
+        action="store_true",
+        help="take every file as text, also csv and JSON (default: their rows are documents)",
+    )
     add_shard_options(parser)
     arguments = parser.parse_args(argv)
     check_shard_options(parser, arguments)
@@ -130,35 +151,102 @@ def parse_tokenizer_option(value: str) -> Tokenizer | int:
 # ---- The steps -----------------------------------------------------------------------------------
 
 
+def identify_files(
+    arguments: argparse.Namespace, out: Path, options: ReadOptions
+) -> list[InputFile]:
+    """Find the files, and tell what each is. Binary files inside folders are left out, with a line.
+
+    ValueError if a file that is named is binary, no file is left, or an option can apply to none.
+    """
+    named = {Path(path) for path in arguments.paths}
+    files = []
+    binary = []
+    for path in find_files(arguments.paths, arguments.glob, arguments.exclude, out):
+        file = identify(path, options)
+        if file.kind != "binary":
+            files.append(file)
+        elif path in named:
+            raise ValueError(f"{path}: binary ({file.about}), not text; leave it out")
+        else:
+            binary.append(file)
+    if binary:
+        first = f"{binary[0].path} ({binary[0].about})"
+        left_out = plural(len(binary), "file")
+        print(f"left out {left_out} that are not text, first {first}", file=sys.stderr)
+    if not files:
+        raise ValueError(f"{' '.join(arguments.paths)}: no text in it, only binary files")
+    check_options_apply(files, options)
+    suggest_options(files, options)
+    return files
+
+
+def check_options_apply(files: list[InputFile], options: ReadOptions) -> None:
+    """Raise ValueError if an option is given that can apply to none of the files."""
+    has_text = any(file.kind == "text" for file in files)
+    if options.text_column and not any(file.has_columns for file in files):
+        raise ValueError(
+            f"--text_column {options.text_column}: {files[0].path} has no columns (it is "
+            f"{files[0].describe()}), nor has any other file; rows are those of csv, JSON lines, "
+            "JSON arrays, Parquet and Arrow"
+        )
+    if options.separator and not has_text:
+        raise ValueError(f"--separator: {files[0].path} has rows, as all files here, and no texts")
+    encoding = options.encoding
+    if encoding and not any(file.encoding == encoding for file in files):
+        raise ValueError(f"--encoding {encoding}: {files[0].path} and all other files are UTF-8")
+
+
+def suggest_options(files: list[InputFile], options: ReadOptions) -> None:
+    """Print a line where an option seems to be missing, or applies to a part of the files only."""
+    marked = [file for file in files if file.end_of_text_marks > 2]
+    if marked and not options.separator:
+        print(
+            f"{marked[0].path}: has {END_OF_TEXT} in its text; if it stands between documents, "
+            f"give --separator '{END_OF_TEXT}'",
+            file=sys.stderr,
+        )
+    others = [file for file in files if file.encoding != options.encoding]
+    others = [file for file in others if file.kind not in ("parquet", "arrow")]
+    if options.encoding and others:
+        n_others = plural(len(others), "file")
+        print(f"{n_others} read as {others[0].encoding}: {others[0].path} first", file=sys.stderr)
+    splits = {file.path.parent.parent for file in files if is_saved_split(file.path)}
+    for folder in sorted(splits):
+        print(f"{folder}: all its splits are read; name one of its folders", file=sys.stderr)
+
+
 def describe_source(
-    arguments: argparse.Namespace, files: list[Path], tokenizer: Tokenizer | int
+    arguments: argparse.Namespace,
+    files: list[InputFile],
+    options: ReadOptions,
+    tokenizer: Tokenizer | int,
 ) -> dict:
     """Read all files, and describe all that decides the shards' bytes, for meta.json.
 
-    It is the options, and one hash of the files' names and contents. ValueError if a text file is
-    binary.
+    It is the options, and one hash of the files' names and contents.
     """
     digest = hashlib.sha256()
     n_bytes = 0
-    has_tables = False
-    for path in files:
-        if path.name.endswith(TABLES):
-            has_tables = True
-        else:
-            check_is_text(path)
-        digest.update(os.fsencode(path.name) + bytes.fromhex(sha256(path)))
-        n_bytes += path.stat().st_size
+    kinds: dict[str, int] = defaultdict(int)
+    for file in files:
+        digest.update(os.fsencode(file.path.name) + bytes.fromhex(sha256(file.path)))
+        n_bytes += file.path.stat().st_size
+        if not file.has_default_kind():
+            kinds[file.describe()] += 1
     source = {
         "tokenizer": tokenizer if isinstance(tokenizer, int) else tokenizer.name,
         "shard_tokens": arguments.shard_tokens,
         "val_fraction": arguments.val_fraction,
     }
-    if has_tables:
-        source["text_column"] = arguments.text_column
+    if any(file.has_columns for file in files):
+        source["text_column"] = options.column
+    source["separator"] = options.separator
     source["seed"] = SEED
     source["files"] = len(files)
     source["bytes"] = n_bytes
     source["sha256"] = digest.hexdigest()
+    # What is not read as earlier versions did, which knew two kinds of rows by their names.
+    source["kinds"] = dict(sorted(kinds.items())) or None
     return source
 
 
@@ -184,14 +272,7 @@ def check_unchanged(states: dict[Path, tuple[int, int]], out: str) -> None:
             )
 
 
-def check_is_text(path: Path) -> None:
-    """Raise ValueError if the first megabyte of a file has a NUL byte, which no text has."""
-    with open(path, "rb") as file:
-        if b"\0" in file.read(1 << 20):
-            raise ValueError(f"{path}: binary (NUL bytes), not text; leave it out with --exclude")
-
-
-def choose_split(files: list[Path], column: str, val_fraction: float) -> Split:
+def choose_split(files: list[InputFile], options: ReadOptions, val_fraction: float) -> Split:
     """Decide which text is for validation: one document of every `stride`, if there are so many.
 
     With fewer documents, it is the end of each. Reads the first `stride` documents.
@@ -199,16 +280,18 @@ def choose_split(files: list[Path], column: str, val_fraction: float) -> Split:
     if val_fraction == 0:
         return Split()
     stride = round(1 / val_fraction)
-    first_documents = itertools.islice(read_documents(files, column), stride)
+    first_documents = itertools.islice(read_documents(files, options), stride)
     n_documents = sum(1 for _ in first_documents)
     if n_documents == stride:
         return Split(stride=stride)
     return Split(tail=val_fraction)
 
 
-def read_training_texts(files: list[Path], column: str, split: Split) -> Iterator[bytes]:
+def read_training_texts(
+    files: list[InputFile], options: ReadOptions, split: Split
+) -> Iterator[bytes]:
     """Read the segments of all documents that are for training."""
-    for piece in split_into_pieces(read_documents(files, column), split):
+    for piece in split_into_pieces(read_documents(files, options), split):
         for segment in piece:
             if segment.split == "train":
                 yield segment.text
@@ -255,21 +338,26 @@ def main(argv: list[str] | None = None) -> None:
     learn a tokenizer (if it is to be learned), and to write the shards.
     """
     arguments = parse_arguments(argv)
-    column = arguments.text_column
+    options = choose_read_options(arguments, as_text=arguments.as_text)
     out = Path(arguments.out).resolve()
-    files = find_files(arguments.paths, arguments.glob, arguments.exclude, out)
     choice = parse_tokenizer_option(arguments.tokenizer)
-    states = read_states(files)
-    source = describe_source(arguments, files, choice)
+    files = identify_files(arguments, out, options)
+    states = read_states([file.path for file in files])
+    source = describe_source(arguments, files, options, choice)
 
     with lock_shard_folder(out, source) as meta:
         if meta["complete"]:
             print(f"{arguments.out}: already made from these files ({len(files):,})")
             return
 
-        split = choose_split(files, column, arguments.val_fraction)
+        # As bytes, every text is what it is.
+        keeps_bytes = isinstance(choice, BytesTokenizer)
+        replacements = Replacements(allowed=arguments.replace or keeps_bytes)
+        for file in files:
+            check_encoding_of(file, replacements)
+        split = choose_split(files, options, arguments.val_fraction)
 
-        texts = read_training_texts(files, column, split)
+        texts = read_training_texts(files, options, split)
         name_or_file = provide_tokenizer(choice, out / TOKENIZER_FILE, texts)
         tokenizer = load_tokenizer(name_or_file)
 
@@ -281,11 +369,13 @@ def main(argv: list[str] | None = None) -> None:
         workers = arguments.workers or min(available_cpus(), 1 + source["bytes"] // (8 << 20))
         with start_workers(name_or_file, workers) as tokenise_all:
             sizes = {"train": train_size, "val": val_size}
-            rows = shard_files(files, out, tokenise_all, tokenizer, sizes, column, split)
+            rows = shard_files(
+                files, out, tokenise_all, tokenizer, sizes, options, split, replacements
+            )
 
         if not rows["train"] or (arguments.val_fraction and not rows["val"]):
             raise ValueError(
-                f"{files[0]}: too little text for a training and a validation split; "
+                f"{files[0].path}: too little text for a training and a validation split; "
                 f"delete {arguments.out}, and take more text or --val_fraction 0"
             )
         check_unchanged(states, arguments.out)
@@ -293,7 +383,9 @@ def main(argv: list[str] | None = None) -> None:
         # The end of a document that is for validation is no document of its own.
         if not split.tail:
             documents += sum(row["documents"] for row in rows["val"])
-        print(f"{arguments.out}: {finish_folder(out, tokenizer, source, rows, documents)}")
+        if replacements.total:
+            print(replacements.describe(keeps_bytes), file=sys.stderr)
+        print(f"{arguments.out}: {finish_folder(out, tokenizer, meta['source'], rows, documents)}")
 
 
 if __name__ == "__main__":

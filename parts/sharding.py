@@ -32,7 +32,15 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 from parts import data
-from parts.documents import Document, read_documents
+from parts.documents import (
+    BLANK_LINE,
+    DEFAULT_OPTIONS,
+    Document,
+    InputFile,
+    ReadOptions,
+    read_documents,
+)
+from parts.encoding import LIMIT, Replacements, check_encoding
 from parts.files import delete, lock, write_whole
 from parts.tokenizer import (
     BREAK,
@@ -385,17 +393,19 @@ def make_progress_bar(total: int, what: str):
 
 
 def shard_files(
-    files: list[Path],
+    files: list[InputFile],
     out: Path,
     tokenise_all: TokeniseAll,
     tokenizer: Tokenizer,
     sizes: dict[str, int],
-    column: str = "text",
+    options: ReadOptions = DEFAULT_OPTIONS,
     split: Split = Split(),
+    replacements: Replacements | None = None,
 ) -> dict[str, list[dict]]:
     """Turn files into shards of sizes[split] tokens in the folder `out`.
 
-    Returns the shards' rows of meta.json: split -> rows.
+    Returns the shards' rows of meta.json: split -> rows. ValueError if a file is damaged, or too
+    much of it cannot be decoded.
     """
     (out / "progress").mkdir(parents=True, exist_ok=True)
 
@@ -404,9 +414,9 @@ def shard_files(
 
     record = out / "progress" / "all.npz"
     writer = ShardWriter(record, name_shard, sizes, tokenizer.end_of_text)
-    n_bytes = sum(path.stat().st_size for path in files)
+    n_bytes = sum(file.path.stat().st_size for file in files)
     with make_progress_bar(n_bytes, out.name) as bar:
-        documents = read_documents(files, column)
+        documents = read_documents(files, options, replacements)
         pieces = split_into_pieces(documents, split, bar.update, tokenizer.breaks)
         writer.fill(pieces, tokenise_all, bar)
     return writer.rows
@@ -455,7 +465,10 @@ def lock_shard_folder(
         if not meta or may_begin:
             for old in (*progress.glob("*.npz"), *out.glob(TOKENIZER_FILE)):
                 old.unlink()
-            meta = {"source": source | describe_more(), "complete": False}
+            described = {**source, **describe_more()}
+            # What is not there compares as None does.
+            described = {name: value for name, value in described.items() if value is not None}
+            meta = {"source": described, "complete": False}
             write_meta(out, meta)
 
         recorded = meta.get("source", {})
@@ -548,9 +561,26 @@ def finish_folder(
 def add_shard_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text_column",
-        default="text",
         metavar="NAME",
-        help="column with the text, of rows (default: %(default)s)",
+        help="column with the text, of rows; a.b is the field b of a (default: text)",
+    )
+    parser.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help="what stands between the documents of one text, such as '<|endoftext|>' or '\\n'; "
+        f"{BLANK_LINE}: blank lines (default: a text is one document)",
+    )
+    parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of text that is not UTF-8 and has no byte-order mark, such as cp1252 (default: such "
+        "text is refused)",
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="take U+FFFD for what cannot be decoded, however much it is (default: more than one "
+        f"character in {LIMIT:,} bytes of a file is refused)",
     )
     parser.add_argument(
         "--shard_tokens",
@@ -575,3 +605,23 @@ def check_shard_options(parser: argparse.ArgumentParser, arguments: argparse.Nam
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= most:
             parser.error(f"--{name}={value}: must be at least 1 and at most {most:,}")
+    if arguments.separator == "":
+        parser.error("--separator: must not be empty")
+
+
+def choose_read_options(arguments: argparse.Namespace, **more) -> ReadOptions:
+    """Return what the options say about how files are read. ValueError if an encoding is unknown.
+
+    In a separator, \\n is a line feed, as it is hard to type in a shell.
+    """
+    if arguments.encoding:
+        check_encoding(arguments.encoding)
+    separator = arguments.separator
+    if separator:
+        separator = separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+    return ReadOptions(
+        text_column=arguments.text_column,
+        separator=separator,
+        encoding=arguments.encoding,
+        **more,
+    )

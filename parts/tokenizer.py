@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from parts.encoding import to_utf8
+
 import numpy as np
 
 # The name of the end-of-text token in the files for transformers.
@@ -61,7 +63,7 @@ class Tokenizer:
     def encode(self, text: str | bytes) -> np.ndarray:
         """Encode a text, or its UTF-8, as ids: (number of tokens) uint16."""
         if isinstance(text, str):
-            text = text.encode("utf-8", errors="replace")
+            text = to_utf8(text)
         return self.encode_bytes(text)
 
     def decode(self, ids: list[int]) -> str:

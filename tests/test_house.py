@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 TOP = {
     "configurator": "",
     "model": "loss pretrained tokenizer",
-    "prepare": "console documents files sharding tokenizer",
-    "fineweb": "console data documents files sharding tokenizer",
+    "prepare": "console documents encoding files sharding tokenizer",
+    "fineweb": "console data documents encoding files sharding tokenizer",
     "hellaswag": "model auto console files json_files metrics runtime standin tokenizer",
-    "sample": "configurator model auto console files inference json_files page pretrained runtime "
+    "sample": "configurator model auto console encoding files inference json_files page pretrained runtime "
     "tokenizer",
     "plot": "model console files metrics pretrained report",
     "train": "configurator model hellaswag plot auto checkpoint console data files inference "
@@ -39,10 +39,11 @@ PARTS = {
     "zero": "runtime",
     "standin": "",
     "pretrained": "standin",
-    "tokenizer": "files",
-    "documents": "",
+    "encoding": "",
+    "tokenizer": "encoding files",
+    "documents": "encoding tokenizer",
     "data": "files json_files tokenizer",
-    "sharding": "console files tokenizer documents data",
+    "sharding": "console encoding files tokenizer documents data",
     "inference": "standin tokenizer console runtime",
     "auto": "console runtime inference",
     "metrics": "files json_files tokenizer data runtime",

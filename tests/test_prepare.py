@@ -191,8 +191,9 @@ def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "text").mkdir()
     pq.write_table(pa.table({"text": column}), tmp_path / "text" / "a.parquet")
     files = {"b.jsonl": r'{"text": "a lone surrogate: \ud800"}', "c.txt": latin}
-    out = make(tmp_path, files, "--val_fraction", "0")
-    expected = ["caf\ufffd", "ünïcode", "a lone surrogate: ?", latin.decode(errors="replace")]
+    out = make(tmp_path, files, "--val_fraction", "0", "--replace")
+    halves = "a lone surrogate: \ufffd"
+    expected = ["caf\ufffd", "ünïcode", halves, latin.decode(errors="replace")]
     assert decode_documents(out, "train") == expected
 
     out = make(tmp_path / "b", {"c.txt": latin}, "--val_fraction", "0", "--tokenizer", "bytes")
@@ -371,16 +372,21 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     assert find_files([str(tmp_path)], "*", ["clos*"], tmp_path / "out") == [tmp_path / "a.txt"]
 
 
-NO_OBJECT = "not a JSON object with text in the column 'body' (choose with --text_column)"
+NO_OBJECT = "not a JSON object"
+NO_TEXT = "no text in the column 'body' among"
 WRONG_ROWS = {
     "a.jsonl": (b'{"body": "x"}\n\n{"body": \n', f'line 3: {NO_OBJECT}: b\'{{"body": '),
     "b.jsonl": (b'{"body": "x"}\n[1]\n', f"line 2: {NO_OBJECT}"),
-    "c.jsonl": (b'{"text": "x", "n": 1}\n', f"line 1: {NO_OBJECT}"),
-    "d.jsonl": (b'{"body": 5}\n', f"line 1: {NO_OBJECT}"),
+    "c.jsonl": (
+        b'{"text": "x", "n": 1}\n',
+        f"line 1: {NO_TEXT} text, n; choose with --text_column",
+    ),
+    "d.jsonl": (b'{"body": 5}\n', f"line 1: {NO_TEXT} body"),
     "deep.jsonl": (b'{"body": ' + b"[" * 100_000, f"line 1: {NO_OBJECT}"),
     "cut.jsonl.gz": (gzip.compress(b'{"body": "x"}\n' * 1000)[:-9], "Compressed file ended before"),
-    "no.jsonl.gz": (b"junk", "Not a gzipped file"),
+    "no.jsonl.gz": (b"junk", f"line 1: {NO_OBJECT}"),
     "no.parquet": (b"PAR1 junk", "Parquet"),
+    "not.parquet": (b"<html>", "damaged"),
 }
 
 
@@ -594,8 +600,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         return fails(capsys, str(tmp_path / name), *out, *options)
 
     assert "nowhere.txt: no such file or folder" in fails_with("nowhere.txt")
-    binary = "photo.jpg: binary (NUL bytes), not text; leave it out with --exclude"
-    assert binary in fails_with("")
+    assert "photo.jpg: binary (NUL bytes), not text" in fails_with("photo.jpg")
+    assert "no text in it, only binary files" in fails_with("", "--glob", "*.jpg")
     assert "no files match '*.md'" in fails_with("", "--glob", "*.md")
     assert "Not a directory" in fails_with("a.txt", "--out", str(tmp_path / "file" / "out"))
     # No text at all, and none for validation.
