@@ -21,8 +21,8 @@ TOP = {
     "prepare": "console documents encoding files sharding tokenizer",
     "fineweb": "console data documents encoding files sharding tokenizer",
     "hellaswag": "model auto console files json_files metrics runtime standin tokenizer",
-    "sample": "configurator model auto console encoding files inference json_files page pretrained runtime "
-    "tokenizer",
+    "sample": "configurator model auto console encoding files inference json_files page "
+    "pretrained runtime tokenizer",
     "plot": "model console files metrics pretrained report",
     "train": "configurator model hellaswag plot auto checkpoint console data files inference "
     "metrics optimizer pretrained report runtime standin tokenizer zero",
