@@ -22,11 +22,12 @@ from model import GPT, GPTConfig, OpenedModel, open_model
 from parts import page, runtime
 from parts.auto import prepare_for_inference
 from parts.console import OptionParser, command, path_option, printable
+from parts.encoding import Replacements, check_encoding, decode_text, is_unicode, original_bytes
 from parts.files import check_is_file
 from parts.inference import SETTINGS, Record, Text, check_settings, complete
 from parts.json_files import parse_json, read_json
 from parts.pretrained import checkpoints
-from parts.tokenizer import Tokenizer, get_tokenizer
+from parts.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 
 HELLO = "Hello, I'm a language model,"
 UNTRAINED = Path("untrained")
@@ -69,6 +70,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=path_option,
         help='more prompts: one a line, or the "prompt" of each object in a .jsonl file',
     )
+    add("--encoding", metavar="NAME", help="of prompts that are not UTF-8, such as cp1252")
+    add("--replace", action="store_true", help="take U+FFFD for what cannot be decoded of prompts")
     add("-i", "--interactive", action="store_true", help="write with the model, line by line")
     add(
         "-n", "--samples", type=int, default=1, help="samples of each prompt (default: %(default)s)"
@@ -140,20 +143,47 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """The prompts of the command line, of the standard input, and of the file.
 
-    Raises ValueError if a line of the file has no prompt, or none has one.
+    Raises ValueError if a line of the file has no prompt, none has one, or one is in another
+    encoding.
     """
+    if arguments.encoding:
+        check_encoding(arguments.encoding)
+    replacements = Replacements(allowed=arguments.replace)
+
+    def decode(content: bytes, name: str) -> str:
+        text = decode_text(content, name, arguments.encoding, replacements)
+        # As Python does when it reads a text.
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
     prompts = []
     for prompt in arguments.prompts + arguments.prompt:
-        prompts.append(sys.stdin.read() if prompt == "-" else prompt)
+        if prompt == "-":
+            # What replaces it in a notebook may have no bytes.
+            stream = getattr(sys.stdin, "buffer", None)
+            prompt = decode(stream.read(), "the standard input") if stream else sys.stdin.read()
+        elif not is_unicode(prompt):
+            # Python has kept the bytes that it could not decode.
+            prompt = decode(original_bytes(prompt), "a prompt")
+        prompts.append(prompt)
     if arguments.file:
-        prompts += read_prompt_file(arguments.file)
+        check_is_file(Path(arguments.file))
+        prompts += split_prompts(
+            decode(Path(arguments.file).read_bytes(), arguments.file), arguments.file
+        )
+    if replacements.total:
+        print(replacements.describe(), file=sys.stderr)
+    if END_OF_TEXT in prompts:
+        print(
+            f'the prompt {END_OF_TEXT} is read as letters; an empty one, "", begins a document',
+            file=sys.stderr,
+        )
     return prompts
 
 
-def read_prompt_file(file: str) -> list[str]:
+def split_prompts(text: str, file: str) -> list[str]:
+    """The prompts of a file with this text."""
     prompts = []
-    check_is_file(Path(file))
-    lines = Path(file).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -37,14 +37,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from parts.encoding import (
+    CONTROLS,
     REPLACEMENT,
     Encoded,
     Replacements,
     Utf8Stream,
+    choose_encoding,
     count_undecodable,
     drop_cut_character,
     encode,
-    find_mark,
     to_utf8,
 )
 from parts.tokenizer import END_OF_TEXT
@@ -165,9 +166,6 @@ PACKED = {
 }
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
-# Control characters that text does not have. (It may have tab, line feed, form feed, escape ...)
-CONTROLS = bytes([*range(7), *range(14, 27), *range(28, 32), 127])
-
 COLUMN_NAMES = {
     ".parquet": "parquet",
     ".parq": "parquet",
@@ -210,7 +208,7 @@ def identify_content(path: Path, options: ReadOptions) -> InputFile:
         if promised:
             raise ValueError(f"damaged: a file of {promised} does not begin like this")
 
-    encoding = find_encoding(head, options)
+    encoding = choose_encoding(head, options.encoding)
     if encoding != "utf-8":
         head = to_utf8(head.decode(encoding, errors="replace"))
     about = describe_binary(head)
@@ -231,25 +229,8 @@ def find_compression(magic: bytes) -> str:
     return ""
 
 
-def find_encoding(head: bytes, options: ReadOptions) -> str:
-    """Return the encoding of a text: that of its byte-order mark, UTF-8, or --encoding's.
-
-    UTF-8 that has more than ASCII can hardly be anything else, so --encoding is for other files.
-    """
-    marked = find_mark(head)
-    if marked or not options.encoding:
-        return marked or "utf-8"
-    beginning = drop_cut_character(head)
-    if b"\0" not in head and not beginning.isascii() and count_undecodable(beginning) == 0:
-        return "utf-8"
-    return options.encoding
-
-
 def describe_binary(head: bytes) -> str:
-    """Return what is binary about a file that begins like this, or "" for text.
-
-    ValueError if it is text of UTF-16 that does not say so.
-    """
+    """Return what is binary about a file that begins like this, or "" for text."""
     for pattern, about in PACKED.items():
         if re.match(pattern, head):
             return about
@@ -258,12 +239,6 @@ def describe_binary(head: bytes) -> str:
     if b"\0" not in head:
         # More than one in a hundred; some texts have a stray one.
         return "control characters" if n_controls * 100 > len(beginning) else ""
-    for encoding, low, high in (("utf-16-le", 0, 1), ("utf-16-be", 1, 0)):
-        letters = beginning[low::2]
-        zeros = beginning[high::2].count(0)
-        is_ascii = letters.isascii() and len(letters.translate(None, CONTROLS)) == len(letters)
-        if is_ascii and zeros * 10 > len(letters) * 8:
-            raise ValueError(f"UTF-16 without a byte-order mark: give --encoding {encoding}")
     return "NUL bytes"
 
 

@@ -34,6 +34,9 @@ CUT_CHARACTER = re.compile(
     rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z"
 )
 
+# Control characters that text does not have. (It may have tab, line feed, form feed, escape ...)
+CONTROLS = bytes([*range(7), *range(14, 27), *range(28, 32), 127])
+
 # From so many bytes on, pyarrow checks UTF-8 ten times as fast as Python does.
 LONG = 1 << 16
 
@@ -57,6 +60,34 @@ def check_encoding(name: str) -> None:
         ) from None
 
 
+def choose_encoding(head: bytes, named: str | None) -> str:
+    """Return the encoding of a text: that of its byte-order mark, UTF-8, or the one that is named.
+
+    UTF-8 that has more than ASCII can hardly be anything else, so the name is for other texts.
+    ValueError if it is UTF-16 that does not say so.
+    """
+    marked = find_mark(head)
+    if marked:
+        return marked
+    if not named:
+        check_is_not_utf16(head[:4096])
+        return "utf-8"
+    beginning = drop_cut_character(head)
+    if b"\0" not in head and not beginning.isascii() and count_undecodable(beginning) == 0:
+        return "utf-8"
+    return named
+
+
+def check_is_not_utf16(beginning: bytes) -> None:
+    """Raise ValueError if every second byte is zero, and the others are text."""
+    for encoding, first in (("utf-16-le", 0), ("utf-16-be", 1)):
+        letters = beginning[first::2]
+        zeros = beginning[1 - first :: 2].count(0)
+        is_text = letters != b"" and letters.translate(None, CONTROLS) == letters
+        if is_text and zeros * 10 >= len(letters) * 8:
+            raise ValueError(f"UTF-16 without a byte-order mark: give --encoding {encoding}")
+
+
 class Encoded(NamedTuple):
     """A text in UTF-8, and how many of its characters are replaced in it."""
 
@@ -73,10 +104,20 @@ def encode(text: str) -> Encoded:
     try:
         return Encoded(text.encode())
     except UnicodeEncodeError:
-        text, n_halves = HALF_PAIR.subn(REPLACEMENT, text)
-        original = text.encode(errors="surrogateescape")
+        n_halves = len(HALF_PAIR.findall(text))
+        original = original_bytes(text)
         replaced = original.decode(errors="replace").encode()
         return Encoded(replaced, count_undecodable(original), n_halves)
+
+
+def original_bytes(text: str) -> bytes:
+    """Return the bytes of a text that was decoded with "surrogateescape", as Python's arguments."""
+    return HALF_PAIR.sub(REPLACEMENT, text).encode(errors="surrogateescape")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no surrogates, which stand for bytes or are half a pair."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def to_utf8(text: str) -> bytes:
@@ -210,3 +251,21 @@ class Replacements:
             f"{self.total:,} {noun} could not be decoded and {became}, first in "
             f"{self.first}{likely}"
         )
+
+
+def decode_text(
+    content: bytes, name: str, named_encoding: str | None, replacements: Replacements
+) -> str:
+    """Decode a short text, such as a file of prompts. ValueError if too much of it cannot be."""
+    try:
+        encoding = choose_encoding(content, named_encoding)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    text = content.decode(encoding, errors="replace")
+    if encoding == "utf-8":
+        n_undecodable = count_undecodable(content)
+    else:
+        n_undecodable = text.count(REPLACEMENT)
+    replacements.add(name, content, n_undecodable)
+    replacements.end_text(name, encoding)
+    return text

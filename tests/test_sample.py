@@ -117,6 +117,42 @@ def test_prompts_come_from_arguments_files_and_the_standard_input(
     assert "nowhere.txt" in fails(capsys, "--model", toy, "--file", "nowhere.txt")
 
 
+def test_prompts_in_any_encoding(tmp_path, capsys, monkeypatch):
+    """As files of prompts, the standard input and a terminal may have them."""
+
+    def read(*argv: str) -> list[str]:
+        return sample.read_prompts(sample.parse_arguments(list(argv)))
+
+    file = tmp_path / "prompts.txt"
+    text = "Les élèves\nétaient là\n"
+    lines = ["Les élèves", "étaient là"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # PowerShell's > writes the last one
+        file.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+        assert read("--file", str(file)) == lines
+    file.write_bytes(text.encode("cp1252"))
+    assert read("--file", str(file), "--encoding", "cp1252") == lines
+    with pytest.raises(ValueError, match=r"prompts\.txt: not utf-8.*--encoding"):
+        read("--file", str(file))
+    capsys.readouterr()
+    assert read("--file", str(file), "--replace")[1] == "\ufffdtaient l\ufffd"
+    assert "4 characters could not be decoded" in capsys.readouterr().err
+    file.write_bytes(text.encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"prompts\.txt: UTF-16 without a byte-order mark"):
+        read("--file", str(file))
+
+    argument = os.fsdecode("élève".encode("latin-1"))  # by a terminal that is not UTF-8
+    assert read(argument, "--encoding", "latin-1") == ["élève"]
+    with pytest.raises(ValueError, match="a prompt: not utf-8"):
+        read(argument)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é\r\n".encode("utf-16"))))
+    assert read("-") == ["é\n"]
+
+
+def test_end_of_text_in_letters_gets_a_line(capsys):
+    assert sample.read_prompts(sample.parse_arguments(["<|endoftext|>"])) == ["<|endoftext|>"]
+    assert 'an empty one, "", begins a document' in capsys.readouterr().err
+
+
 def test_the_newest_checkpoint_and_its_prompt_are_the_default(
     config, tmp_path, capsys, monkeypatch
 ):
