@@ -161,11 +161,9 @@ def list_files(arguments: argparse.Namespace) -> dict:
     bytes, "sha256", which is None for a small file}; "reader" is how `datasets` reads the files, if
     it must. ValueError for any error of the network, the hub, or the dataset's card.
     """
-    from huggingface_hub import get_session
     from huggingface_hub.hf_api import HfApi, RepoFile
 
-    # The hub's client, which `datasets` uses too, would wait for ever.
-    get_session().timeout = PATIENCE
+    limit_waits()
     dataset = arguments.dataset
     api = HfApi()
     try:
@@ -182,6 +180,29 @@ def list_files(arguments: argparse.Namespace) -> dict:
         return {"commit": commit} | select_training_files(arguments, commit, files)
     except Exception as error:
         raise ValueError(f"{dataset}: {' '.join(str(error).split())}") from None
+
+
+def limit_waits() -> None:
+    """Make requests to the hub, also those of `datasets`, end if it is silent for PATIENCE seconds.
+
+    Without that most of them wait for ever: they are sent with a limit of None, which counts more
+    than the client's own. So the limit is set in each request.
+    """
+    from huggingface_hub import get_session, set_client_factory
+
+    default = get_session()
+
+    def limit(request) -> None:
+        limits = request.extensions["timeout"]
+        for phase, seconds in limits.items():
+            limits[phase] = min(seconds or PATIENCE, PATIENCE)
+
+    hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], limit]}
+
+    def make_client():
+        return type(default)(event_hooks=hooks, follow_redirects=True)
+
+    set_client_factory(make_client)
 
 
 def select_training_files(arguments: argparse.Namespace, commit: str, files: list[dict]) -> dict:

@@ -36,7 +36,8 @@ class Hub(BaseHTTPRequestHandler):
     """A hub with one dataset, as huggingface_hub and datasets see it: its commit, tree, and files.
 
     files: name -> content. trouble: name -> what goes wrong at each of the next requests: a code of
-    HTTP, "corrupt" or "drop". delay: seconds between chunks. requests: what was asked for.
+    HTTP, "corrupt" or "drop". delay: seconds between chunks. requests: what was asked for. silent:
+    requests with this in their path are accepted and never answered.
     """
 
     protocol_version = "HTTP/1.1"
@@ -44,6 +45,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.requests.append(f"{self.command} {path}")
+        if self.silent and self.silent in path:
+            time.sleep(600)
         api, _, rest = path.partition(f"/api/datasets/{DATASET}/")
         name = path.partition(f"/resolve/{COMMIT}/")[2]
         if not api and rest in ("revision/main", f"revision/{COMMIT}"):
@@ -183,9 +186,12 @@ def hub():
     """A hub with one dataset; its subset `tiny` has three files."""
     files = make_tiny("parquet") | {"README.md": f"{CARD}---\n".encode()}
     files["sample/other/000.parquet"] = write_parquet(["of another subset"] * 9)
-    settings = dict(files=files, trouble={}, delay=0.0, requests=[], log_message=lambda *_: None)
+    settings = dict(files=files, trouble={}, delay=0.0, requests=[], silent="")
+    settings["log_message"] = lambda *_: None
     handler = type("ThisHub", (Hub,), settings)
     handler.serving = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    handler.serving.daemon_threads = True
+    handler.serving.block_on_close = False
     handler.serving.handle_error = lambda *_: None  # a killed client hangs up
     threading.Thread(target=handler.serving.serve_forever, daemon=True).start()
     yield handler
@@ -454,6 +460,18 @@ def test_no_network_is_one_line(hub, tmp_path):
     hub.serving.server_close()
     do_not_wait = "import time; time.sleep = lambda seconds: None"
     assert "fineweb.py: some/texts: " in fails(hub, tmp_path / "out", before=do_not_wait)
+
+
+@pytest.mark.parametrize("silent", ["/revision/", "/tree/", "README.md", "000_00000"])
+def test_a_hub_that_does_not_answer_ends_in_one_line(hub, tmp_path, silent):
+    hub.silent = silent
+    impatient = """
+import time
+fineweb.PATIENCE = 0.2
+time.sleep = lambda seconds: None
+"""
+    assert fails(hub, tmp_path / "out", before=impatient)
+    assert any(silent in request for request in hub.requests)
 
 
 def test_mistakes_in_the_command_are_one_line(hub, tmp_path):
