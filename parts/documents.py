@@ -282,10 +282,11 @@ def find_json(name: str, text: str, column: str) -> str:
     Rows are an array that begins with an object or a string; lines of which the first two are
     objects; or one object, on a line or on several, that has the column.
     """
+    if name.endswith(JSON_LINES_NAMES):
+        has_rows = re.match(r'\s*\[\s*["{]', text) and begins_with_array(text)
+        return "json" if has_rows else "json lines"
     if text.lstrip().startswith("["):
         return "json" if begins_with_array(text) else ""
-    if name.endswith(JSON_LINES_NAMES):
-        return "json lines"
     lines = [line for line in text.split("\n", 20) if line.strip()]
     if not is_object(lines[0]):
         return "json" if has_column(parse_beginning(text, 0), column) else ""
@@ -520,7 +521,10 @@ def parse_row(line: bytes, number: int, column: str, is_first: bool) -> Encoded:
     try:
         row = json.loads(line.decode("utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError):
-        raise ValueError(f"line {number}: not a JSON object: {line[:80]!r}") from None
+        raise ValueError(
+            f"line {number}: not a JSON object with text in the column {column!r} "
+            f"(choose with --text_column): {line[:80]!r}"
+        ) from None
     return take_text(row, column, f"line {number}", is_first)
 
 
@@ -532,7 +536,10 @@ def read_json(file: InputFile, options: ReadOptions) -> Iterator[Document]:
     with open_text(file) as opened:
         bytes_read = 0
         for number, row in enumerate(parse_values(opened.content), 1):
-            text = take_text(row, options.column, f"row {number}", is_first=number == 1)
+            if isinstance(row, str):
+                text = encode(row)
+            else:
+                text = take_text(row, options.column, f"row {number}", is_first=number == 1)
             yield Document(
                 text.text, opened.raw.tell() - bytes_read, text.n_undecodable, text.n_halves
             )
@@ -584,17 +591,16 @@ def take_text(row: Any, column: str, where: str, is_first: bool) -> Encoded:
 
     ValueError if the row has no text there.
     """
-    if isinstance(row, str):
-        return encode(row)
+    wanted = f"{where}: not a JSON object with text in the column {column!r}"
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object: {str(row)[:80]}")
+        raise ValueError(f"{wanted} (choose with --text_column): {str(row)[:80]}")
     if not is_first and not has_column(row, column):
         return encode("")
     if has_column(row, column):
         text = join_texts(find_value(row, column))
         if text is not None:
             return encode(text)
-    raise ValueError(f"{where}: {say_no_text(column, row)}")
+    raise ValueError(f"{wanted} among {', '.join(row)}; choose with --text_column")
 
 
 def say_no_text(column: str, columns: Iterable[str]) -> str:

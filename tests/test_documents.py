@@ -403,9 +403,12 @@ REFUSED = {
     "no_header.csv": ("1,a\n2,b\n", "line 1: no text in the column 'text' among 1, a;"),
     "other.json": (
         '{"body": "x"}\n{"body": "y"}\n',
-        "line 1: no text in the column 'text' among body;",
+        "text in the column 'text' among body;",
     ),
-    "number.json": ('[{"text": 5}]', "row 1: no text in the column 'text' among text;"),
+    "number.json": (
+        '[{"text": 5}]',
+        "row 1: not a JSON object with text in the column 'text' among text;",
+    ),
     "n.parquet": (
         write_parquet(pa.table({"n": [1], "a": [{"b": 1}]})),
         "'text' among n (int64), a (struct",

@@ -372,16 +372,16 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     assert find_files([str(tmp_path)], "*", ["clos*"], tmp_path / "out") == [tmp_path / "a.txt"]
 
 
-NO_OBJECT = "not a JSON object"
-NO_TEXT = "no text in the column 'body' among"
+NO_TEXT = "not a JSON object with text in the column 'body'"
+NO_OBJECT = f"{NO_TEXT} (choose with --text_column)"
 WRONG_ROWS = {
     "a.jsonl": (b'{"body": "x"}\n\n{"body": \n', f'line 3: {NO_OBJECT}: b\'{{"body": '),
     "b.jsonl": (b'{"body": "x"}\n[1]\n', f"line 2: {NO_OBJECT}"),
     "c.jsonl": (
         b'{"text": "x", "n": 1}\n',
-        f"line 1: {NO_TEXT} text, n; choose with --text_column",
+        f"line 1: {NO_TEXT} among text, n; choose with --text_column",
     ),
-    "d.jsonl": (b'{"body": 5}\n', f"line 1: {NO_TEXT} body"),
+    "d.jsonl": (b'{"body": 5}\n', f"line 1: {NO_TEXT} among body"),
     "deep.jsonl": (b'{"body": ' + b"[" * 100_000, f"line 1: {NO_OBJECT}"),
     "cut.jsonl.gz": (gzip.compress(b'{"body": "x"}\n' * 1000)[:-9], "Compressed file ended before"),
     "no.jsonl.gz": (b"junk", f"line 1: {NO_OBJECT}"),
