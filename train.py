@@ -656,6 +656,7 @@ def build_model(config: TrainConfig, resume_point: ResumePoint | None, tokenizer
     float32, on the CPU. ValueError if it does not fit the shards.
     """
     if resume_point is None and config.init_from == "scratch":
+        check_size(config)
         torch.manual_seed(config.seed)
         return GPT(model_config(config, tokenizer.vocab_size))
     source = resume_point.folder if resume_point else config.init_from
@@ -675,6 +676,19 @@ def build_model(config: TrainConfig, resume_point: ResumePoint | None, tokenizer
             f"set --block_size={longest}"
         )
     return model
+
+
+def check_size(config: TrainConfig) -> None:
+    """ValueError if a new model is far beyond this machine: a system that lends more memory than it
+    has would end the process without a word, after minutes.
+    """
+    available = runtime.physical_memory()
+    n_bytes = 4 * 12 * config.n_layer * config.n_embd**2  # the matrices of GPT-2's blocks
+    if available is not None and n_bytes > 4 * available:
+        raise ValueError(
+            f"n_layer {config.n_layer:,} of n_embd {config.n_embd:,} take {n_bytes / 1e9:,.0f} GB, "
+            f"and this machine has {available / 1e9:,.0f} GB; choose a smaller model"
+        )
 
 
 # ---- Watching ------------------------------------------------------------------------------------

@@ -261,6 +261,14 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
     return Runtime(chosen, rank, world_size, local_size, why)
 
 
+def physical_memory() -> int | None:
+    """The memory of this machine in bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
 def read_count(name: str, default: int) -> int:
     """A number of torchrun's in the environment. ValueError if it is none."""
     text = os.environ.get(name, str(default))

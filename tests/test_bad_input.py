@@ -208,6 +208,14 @@ def test_checkpoints_that_are_none(capsys, config, resume):
 
 
 @pytest.mark.parametrize(
+    "sizes", [dict(n_embd=2**20, n_head=1), dict(n_layer=10_000, n_embd=2**14, n_head=2)], ids=str
+)
+def test_models_that_no_machine_can_hold(capsys, config, sizes):
+    line = refuse(capsys, train.main, *flags(config(**sizes)))
+    assert "GB, and this machine has" in line and "n_embd" in line
+
+
+@pytest.mark.parametrize(
     "device", ["gpu", "cuda:99999999999999999999", "cuda:-1", "cuda:x", "CPU", ""]
 )
 def test_devices_that_are_none(capsys, config, device):
