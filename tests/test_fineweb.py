@@ -587,7 +587,7 @@ def test_wrong_published_shards_are_one_line(hub, published, tmp_path):
     assert f"{missing} 500 tokens" in fails(hub, out, "--pretokenized", "--max_tokens", "500")
     hub.files["edu_train_000002.bin"] = write_published_shard(np.arange(1000))[:-2]
     line = fails(hub, out, "--pretokenized")
-    assert "its header promises 1000 tokens, the file holds 999" in line
+    assert "its header promises 1000 tokens (2000 bytes), the file holds 1998" in line
     assert not (out / "edu_train_000002.bin").exists()
     hub.files = {"README.md": b""}
     assert missing in fails(hub, tmp_path / "none", "--pretokenized")
