@@ -64,6 +64,9 @@ LINE_BYTES = 64 << 20
 # What is counted at a time, and what is read at a time of a JSON array.
 BLOCK_BYTES = 1 << 20
 
+# To check a text of so many bytes takes Python as long as it takes to load pyarrow.
+LONG_TEXT = 128 << 20
+
 # A field of csv may have so many characters. More is a quotation mark that is not closed.
 FIELD_CHARACTERS = 1 << 28
 
@@ -398,6 +401,8 @@ def count_document(file: InputFile, document: Document, replacements: Replacemen
         assert isinstance(text, bytes)
         replacements.add(name, text, document.n_undecodable, document.n_halves)
         return
+    if len(text) > LONG_TEXT:
+        import pyarrow  # noqa: F401 (is_utf8 is faster with it)
     start = 0
     while start < len(text):
         block = text[start : start + BLOCK_BYTES]

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import codecs
 import io
 import re
+import sys
 from typing import IO, NamedTuple
 
 REPLACEMENT = "\ufffd"
@@ -37,7 +38,7 @@ CUT_CHARACTER = re.compile(
 # Control characters that text does not have. (It may have tab, line feed, form feed, escape ...)
 CONTROLS = bytes([*range(7), *range(14, 27), *range(28, 32), 127])
 
-# From so many bytes on, pyarrow checks UTF-8 ten times as fast as Python does.
+# From so many bytes on, pyarrow checks UTF-8 ten times as fast as Python does, once it is loaded.
 LONG = 1 << 16
 
 
@@ -125,7 +126,7 @@ def to_utf8(text: str) -> bytes:
 
 
 def is_utf8(block: bytes | memoryview) -> bool:
-    if len(block) < LONG:
+    if len(block) < LONG or "pyarrow" not in sys.modules:
         try:
             str(block, "utf-8")
         except UnicodeDecodeError:
