@@ -67,6 +67,8 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 # The same tasks on the Hugging Face hub, in case GitHub cannot be reached.
 HUB = "Rowan/hellaswag"
 N_TASKS = 10_042
+# Seconds to wait for the hub's answer.
+HUB_TIMEOUT = 30
 # Where the tasks are kept.
 FILE = Path("shards/hellaswag/hellaswag_val.jsonl")
 
@@ -174,8 +176,9 @@ def fetch_from_hub(problem: str) -> bytes:
         import datasets
         from huggingface_hub.hf_api import HfApi
 
-        # Without a network this fails at once; datasets would try six times.
-        commit = HfApi().dataset_info(HUB, revision="main").sha
+        # Without a network this fails at once; datasets would try six times. A host that accepts
+        # and never answers would be waited for without end.
+        commit = HfApi().dataset_info(HUB, revision="main", timeout=HUB_TIMEOUT).sha
         rows = datasets.load_dataset(HUB, split="validation", revision=commit, streaming=True)
         lines = [json.dumps(row) + "\n" for row in rows]
         if len(lines) != N_TASKS:
@@ -221,7 +224,7 @@ def render(example: Example, tokenizer: Tokenizer, block_size: int) -> Rendered:
     between = example.context[len(text) :] + " "
     context = tokenizer.encode(text)
     if len(context) == 0:
-        context = np.array([tokenizer.end_of_text], dtype=np.uint16)
+        context = np.array([tokenizer.start], dtype=np.uint16)
     endings = tuple(tokenizer.encode(between + ending)[:block_size] for ending in example.endings)
     max_context = block_size - max(len(ending) for ending in endings) + 1
     return Rendered(context[-max_context:], endings)

@@ -329,7 +329,9 @@ class GPT(nn.Module):
         from parts import pretrained
 
         departure = pretrained.departure_from_gpt2(self)
-        pretrained.write(Path(folder), pretrained.copy_state(self, departure))
+        # The last id, as in GPT-2's tokenizer.
+        end_of_text = self.config.vocab_size - 1
+        pretrained.write(Path(folder), pretrained.copy_state(self, departure), end_of_text)
 
 
 class OpenedModel(NamedTuple):
@@ -344,9 +346,13 @@ def open_model(name: str | Path, **settings) -> OpenedModel:
     from parts.tokenizer import tokenizer_of_model
 
     source = pretrained.resolve(name)
-    folder = pretrained.locate(source)
-    model = GPT.from_pretrained(folder, **settings)
-    tokenizer = tokenizer_of_model(folder, model.config.vocab_size)
+    stored = pretrained.read(source)
+    vocab_size = stored.config["vocab_size"]
+    tokenizer = tokenizer_of_model(stored.path, vocab_size, stored.tokenizer_folders)
+    if tokenizer.vocab_size < vocab_size:
+        stored = pretrained.drop_rows(stored, tokenizer.vocab_size)
+    model = GPT(pretrained.make_config(GPTConfig, stored, settings))
+    pretrained.load(model, stored)
     return OpenedModel(model, tokenizer, Path(source))
 
 

@@ -52,13 +52,14 @@ from parts.tokenizer import (
     TOKENIZERS,
     BytesTokenizer,
     GPT2Tokenizer,
-    LearnedTokenizer,
     Tokenizer,
     get_tokenizer,
     learn_tokenizer,
     load_tokenizer,
+    read_object,
     read_tokenizer,
     sample_texts,
+    tokenizer_of_folder,
 )
 
 # ---- The options ---------------------------------------------------------------------------------
@@ -91,8 +92,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=path_option,
         default="gpt2",
         metavar="gpt2|bytes|N|FOLDER",
-        help="gpt2, bytes, a number of tokens to learn from the text, or a folder that has "
-        "learned ones (default: %(default)s)",
+        help="gpt2, bytes, a number of tokens to learn from the text, or the folder of a model or "
+        "of shards: theirs (default: %(default)s)",
     )
     add(
         "--glob",
@@ -133,19 +134,29 @@ def parse_tokenizer_option(value: str) -> Tokenizer | int:
 
     ValueError if it is neither.
     """
-    # A model with one of these sizes is taken for a model with that tokenizer.
+    # A model of one of these sizes, without files of a tokenizer, counts as one with that.
     taken_sizes = [tokenizer.vocab_size for tokenizer in TOKENIZERS.values()]
     if value.isdecimal() and SMALLEST <= int(value) <= LARGEST and int(value) not in taken_sizes:
         return int(value)
     if value in TOKENIZERS:
         return get_tokenizer(value)
-    file = Path(value) / TOKENIZER_FILE
-    if file.exists():
-        return read_tokenizer(file)
+    tokenizer = None
+    if Path(value).is_dir():
+        folder = newest_checkpoint(Path(value))
+        rows = read_object(folder / "config.json").get("vocab_size")
+        tokenizer = tokenizer_of_folder(folder, rows)
+    if tokenizer is not None:
+        return tokenizer
     raise ValueError(
         f"--tokenizer {value}: must be gpt2, bytes, a number from {SMALLEST} to {LARGEST} "
-        f"(not {GPT2Tokenizer.vocab_size}, which is GPT-2's), or a folder with a {TOKENIZER_FILE}"
+        f"(not {GPT2Tokenizer.vocab_size}, which is GPT-2's), or a folder with a {TOKENIZER_FILE} "
+        f"or with vocab.json and merges.txt"
     )
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run's folder; any other folder itself."""
+    return max(folder.glob("step_*"), key=lambda path: path.name, default=folder)
 
 
 # ---- The steps -----------------------------------------------------------------------------------
@@ -298,15 +309,15 @@ def read_training_texts(
 
 
 def provide_tokenizer(choice: Tokenizer | int, file: Path, texts: Iterator[bytes]) -> str:
-    """Learn or copy the tokenizer to `file`, if it is a learned one and not there yet.
+    """Learn or copy the tokenizer to `file`, if it is not in TOKENIZERS and not there yet.
 
     Returns what load_tokenizer takes: a name, or the file. The texts are read only to learn from
     them.
     """
-    if isinstance(choice, LearnedTokenizer):
+    if isinstance(choice, Tokenizer):
+        if choice.content is None:
+            return choice.name
         write_whole(file, choice.content.encode())
-    elif isinstance(choice, Tokenizer):
-        return choice.name
     elif not file.exists():
         sample = sample_texts(texts, SEED)
         write_whole(file, learn_tokenizer(sample, choice).encode())
@@ -314,7 +325,7 @@ def provide_tokenizer(choice: Tokenizer | int, file: Path, texts: Iterator[bytes
     return str(file)
 
 
-def describe_tokenizer(tokenizer: LearnedTokenizer, texts: list[bytes]) -> str:
+def describe_tokenizer(tokenizer: Tokenizer, texts: list[bytes]) -> str:
     """Describe a learned tokenizer in one line: its size, bytes per token, and longest tokens.
 
     The bytes per token are those of the texts' first megabyte. The ten longest tokens leave out
@@ -322,7 +333,7 @@ def describe_tokenizer(tokenizer: LearnedTokenizer, texts: list[bytes]) -> str:
     """
     first_megabyte = b"".join(texts)[:1_000_000]
     bytes_per_token = len(first_megabyte) / len(tokenizer.encode(first_megabyte))
-    tokens = {tokenizer.decode_bytes([i]).strip() for i in range(tokenizer.end_of_text)}
+    tokens = {tokenizer.decode_bytes([i]).strip() for i in range(tokenizer.vocab_size - 1)}
     words = [token for token in tokens if len(set(token)) > 2]
     words.sort(key=lambda token: (len(token), token), reverse=True)
     longest = b" ".join(words[:10]).decode(errors="replace")

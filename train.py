@@ -741,7 +741,7 @@ def load_tasks(config: TrainConfig, say: Callable[[str], None]) -> list[hellaswa
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
     """sample_prompt and its continuation, drawn from a generator of its own."""
-    prompt = tokenizer.encode(config.sample_prompt).tolist() or [tokenizer.end_of_text]
+    prompt = tokenizer.encode(config.sample_prompt).tolist() or [tokenizer.start]
     prompt = prompt[-model.config.block_size :]
     [continuation] = inference.generate(
         model,

@@ -31,7 +31,7 @@ from parts.metrics import is_count, read_metrics, select
 from parts.pretrained import ModelState, checkpoints, copy_state, step_of, write
 from parts.report import make_card
 from parts.runtime import DTYPES
-from parts.tokenizer import TOKENIZER_FILE, Tokenizer, save_tokenizer
+from parts.tokenizer import Tokenizer, save_tokenizer
 from parts.zero import OptimizerShare
 
 import torch
@@ -518,15 +518,13 @@ class Saver(contextlib.AbstractContextManager):
         aside = folder.with_name(f".{folder.name}.tmp")
         try:
             delete(aside)
-            names = write(aside, weights)
-            save_tokenizer(tokenizer, aside, weights.config.block_size)
+            names = write(aside, weights, tokenizer.end_of_text)
+            names += save_tokenizer(tokenizer, aside, weights.config.block_size)
             torch.save(train_state, aside / TRAIN_STATE)
             with contextlib.suppress(Exception):  # no card is worth a checkpoint
                 card = make_card(self.out_dir, state.step, weights.departure)
                 (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")
             names.append(TRAIN_STATE)
-            if (aside / TOKENIZER_FILE).exists():
-                names.append(TOKENIZER_FILE)
             sums = {name: sha256(aside / name) for name in names}
             content = dataclasses.asdict(dataclasses.replace(state, sha256=sums))
             content["checksum"] = checksum(content)

@@ -23,10 +23,14 @@ from typing import Any
 from parts.files import allow_open_files, check_is_file, sha256, write_whole
 from parts.json_files import read_json
 from parts.tokenizer import (
+    CHARACTERS_FILE,
     TOKENIZER_FILE,
     TOKENIZERS,
     Tokenizer,
     get_tokenizer,
+    name_by_content,
+    note,
+    read_characters,
     read_tokenizer,
 )
 
@@ -56,7 +60,7 @@ class Shard:
 
 
 def open_shard(path: Path) -> Shard:
-    """Memory-map a shard: a .bin of ours or llm.c's, or a .npy of build-nanogpt's.
+    """Memory-map a shard: a .bin of ours or llm.c's, a .npy of build-nanogpt's, or nanoGPT's file.
 
     ValueError if the file is damaged.
     """
@@ -64,6 +68,8 @@ def open_shard(path: Path) -> Shard:
     if path.suffix == ".npy":
         return open_npy_shard(path)
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if path.stem in ("train", "val") and tuple(header[:2]) != (MAGIC, VERSION):
+        return open_nanogpt_file(path)
     if len(header) < HEADER_INTS or tuple(header[:2]) != (MAGIC, VERSION):
         raise ValueError(
             f"{path}: not a token shard: "
@@ -125,21 +131,34 @@ def find_lost_shards(folder: Path, rows: Iterable[dict]) -> list[Path]:
     return lost
 
 
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, in the order of their names; empty if there are none.
+
+    They are named NAME_train_000001.bin or .npy, or as llm.c's small datasets NAME_train.bin, or as
+    nanoGPT's train.bin.
+    """
+    if not folder.is_dir():
+        return []
+    for pattern in (rf"_{split}_\d+\.(bin|npy)", rf".+_{split}\.bin", rf"{split}\.bin"):
+        name = re.compile(rf"{pattern}$")
+        paths = []
+        # Not glob, which finds nothing in a folder that it may not list, and does not say so.
+        for path in sorted(folder.iterdir()):
+            if name.search(path.name):
+                paths.append(path)
+        if paths:
+            return paths
+    return []
+
+
 def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     """Memory-map all shards of a split ("train" or "val"), in the order of their names.
 
     ValueError if there are none, if one is damaged, or if they are not those of meta.json.
     """
     folder = Path(data_dir)
-    name = re.compile(rf"_{split}_\d+\.(bin|npy)$")
-    paths = []
-    if folder.is_dir():
-        # Not glob, which finds nothing in a folder that it may not list, and does not say so.
-        paths = sorted(path for path in folder.iterdir() if name.search(path.name))
+    paths = find_shards(folder, split)
     if not paths:
-        nanogpt_file = folder / f"{split}.bin"
-        if nanogpt_file.is_file():
-            return [open_nanogpt_file(nanogpt_file)]
         new_folder = "shards/NAME" if folder.exists() else folder
         raise ValueError(
             f"data_dir: no {split} shards in {folder.absolute()}; "
@@ -234,20 +253,45 @@ def digest_of_shards(data_dir: str | Path) -> str | None:
 
 
 def tokenizer_of_shards(data_dir: str | Path) -> Tokenizer:
-    """Return the tokenizer that meta.json names, or GPT-2's for published shards without a name.
+    """Return the tokenizer that meta.json names, or that of the characters in nanoGPT's meta.pkl.
 
-    ValueError if the tokenizer.json of a learned one is missing, damaged, or another one.
+    Where neither is there, as beside published shards, the tokens count as GPT-2's, and a line says
+    so. ValueError if the tokenizer.json of meta.json's tokenizer is missing, damaged, or another
+    one.
     """
-    name = read_meta(data_dir).get("tokenizer", "gpt2")
+    folder = Path(data_dir)
+    name = read_meta(folder).get("tokenizer")
     if name in TOKENIZERS:
         return get_tokenizer(name)
-    file = Path(data_dir) / TOKENIZER_FILE
-    tokenizer = read_tokenizer(file)
-    if tokenizer.name != name:
-        raise ValueError(
-            f"{file}: is {tokenizer.name}, but the shards beside it were made with {name}"
-        )
-    return tokenizer
+    if name is not None:
+        file = folder / TOKENIZER_FILE
+        tokenizer = read_tokenizer(file)
+        # Earlier versions named a tokenizer after the bytes of its file.
+        by_bytes = name_by_content("bpe", tokenizer.vocab_size, file.read_bytes().decode())
+        if name not in (tokenizer.name, by_bytes):
+            raise ValueError(
+                f"{file}: is {tokenizer.name}, but the shards beside it were made with {name}"
+            )
+        return tokenizer
+    if (folder / CHARACTERS_FILE).exists():
+        return read_characters(folder / CHARACTERS_FILE)
+    note(f"{folder}: no meta.json says which tokenizer made it; {guess_from_ids(folder)}")
+    return get_tokenizer("gpt2")
+
+
+def guess_from_ids(folder: Path) -> str:
+    """What the ids of shards without meta.json say about their tokenizer, in words."""
+    words = "its ids count as GPT-2's"
+    paths = find_shards(folder, "train")
+    if not paths:
+        return words
+    ids = open_shard(paths[0]).tokens[:1_000_000]
+    largest = int(ids.max(initial=0))
+    # Each document of GPT-2's begins with 50,256; even without, a text of this length has an id
+    # from the upper half.
+    if len(ids) >= 10_000 and largest < 25_000:
+        words += f", but the largest of {len(ids):,} is {largest:,}, as of another tokenizer"
+    return words
 
 
 # ---- Windows -------------------------------------------------------------------------------------

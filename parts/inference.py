@@ -641,7 +641,7 @@ class Text:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.seed = seed
-        self.ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]  # the prompt's
+        self.ids = tokenizer.encode(prompt).tolist() or [tokenizer.start]  # the prompt's
         self.stops = [stop.replace("\\n", "\n") for stop in stops if stop]
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text = ""  # what was shown

@@ -41,22 +41,64 @@ SHAPE = {
     "n_embd": "n_embd",
 }
 
-# What config.json may say otherwise and GPT-2 does not do.
+# What config.json may say otherwise and GPT-2 does not do. (An untied head is compared instead.)
 ONLY = {
     "model_type": "gpt2",
     "n_inner": None,
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
 }
-GELU = {"gelu_new": False, "gelu": True}  # config.json's activation_function -> exact_gelu
+
+# config.json's activation_function -> exact_gelu. transformers has several names for each form.
+GELU = {
+    "gelu_new": False,
+    "gelu_fast": False,
+    "gelu_pytorch_tanh": False,
+    "gelu_python_tanh": False,
+    "gelu_accurate": False,
+    "gelu": True,
+    "gelu_python": True,
+}
+
+# What torch.compile, DataParallel, FSDP, Lightning, TRL and others put into the names of tensors.
+# No part of a GPT-2's own names is one of these.
+WRAPPERS = {
+    "_orig_mod",
+    "module",
+    "_forward_module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "pretrained_model",
+    "model",
+}
+
+# Heads beside the language model's, of reward models, classifiers and multiple choice.
+OTHER_HEADS = ("v_head", "score", "multiple_choice_head", "classifier", "value_head", "summary")
 
 # The files of a model that is not a GPT-2. transformers looks for config.json and finds none.
 OWN_CONFIG = "gpt.json"
 OWN_WEIGHTS = "gpt.safetensors"
 OWN_MODEL = "model.py"
 OWN_FORMAT = 1
+
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+GENERATION_CONFIG = "generation_config.json"  # of transformers: how `generate` stops
+
+# The file that makes a folder a model's.
+FIRST_FILES = ("config.json", OWN_CONFIG, ADAPTER_CONFIG)
+
+# The small files of the hub that are needed beside the weights.
+HUB_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    ADAPTER_CONFIG,
+)
 
 # Fields of GPTConfig that do not change what a model computes once it is trained: they can differ
 # from those it was saved with.
@@ -71,6 +113,7 @@ class Stored(NamedTuple):
     weights: dict[str, torch.Tensor]
     is_gpt2: bool
     probe: dict | None = None  # of a model that is not a GPT-2: see `make_probe`
+    tokenizer_folders: tuple[Path, ...] = ()  # where its tokenizer may lie, the likeliest first
 
 
 class ModelState(NamedTuple):
@@ -108,9 +151,27 @@ def step_of(checkpoint: Path) -> int:
 
 
 def resolve(name: str | Path) -> str | Path:
-    """A run's folder -> its newest checkpoint; any other name of a model stays as it is."""
+    """The folder of a run -> its newest checkpoint; any other name of a model stays as it is.
+
+    A run may be this project's, or one of transformers' Trainer (checkpoint-500) or of nanoGPT
+    (ckpt.pt).
+    """
     folders = checkpoints(name)
-    return folders[-1] if folders else name
+    if folders:
+        return folders[-1]
+    folder = Path(name)
+    if not folder.is_dir() or any((folder / file).exists() for file in FIRST_FILES):
+        return name
+    numbered = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal() and path.is_dir():
+            numbered[int(number)] = path
+    if numbered:
+        return numbered[max(numbered)]
+    if (folder / "ckpt.pt").is_file():
+        return folder / "ckpt.pt"
+    return name
 
 
 def locate(name: str | Path) -> Path:
@@ -149,8 +210,8 @@ def fetch(repo: str, timeout: float = 10) -> Path:
         options["local_files_only"] = True
         unreachable = error
     try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            wanted = ["config.json", "tokenizer.json", weights]
+        for weights in ("*model*.safetensors", "pytorch_model*.bin"):
+            wanted = [*HUB_FILES, weights]
             folder = Path(snapshot_download(repo, allow_patterns=wanted, **options))
             if any(folder.glob(weights)):
                 break
@@ -176,47 +237,170 @@ def read(name: str | Path) -> Stored:
     if path.is_dir() and not is_gpt2_folder(path):
         return read_own(path)
 
-    if path.is_dir():
+    tokenizer_folders: tuple[Path, ...] = (path,)
+    if path.is_dir() and (path / ADAPTER_CONFIG).exists():
+        config, tensors, base = read_adapter(path)
+        tokenizer_folders = (path, base)
+    elif path.is_dir():
         config = read_config(path / "config.json")
-        # A large model comes in parts, such as model-00001-of-00004.safetensors.
-        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        if not files:
-            raise ValueError(
-                f"{path}: no model.safetensors in this folder; "
-                "a checkpoint has it beside config.json"
-            )
-        tensors: dict = {}
-        for file in files:
-            tensors.update(read_file(file))
+        tensors = read_folder(path)
     elif is_llmc(path):
         config, tensors = read_llmc(path)
     else:
-        config, tensors = read_nanogpt(path)
-    for key, value in tensors.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path}: not a table of names and tensors")
+        content = read_file(path)
+        config, tensors = read_nanogpt(path, content)
+        tokenizer_folders = find_nanogpt_data(path, content)
 
-    # Some files have names without "transformer.", attention's triangle of ones as a buffer, or the
-    # tied head again.
-    weights = {}
-    for key, tensor in tensors.items():
-        if key.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        if not key.startswith(("transformer.", "lm_head.")):
-            key = f"transformer.{key}"
-        weights[key] = tensor
+    weights = name_as_here(tensors, path)
+    check_layers(config, weights, path)  # before anything is as large as config.json says
+    # transformers finds the one matrix under either name.
     head = weights.pop("lm_head.weight", None)
-    embedding = weights.get("transformer.wte.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
+    embedding = weights.get("transformer.wte.weight", head)
+    if embedding is None:
+        raise ValueError(f"{path}: transformer.wte.weight is missing")
+    weights["transformer.wte.weight"] = embedding
+    if head is not None and not torch.equal(head, embedding):
         raise ValueError(
             f"{path}: lm_head differs from the token embedding; GPT-2 shares one matrix for both"
         )
     if path.is_dir():
+        if head is None and not config.pop("tied"):
+            raise ValueError(f"{path}: tie_word_embeddings is False, but lm_head.weight is missing")
+        config.pop("tied", None)
         for key in weights:
             if is_conv1d(key):
                 weights[key] = weights[key].t()
+    # Trained further in transformers, where a GPT-2 always has biases.
+    if any(tensor.any() for key, tensor in weights.items() if key.endswith("bias")):
+        config["bias"] = True
+    weights = drop_extras(weights, config, path)
     check(config, weights, path)
-    return Stored(path, config, weights, is_gpt2=True)
+    return Stored(path, config, weights, is_gpt2=True, tokenizer_folders=tokenizer_folders)
+
+
+def read_folder(folder: Path) -> dict:
+    """The tensors of a Hugging Face folder, under the names that they have there."""
+    # A large model comes in parts, such as model-00001-of-00004.safetensors.
+    files = sorted(folder.glob("model*.safetensors"))
+    files = files or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(
+            f"{folder}: no model.safetensors in this folder; a checkpoint has it beside config.json"
+        )
+    tensors: dict = {}
+    for file in files:
+        tensors.update(read_file(file))
+    return tensors
+
+
+def name_as_here(tensors: dict, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors with model.py's names: without wrappers' prefixes, and with "transformer."."""
+    weights: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: not a table of names and tensors")
+        if ".lora_A." in key or ".base_layer." in key:
+            raise ValueError(
+                f"{path}: {key} is part of a PEFT adapter that is not merged; "
+                "save the model after merge_and_unload()"
+            )
+        parts = [part for part in key.split(".") if part not in WRAPPERS]
+        if parts[0] not in ("transformer", "lm_head", *OTHER_HEADS):
+            parts.insert(0, "transformer")
+        name = ".".join(parts)
+        if name in weights and not torch.equal(weights[name], tensor):
+            raise ValueError(f"{path}: {key} is there twice, with different numbers")
+        weights[name] = tensor
+    return weights
+
+
+def drop_extras(
+    weights: dict[str, torch.Tensor], config: dict, path: Path
+) -> dict[str, torch.Tensor]:
+    """Without what no language model needs: buffers of constants, and other heads (with a line)."""
+    expected = parameter_shapes(config | dict(bias=True))
+    kept = {}
+    other_heads = []
+    for name, tensor in weights.items():
+        if name.split(".")[0] in OTHER_HEADS:
+            other_heads.append(name)
+        elif name in expected or not is_constant(name, tensor):
+            kept[name] = tensor
+    if other_heads and os.environ.get("RANK", "0") == "0":
+        print(
+            f"NOTE: {path}: {other_heads[0]} is no part of the language model; "
+            f"left out ({len(other_heads)} such tensors)",
+            file=sys.stderr,
+        )
+    return kept
+
+
+def is_constant(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a buffer that any program can make anew.
+
+    It is attention's triangle of ones (a mask, whatever its name), the positions 0, 1, 2, ..., or a
+    single number.
+    """
+    if name.endswith((".attn.bias", ".attn.masked_bias")) or tensor.numel() == 1:
+        return True
+    T = tensor.shape[-1]
+    if tensor.numel() == T:
+        return torch.equal(tensor.flatten().long(), torch.arange(T))
+    if tensor.numel() != T * T:
+        return False
+    square = tensor.reshape(T, T)
+    seen = torch.ones(T, T, dtype=torch.bool).tril()
+    # As ones and zeros, as the opposite, or as zeros and -inf to be added.
+    return any(torch.equal(square.bool(), mask) for mask in (seen, ~seen))
+
+
+def drop_rows(stored: Stored, n_tokens: int) -> Stored:
+    """The model with its first n_tokens tokens only: those behind are never predicted."""
+    name = "transformer.wte.weight"
+    weights = stored.weights | {name: stored.weights[name][:n_tokens]}
+    return stored._replace(config=stored.config | dict(vocab_size=n_tokens), weights=weights)
+
+
+def read_adapter(folder: Path) -> tuple[dict, dict, Path]:
+    """Config, tensors and base folder of a PEFT adapter, which `peft` merges into its base.
+
+    ValueError if there is no `peft` here, or if it cannot.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        base_name = json.loads(file.read_text())["base_model_name_or_path"]
+        base = locate(base_name)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: a PEFT adapter, and the model it belongs to is not here ({error})"
+        ) from None
+    config = read_config(base / "config.json")
+    try:
+        from peft import PeftModel  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError(
+            f"{folder}: a PEFT adapter of {base_name}, not a model; pip install peft, "
+            "or save the model after merge_and_unload()"
+        ) from None
+    from transformers import GPT2LMHeadModel
+
+    try:
+        plain = GPT2LMHeadModel.from_pretrained(base, torch_dtype=torch.float32)
+        merged = PeftModel.from_pretrained(plain, folder).merge_and_unload()
+    except Exception as error:  # of many types: tensors that do not fit, a damaged file
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{folder}: peft cannot merge this adapter ({reason})") from None
+    return config, merged.state_dict(), base
+
+
+def check_layers(config: dict, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """ValueError unless there are tensors of as many layers as the config says."""
+    layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+    if len(layers) != config["n_layer"]:
+        raise ValueError(
+            f"{path}: n_layer is {config['n_layer']}, "
+            f"but the file has the tensors of {len(layers)} layers"
+        )
 
 
 def check(config: dict, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -224,12 +408,6 @@ def check(config: dict, weights: dict[str, torch.Tensor], path: Path) -> None:
 
     Biases of zeros may be left over in a model without bias.
     """
-    layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
-    if len(layers) != config["n_layer"]:
-        raise ValueError(
-            f"{path}: n_layer is {config['n_layer']}, "
-            f"but the file has the tensors of {len(layers)} layers"
-        )
     expected = parameter_shapes(config)
     for name, shape in expected.items():
         stored_shape = tuple(weights[name].shape) if name in weights else "missing"
@@ -297,11 +475,39 @@ def read_config(file: Path) -> dict:
             )
     activation = str(hf.get("activation_function", "gelu_new"))
     if activation not in GELU:
-        known = " or ".join(GELU)
-        raise ValueError(f"{file}: activation_function is {activation!r}; this model has {known}")
+        raise ValueError(
+            f"{file}: activation_function is {activation!r}; this model has gelu_new or gelu"
+        )
     config["bias"] = bool(hf.get("bias", True))
     config["exact_gelu"] = GELU[activation]
+    config["tied"] = bool(hf.get("tie_word_embeddings", True))
     return config
+
+
+# What stands beside the weights in people's checkpoints and is not needed: a loss of numpy's, a
+# path, torch's version.
+IGNORED = (
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Float16", "Int64", "Int32")),
+    "_codecs.encode",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+    "torch.torch_version.TorchVersion",
+)
+
+
+class Ignored:
+    """Stands in a pickle for what is not needed. It does nothing with what it is given."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
 
 
 def read_file(file: Path) -> dict:
@@ -312,7 +518,9 @@ def read_file(file: Path) -> dict:
         if file.suffix == ".safetensors":
             return load_file(file)
         # build-nanogpt pickles an object of its class GPTConfig; a namespace stands in for it.
-        with torch.serialization.safe_globals([(SimpleNamespace, "__main__.GPTConfig")]):
+        stand_ins: list = [(SimpleNamespace, "__main__.GPTConfig")]
+        stand_ins += [(Ignored, name) for name in IGNORED]
+        with torch.serialization.safe_globals(stand_ins):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
         needs = re.search(r"GLOBAL (\S+)", str(error))
@@ -327,9 +535,8 @@ def read_file(file: Path) -> dict:
     return content
 
 
-def read_nanogpt(file: Path) -> tuple[dict, dict]:
+def read_nanogpt(file: Path, content: dict) -> tuple[dict, dict]:
     """Config and tensors of nanoGPT's ckpt.pt or build-nanogpt's model_*.pt."""
-    content = read_file(file)
     try:
         from_nanogpt = "model_args" in content
         options = dict(content["model_args"] if from_nanogpt else vars(content["config"]))
@@ -338,18 +545,29 @@ def read_nanogpt(file: Path) -> tuple[dict, dict]:
         # nanoGPT took the exact GELU in June 2023, months after its option `bias`. build-nanogpt
         # has GPT-2's.
         config["exact_gelu"] = from_nanogpt and "bias" in options
-        tensors = {}
-        for name, tensor in content["model"].items():
-            tensors[str(name).removeprefix("_orig_mod.")] = tensor
+        tensors = dict(content["model"].items())
         if config["vocab_size"] == 50304:  # GPT-2's 50257, rounded up for the matmul
             config["vocab_size"] = 50257
-            for name in ("transformer.wte.weight", "lm_head.weight"):
-                tensors[name] = tensors[name][:50257]
+            for name in tensors:
+                if str(name).endswith(("wte.weight", "lm_head.weight")):
+                    tensors[name] = tensors[name][:50257]
+        return config, tensors
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: not nanoGPT's ckpt.pt ({error!r}); for weights alone, name their folder"
         ) from None
-    return config, tensors
+
+
+def find_nanogpt_data(file: Path, content: dict) -> tuple[Path, ...]:
+    """Where the meta.pkl of a ckpt.pt may lie: beside it, or where nanoGPT's sample.py looks."""
+    folders = [file.parent]
+    config = content.get("config")
+    dataset = config.get("dataset") if isinstance(config, dict) else None
+    if isinstance(dataset, str):
+        name = Path(dataset).name
+        folders.append(file.absolute().parent.parent / "data" / name)
+        folders.append(Path("data") / name)
+    return tuple(folders)
 
 
 LLMC_MAGIC = 20240326  # a file's first number
@@ -549,7 +767,7 @@ def compare_logits(model: GPT, n_tokens: int, tolerance: float) -> str:
         if name not in tensors and not name.endswith("bias"):
             return f"it has no {name}"
 
-    hf_config, hf_tensors = export(model.config, tensors)
+    hf_config, hf_tensors = export(model.config, tensors, end_of_text=None)
     T = min(n_tokens, model.config.block_size)
     idx = probe_ids(model, T)
     was_training = model.training
@@ -647,7 +865,9 @@ def make_probe(model: GPT) -> dict:
     return dict(n_tokens=T, logits=logits.float().tolist())
 
 
-def export(config: GPTConfig, weights: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+def export(
+    config: GPTConfig, weights: dict[str, torch.Tensor], end_of_text: int | None
+) -> tuple[dict, dict]:
     """config.json and the tensors of model.safetensors, as transformers' GPT-2 has them."""
     tensors = {}
     for name, value in weights.items():
@@ -668,16 +888,19 @@ def export(config: GPTConfig, weights: dict[str, torch.Tensor]) -> tuple[dict, d
     hf["n_ctx"] = config.block_size
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         hf[name] = config.dropout
-    # End of text is the last id in every tokenizer of this project, as in GPT-2's.
-    hf["bos_token_id"] = config.vocab_size - 1
-    hf["eos_token_id"] = config.vocab_size - 1
+    hf["tie_word_embeddings"] = True
+    hf["bos_token_id"] = end_of_text
+    hf["eos_token_id"] = end_of_text
     # This project's own: False means that the biases in the file are all zero.
     hf["bias"] = config.bias
     return hf, tensors
 
 
-def write(folder: Path, state: ModelState) -> list[str]:
-    """Write a model into a folder; returns the names of the files."""
+def write(folder: Path, state: ModelState, end_of_text: int | None) -> list[str]:
+    """Write a model into a folder; returns the names of the files.
+
+    end_of_text: the tokenizer's id for it, at which other programs stop; None if it has none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if state.departure:
         content = dict(
@@ -690,7 +913,15 @@ def write(folder: Path, state: ModelState) -> list[str]:
         tensors = state.weights
         config_file, weights_file = OWN_CONFIG, OWN_WEIGHTS
     else:
-        content, views = export(state.config, state.weights)
+        content, views = export(state.config, state.weights, end_of_text)
+        # Without it, transformers' pipeline writes 256 tokens, past a small model's context.
+        generation = dict(
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
+            max_length=state.config.block_size,
+        )
+        text = json.dumps(generation, indent=2) + "\n"
+        (folder / GENERATION_CONFIG).write_text(text)
         tensors = {name: view.contiguous() for name, view in views.items()}
         config_file, weights_file = "config.json", "model.safetensors"
 

@@ -151,11 +151,10 @@ def split_into_pieces(
 def tokenise(piece: Piece, tokenizer_name: str) -> Tokens:
     """Return the tokens of a piece. The end-of-text token stands before each document."""
     tokenizer = load_tokenizer(tokenizer_name)
-    end_of_text = np.array([tokenizer.end_of_text], dtype=np.uint16)
     arrays = defaultdict(list)
     for segment in piece:
-        if segment.begins:
-            arrays[segment.split].append(end_of_text)
+        if segment.begins and tokenizer.end_of_text is not None:
+            arrays[segment.split].append(np.array([tokenizer.end_of_text], dtype=np.uint16))
         arrays[segment.split].append(tokenizer.encode(segment.text))
     return {split: np.concatenate(parts) for split, parts in arrays.items()}
 
@@ -270,7 +269,7 @@ class ShardWriter:
         record: Path,
         name_shard: Callable[[str, int], Path],
         sizes: dict[str, int],
-        end_of_text: int,
+        end_of_text: int | None,
     ):
         """Continue from the file `record`, if it exists.
 

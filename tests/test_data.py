@@ -146,7 +146,7 @@ def test_the_tokenizer_of_shards_is_named_by_meta(tmp_path):
     (tmp_path / "meta.json").write_text('{"tokenizer": "bytes"}')
     assert data.tokenizer_of_shards(tmp_path).name == "bytes"
     (tmp_path / "meta.json").write_text('{"tokenizer": "bpe300-0123456789abcdef"}')
-    with pytest.raises(ValueError, match=r"tokenizer.json: not there, and neither gpt2 nor bytes"):
+    with pytest.raises(ValueError, match=r"tokenizer.json: not there; copy the folder whole"):
         data.tokenizer_of_shards(tmp_path)
 
 
@@ -365,3 +365,16 @@ def test_close_ends_the_thread(loader):
     [thread] = loader.thread._threads
     loader.close()
     assert not thread.is_alive()
+
+
+def test_llmcs_small_datasets_have_names_without_a_number(tmp_path):
+    for split in ("train", "val"):
+        data.write_shard(tmp_path / f"tiny_shakespeare_{split}.bin", np.arange(9, dtype=np.uint16))
+    [shard] = data.open_shards(tmp_path, "train")
+    assert shard.tokens.tolist() == list(range(9))
+
+
+def test_a_train_bin_with_llmcs_header_is_a_shard(tmp_path):
+    data.write_shard(tmp_path / "train.bin", np.arange(9, dtype=np.uint16))
+    [shard] = data.open_shards(tmp_path, "train")
+    assert shard.tokens.tolist() == list(range(9))

@@ -1,10 +1,13 @@
 """Tokenizers: their ids, what a text becomes, where they travel, and what damages them."""
 
+import hashlib
 import importlib.util
 import itertools
 import json
+import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,20 +27,25 @@ from parts.report import write_markdown
 from parts.tokenizer import (
     BREAK,
     END_OF_TEXT,
+    GPT2_PRE_TOKENIZER,
     TOKENIZERS,
+    CharacterTokenizer,
     GPT2Tokenizer,
     LearnedTokenizer,
+    LibraryTokenizer,
     cut_into_segments,
     get_tokenizer,
     learn_tokenizer,
+    parse_tokenizer,
     sample_texts,
     save_tokenizer,
+    tokenizer_of_folder,
     tokenizer_of_model,
 )
 
 import numpy as np
 import pytest
-from conftest import TOY_MODEL, clean_environment
+from conftest import TOY_MODEL, clean_environment, make_toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +89,7 @@ def tokenizers() -> dict[str, LearnedTokenizer]:
     """A tokenizer of 330 tokens, learned from each of the texts."""
     made = {}
     for name, text in TEXTS.items():
-        made[name] = LearnedTokenizer(learn_tokenizer([text.encode()], 330))
+        made[name] = parse_tokenizer(learn_tokenizer([text.encode()], 330))
     return made
 
 
@@ -178,7 +186,7 @@ def test_ids_are_equal_for_vocabularies_of_few_characters(draw):
     except ValueError as error:
         largest = int(re.search(r"enough for (\d+)", str(error))[1])
         content = learn_tokenizer([text], largest)
-    ours = LearnedTokenizer(content)
+    ours = parse_tokenizer(content)
     theirs = Tokenizer.from_str(content)
     for other in draw.draw(st.lists(st.text(characters, max_size=50), max_size=20)):
         assert ours.encode(other).tolist() == theirs.encode(other).ids
@@ -448,8 +456,11 @@ def test_a_checkpoint_opens_in_transformers(trained):
     from transformers import AutoTokenizer, pipeline
 
     folder = trained.checkpoint
-    saved = (folder / "tokenizer.json").read_bytes()
-    assert saved == (trained.shards / "tokenizer.json").read_bytes()
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    learned = json.loads((trained.shards / "tokenizer.json").read_text())
+    # The form of merges that versions of `tokenizers` below 0.20 read too.
+    assert saved["model"].pop("merges") == [" ".join(m) for m in learned["model"].pop("merges")]
+    assert saved == learned
 
     theirs = AutoTokenizer.from_pretrained(folder)
     ours = tokenizer_of_model(folder, 320)
@@ -520,13 +531,10 @@ def test_shards_and_model_must_have_the_same_by_content(trained, tmp_path, capsy
 def test_a_damaged_vocabulary_is_one_line(trained, tmp_path, capsys):
     train_again = flags(data_dir=trained.shards, out_dir=tmp_path / "x")
     whole = (trained.shards / "tokenizer.json").read_text(encoding="utf-8")
-    edited = json.loads(whole)
-    merges = edited["model"]["merges"]
-    merges[5], merges[6] = merges[6], merges[5]
-    for content in (whole[:5000], "[]", "{}", json.dumps(edited), "\0" * 100):
+    for content in (whole[:5000], "[]", "{}", "\0" * 100):
         (trained.shards / "tokenizer.json").write_text(content, encoding="utf-8")
         line = fails(capsys, train.main, *train_again)
-        assert "tokenizer.json: damaged, or not learned by prepare.py (" in line
+        assert "tokenizer.json: damaged, or no tokenizer (" in line
         (trained.checkpoint / "tokenizer.json").write_text(content, encoding="utf-8")
         line = fails(capsys, sample.main, "--model", str(trained.checkpoint))
         assert "tokenizer.json: damaged" in line
@@ -545,17 +553,212 @@ def test_another_or_a_missing_vocabulary_is_one_line(trained, tmp_path, capsys):
         r"tokenizer.json: is bpe320-\w+, but the shards beside it were made with bpe320-\w+", line
     )
     line = fails(capsys, sample.main, "--model", str(trained.checkpoint))
-    assert re.search(r"tokenizer.json: is bpe325-\w+, but the model beside it has 320 tokens", line)
+    assert re.search(r"the tokenizer in it is bpe\d+-\w+, .*the model beside it has 320", line)
 
     for file in files:
         file.unlink()
     assert "tokenizer.json: not there" in fails(capsys, train.main, *train_again)
     line = fails(capsys, sample.main, "--model", str(trained.checkpoint))
-    assert "tokenizer.json: not there" in line
+    assert "320 tokens, and no tokenizer beside it says which; copy its tokenizer.json" in line
 
 
-def test_a_model_of_a_known_size_needs_no_file(tmp_path):
-    """Also where a folder from elsewhere has a tokenizer.json of its own."""
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert tokenizer_of_model(tmp_path, 257).name == "bytes"
-    assert tokenizer_of_model(tmp_path, 50257).name == "gpt2"
+def test_a_model_of_a_known_size_needs_no_file_but_says_so(tmp_path, capsys):
+    for vocab_size, name in ((257, "bytes"), (50257, "gpt2"), (50304, "gpt2")):
+        assert tokenizer_of_model(tmp_path, vocab_size).name == name
+        line = capsys.readouterr().err
+        assert f"no tokenizer beside it; its {vocab_size:,} tokens count as {name}'s" in line
+    (tmp_path / "spiece.model").touch()
+    with pytest.raises(ValueError, match=r"spiece.model: not a byte-level BPE"):
+        tokenizer_of_model(tmp_path, 50257)
+
+
+# ---- Which tokenizer a folder has ----------------------------------------------------------------
+
+MIXED = "def f(x):\n\treturn x  # naïve ☃ 𝄞 don't   stop <|endoftext|>\n"
+
+
+def save_gpt2(folder: Path, added: tuple[dict, ...] = (), **changes) -> None:
+    """GPT-2's tokenizer as tokenizer.json, the way the `tokenizers` library writes it."""
+    gpt2 = get_tokenizer("gpt2")
+    assert isinstance(gpt2, GPT2Tokenizer)
+    merges = gpt2.merges.read_text(encoding="utf-8").split("\n")[1:-1]
+    file = {
+        "added_tokens": [{"id": 50256, "content": END_OF_TEXT, "special": True}, *added],
+        "normalizer": None,
+        "pre_tokenizer": GPT2_PRE_TOKENIZER,
+        "post_processor": {"type": "ByteLevel"},
+        "model": {"vocab": json.loads(gpt2.vocab.read_text("utf-8")), "merges": merges},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(file | changes), encoding="utf-8")
+
+
+def test_gpt2s_is_known_by_its_content_whoever_saved_it(tmp_path, capsys):
+    """With a post-processor, and special tokens behind, which no text is encoded to."""
+    pad = {"id": 50257, "content": "<|pad|>", "special": True}
+    save_gpt2(tmp_path / "padded", added=(pad,))
+    assert tokenizer_of_model(tmp_path / "padded", 50258) is get_tokenizer("gpt2")
+    assert "the model's 1 behind them are left out" in capsys.readouterr().err
+    assert tokenizer_of_model(tmp_path / "padded", 50304) is get_tokenizer("gpt2")
+    with pytest.raises(ValueError, match="the model beside it has 50,000 tokens"):
+        tokenizer_of_model(tmp_path / "padded", 50000)
+
+    save_tokenizer(get_tokenizer("gpt2"), tmp_path, 64)  # vocab.json and merges.txt
+    assert tokenizer_of_folder(tmp_path, 50257) is get_tokenizer("gpt2")
+    save_tokenizer(get_tokenizer("bytes"), tmp_path, 64)
+    assert tokenizer_of_folder(tmp_path, 257) is get_tokenizer("bytes")
+
+
+def test_another_tokenizer_of_the_same_size_is_another(tmp_path):
+    """Ids in another order, a space before each text, or words of its own: each changes the ids."""
+    space = GPT2_PRE_TOKENIZER | dict(add_prefix_space=True)
+    save_gpt2(tmp_path / "space", pre_tokenizer=space)
+    spaced = tokenizer_of_model(tmp_path / "space", 50257)
+    assert isinstance(spaced, LibraryTokenizer)
+    assert spaced.encode("Hello").tolist() == get_tokenizer("gpt2").encode(" Hello").tolist()
+
+    blanks = {"id": 50257, "content": "   ", "special": False, "normalized": True}
+    save_gpt2(tmp_path / "code", added=(blanks,))
+    code = tokenizer_of_model(tmp_path / "code", 50304)
+    assert code.vocab_size == 50258
+    assert code.encode("a   b").tolist() == [64, 50257, 65]
+    assert code.decode([64, 50257, 65]) == "a   b"
+
+
+@pytest.fixture(scope="module")
+def spanish(tmp_path_factory) -> Path:
+    """A byte-level BPE as tutorials make one: special tokens first, then bytes, then merges."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        [CODE, *GERMAN], 400, min_frequency=1, special_tokens=["<pad>", "</s>"], show_progress=False
+    )
+    folder = tmp_path_factory.mktemp("spanish")
+    bpe.save_model(str(folder))
+    return folder
+
+
+def test_any_byte_level_bpe_works_from_either_form_of_its_files(spanish, tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+
+    ours = tokenizer_of_folder(spanish)
+    theirs = ByteLevelBPETokenizer(str(spanish / "vocab.json"), str(spanish / "merges.txt"))
+    text = MIXED.replace("<|endoftext|>", "Straße")
+    assert ours.encode(text).tolist() == theirs.encode(text).ids
+    assert ours.decode(ours.encode(MIXED).tolist()) == MIXED
+    assert ours.end_token == "</s>" and ours.end_of_text == 1
+    assert ours.byte_counts()[ours.encode(MIXED)].sum() == len(MIXED.encode())
+
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer_of_folder(tmp_path).name == ours.name
+    save_tokenizer(ours, tmp_path, 64)
+    assert tokenizer_of_folder(tmp_path, 400).name == ours.name
+    assert parse_tokenizer(ours.content).name == ours.name
+
+
+def test_a_model_of_any_byte_level_bpe_is_sampled_scored_and_fine_tuned(spanish, tmp_path, capsys):
+    model = make_toy(vocab_size=400, block_size=32)
+    model.save_pretrained(tmp_path / "model")
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(spanish / file, tmp_path / "model")
+    out = make_shards(tmp_path, "--tokenizer", str(tmp_path / "model"))
+    tokenizer = data.tokenizer_of_shards(out)
+    assert tokenizer.name == tokenizer_of_folder(spanish).name
+    [shard] = data.open_shards(out, "train")
+    assert (shard.tokens == 1).sum() == 27  # </s> begins each document
+
+    run = tmp_path / "run"
+    train.main(flags(data_dir=out, out_dir=run, init_from=tmp_path / "model"))
+    [*_, newest] = checkpoints(run)
+    assert tokenizer_of_model(newest, 400).name == tokenizer.name
+    assert json.loads((newest / "config.json").read_text())["eos_token_id"] == 1
+    sample.main(["--model", str(run), "--device", "cpu", "-m", "3", "-p", "def "])
+    other = make_shards(tmp_path, "--tokenizer", "320", name="other")
+    again = flags(data_dir=other, out_dir=run, max_steps=6, resume_anyway=True)
+    line = fails(capsys, train.main, *again)
+    assert f"has {tokenizer.vocab_size} tokens, but the shards" in line
+
+
+def test_a_learned_tokenizer_keeps_its_name_in_other_hands(tokenizers, tmp_path):
+    """transformers adds a post-processor; a fine-tuning adds padding, truncation and a token."""
+    ours = tokenizers["code"]
+    file = json.loads(ours.content)
+    file["post_processor"] = {"type": "TemplateProcessing"}
+    file["truncation"] = {"max_length": 8}
+    file["added_tokens"].append({"id": 330, "content": "<pad>", "special": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    again = tokenizer_of_model(tmp_path, 331)
+    assert isinstance(again, LearnedTokenizer)
+    assert (again.name, again.content) == (ours.name, ours.content)
+
+
+def test_shards_named_after_the_bytes_of_their_file_are_known(tokenizers, tmp_path):
+    ours = tokenizers["code"]
+    other_form = json.dumps(json.loads(ours.content))
+    (tmp_path / "tokenizer.json").write_text(other_form)
+    name = f"bpe330-{hashlib.sha256(other_form.encode()).hexdigest()[:16]}"
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": name}))
+    assert data.tokenizer_of_shards(tmp_path).name == ours.name
+
+
+def test_tokenizers_of_other_kinds_are_refused_by_name(tmp_path):
+    file = {"added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}}
+    for model, reason in (
+        ({"type": "WordPiece"}, "a WordPiece tokenizer; this project has byte-level BPEs"),
+        ({"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "not a byte-level BPE"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(file | {"model": model}))
+        with pytest.raises(ValueError, match=reason):
+            tokenizer_of_folder(tmp_path)
+
+
+# ---- nanoGPT's characters ------------------------------------------------------------------------
+
+
+def save_characters(folder: Path, text: str) -> list[str]:
+    characters = sorted(set(text))
+    ids = {character: i for i, character in enumerate(characters)}
+    meta = dict(vocab_size=len(characters), stoi=ids, itos=dict(enumerate(characters)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return characters
+
+
+def test_nanogpts_characters_train_and_travel(tmp_path, capsys):
+    shards = tmp_path / "shakespeare_char"
+    characters = save_characters(shards, CODE)
+    ids = np.array([characters.index(c) for c in CODE * 20], dtype=np.uint16)
+    ids[:3000].tofile(shards / "train.bin")
+    ids[3000:].tofile(shards / "val.bin")
+    run = tmp_path / "run"
+    train.main(flags(data_dir=shards, out_dir=run))
+    tokenizer = tokenizer_of_model(checkpoints(run)[-1], len(characters))
+    assert isinstance(tokenizer, CharacterTokenizer) and tokenizer.end_of_text is None
+    assert tokenizer.name == data.tokenizer_of_shards(shards).name
+    assert tokenizer.decode(tokenizer.encode(CODE).tolist()) == CODE
+    capsys.readouterr()
+    sample.main(["--model", str(run), "--device", "cpu", "-m", "5", "", "def "])
+    assert "def " in capsys.readouterr().out
+    line = fails(capsys, sample.main, "--model", str(run), "-p", "é")
+    assert f"the character 'é' is none of the {len(characters)}" in line
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("content", [{"stoi": Malicious()}, {"stoi": {"a": 1}}, {"stoi": 5}, [], 7])
+def test_a_meta_pkl_is_read_without_running_anything(tmp_path, capsys, content):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"meta.pkl: not nanoGPT's characters \("):
+        tokenizer_of_folder(tmp_path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_shards_that_name_no_tokenizer_say_so(tmp_path, capsys):
+    data.write_shard(tmp_path / "a_train_000001.bin", np.arange(20_000, dtype=np.uint16) % 1024)
+    assert data.tokenizer_of_shards(tmp_path).name == "gpt2"
+    line = capsys.readouterr().err
+    assert "its ids count as GPT-2's, but the largest of 20,000 is 1,023, as of another" in line
