@@ -392,7 +392,6 @@ def test_a_name_of_nothing_is_refused_without_asking_the_hub(tmp_path, toy, monk
         GPT.from_pretrained(name)
 
 
-<<<<<<< HEAD
 # ---- Models that are not GPT-2 -------------------------------------------------------------------
 
 
@@ -456,7 +455,8 @@ def test_settings_that_model_py_does_not_know_are_named(tmp_path):
     (tmp_path / "gpt.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"model.py has no setting n_kv_head"):
         GPT.from_pretrained(tmp_path)
-=======
+
+
 # ---- The same model as other programs save it ----------------------------------------------------
 
 
@@ -582,4 +582,3 @@ def test_an_adapter_is_named_as_what_it_is(tmp_path, toy, monkeypatch):
     rewrite(tmp_path / "base", lambda state: state | {"h.0.c.lora_A.weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r"PEFT adapter that is not merged; .*merge_and_unload"):
         GPT.from_pretrained(tmp_path / "base")
->>>>>>> 1b2e883 (Which tokenizer a model has, the content of its files says, and every folder of a GPT-2 opens)

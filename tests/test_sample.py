@@ -251,7 +251,7 @@ def test_bad_models_and_prompts_are_one_line(toy, capsys, tmp_path, monkeypatch)
     )
     assert "no config.json in this folder" in fails(capsys, "--model", str(tmp_path))
     GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path)
-    assert "tokenizer.json: not there, and neither gpt2 nor bytes fits" in fails(
+    assert "no tokenizer beside it says which; copy its tokenizer.json" in fails(
         capsys, "--model", str(tmp_path)
     )
     model = GPT.from_pretrained(toy)

@@ -631,7 +631,7 @@ def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
     GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path / "other")
     GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path / "bytes")
     line = fails(capsys, *flags(config(init_from=str(tmp_path / "other"))))
-    assert "other/tokenizer.json: not there, and neither gpt2 nor bytes fits" in line
+    assert "other/tokenizer.json: not there; copy the folder whole" in line
     long = config(init_from=str(tmp_path / "bytes"), block_size=64, batch_size=1)
     assert "context; set --block_size=32" in fails(capsys, *flags(long))
 
