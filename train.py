@@ -230,9 +230,11 @@ def train(config: TrainConfig) -> dict:
         f"{validation.n_tokens:,} validation tokens\n"
         f"vocabulary: {tokenizer.name}, {tokenizer.vocab_size:,} tokens"
     )
+    for sentence in doubtful_settings(config):
+        say(f"NOTE: {sentence}")
     tasks = []
     if machine.is_main and config.hellaswag_every:
-        tasks = load_tasks(config, say)
+        tasks = load_tasks(config, tokenizer, say)
     tasks = machine.broadcast(tasks)
 
     # ---- 4. The model, and how this machine computes it ------------------------------------------
@@ -605,6 +607,21 @@ def sequences_per_process(config: TrainConfig, world_size: int) -> int:
     return sequences
 
 
+def doubtful_settings(config: TrainConfig) -> list[str]:
+    """One sentence for each setting that is possible, but makes a run learn little or nothing."""
+    sentences = []
+    warmup_steps = config.warmup_steps
+    if warmup_steps >= config.max_steps and config.learning_rate:
+        last = learning_rate_at(config.max_steps - 1, config)
+        sentences.append(
+            f"warmup_steps {warmup_steps} is not below max_steps {config.max_steps}: the learning "
+            f"rate ends at {last:.1e}, before it has reached {config.learning_rate:.1e}"
+        )
+    if not config.learning_rate:
+        sentences.append("learning_rate is 0: the weights do not change")
+    return sentences
+
+
 def learning_rate_at(step: int, config: TrainConfig) -> float:
     """The learning rate of the update that follows `step` updates."""
     # 1. Linear warm-up: the optimizer's averages know nothing yet.
@@ -726,12 +743,22 @@ def evaluate(
     return machine.sum(total).item() / len(validation.starts)
 
 
-def load_tasks(config: TrainConfig, say: Callable[[str], None]) -> list[hellaswag.Example]:
-    """HellaSwag's tasks. If they cannot be fetched, one line says why and the run goes on."""
+def load_tasks(
+    config: TrainConfig, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> list[hellaswag.Example]:
+    """HellaSwag's tasks.
+
+    If they cannot be fetched, or the tokenizer has not all their characters, one line says why and
+    the run goes on.
+    """
     try:
-        return hellaswag.examples(
+        tasks = hellaswag.examples(
             config.hellaswag_data, config.hellaswag_limit, config.hellaswag_style
         )
+        if tokenizer.end_of_text is None:
+            for task in tasks:
+                tokenizer.encode(" ".join([task.context, *task.endings]))
+        return tasks
     except (ValueError, OSError) as error:
         if config.hellaswag_data:
             raise

@@ -275,17 +275,17 @@ def tokenizer_of_shards(data_dir: str | Path) -> Tokenizer:
         return tokenizer
     if (folder / CHARACTERS_FILE).exists():
         return read_characters(folder / CHARACTERS_FILE)
-    note(f"{folder}: no meta.json says which tokenizer made it; {guess_from_ids(folder)}")
+    paths = find_shards(folder, "train")
+    if paths:
+        guess = guess_from_ids(open_shard(paths[0]))
+        note(f"{folder}: no meta.json says which tokenizer made it; {guess}")
     return get_tokenizer("gpt2")
 
 
-def guess_from_ids(folder: Path) -> str:
-    """What the ids of shards without meta.json say about their tokenizer, in words."""
+def guess_from_ids(shard: Shard) -> str:
+    """What the ids of a shard without meta.json say about its tokenizer, in words."""
     words = "its ids count as GPT-2's"
-    paths = find_shards(folder, "train")
-    if not paths:
-        return words
-    ids = open_shard(paths[0]).tokens[:1_000_000]
+    ids = shard.tokens[:1_000_000]
     largest = int(ids.max(initial=0))
     # Each document of GPT-2's begins with 50,256; even without, a text of this length has an id
     # from the upper half.

@@ -8,6 +8,8 @@ import ctypes
 import os
 import re
 import sys
+import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -249,14 +251,15 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
 
     if world_size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            store=meeting_place(world_size, local_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(minutes=10),
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+        with say_if_waiting(rank, world_size):
+            dist.init_process_group(
+                backend,
+                store=meeting_place(world_size, local_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(minutes=10),
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
         why += f"; {world_size} processes over {backend}"
     return Runtime(chosen, rank, world_size, local_size, why)
 
@@ -275,6 +278,29 @@ def read_count(name: str, default: int) -> int:
     if not re.fullmatch(r"\d{1,9}", text):
         raise ValueError(f"{name}={text} in the environment: must be a number, as torchrun sets it")
     return int(text)
+
+
+@contextlib.contextmanager
+def say_if_waiting(rank: int, world_size: int, seconds: float = 5) -> Iterator[None]:
+    """Print a line if what is done inside takes longer: the other processes are not there yet.
+
+    They may never come, where a scheduler has left its variables in the environment.
+    """
+    address = os.environ.get("MASTER_ADDR", "?") + ":" + os.environ.get("MASTER_PORT", "?")
+    advice = "torchrun --local-addr=127.0.0.1 helps where this machine's name does not resolve"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        advice = "torchrun did not start this process; to run alone: unset WORLD_SIZE RANK"
+    line = (
+        f"rank {rank} waits at {address} for the others of WORLD_SIZE={world_size} processes "
+        f"({advice})"
+    )
+    timer = threading.Timer(seconds, print, [line], dict(file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def keep_freed_memory() -> None:

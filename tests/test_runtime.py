@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import time
 from types import SimpleNamespace
 
 from parts import runtime
@@ -159,3 +160,17 @@ def test_glibc_is_told_to_keep_what_is_freed(monkeypatch):
     # Another C library has no such function.
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace())
     runtime.start("cpu")
+
+
+def test_a_left_over_world_size_is_said_within_seconds(monkeypatch, capfd):
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with runtime.say_if_waiting(rank=0, world_size=2, seconds=0.01):
+        time.sleep(0.3)
+    line = capfd.readouterr().err
+    assert "rank 0 waits at 10.0.0.1:29500 for the others of WORLD_SIZE=2 processes" in line
+    assert "to run alone: unset WORLD_SIZE RANK" in line
+    with runtime.say_if_waiting(rank=0, world_size=2, seconds=60):
+        pass
+    assert capfd.readouterr().err == ""

@@ -20,6 +20,7 @@ from parts import auto, checkpoint, data
 from parts.optimizer import make_groups
 from parts.pretrained import checkpoints
 from parts.runtime import Runtime
+from parts.tokenizer import get_tokenizer, save_tokenizer
 
 import pytest
 import reference
@@ -631,7 +632,8 @@ def test_other_tokenizers_and_contexts(config, capsys, tmp_path):
     GPT(GPTConfig(vocab_size=100, **TOY_MODEL)).save_pretrained(tmp_path / "other")
     GPT(GPTConfig(vocab_size=257, **TOY_MODEL)).save_pretrained(tmp_path / "bytes")
     line = fails(capsys, *flags(config(init_from=str(tmp_path / "other"))))
-    assert "other/tokenizer.json: not there; copy the folder whole" in line
+    assert "other: 100 tokens, and no tokenizer beside it says which" in line
+    save_tokenizer(get_tokenizer("bytes"), tmp_path / "bytes", 32)
     long = config(init_from=str(tmp_path / "bytes"), block_size=64, batch_size=1)
     assert "context; set --block_size=32" in fails(capsys, *flags(long))
 
@@ -777,3 +779,13 @@ def test_a_setting_that_came_after_the_checkpoint_is_no_silent_change(config):
     assert checkpoint.compare_settings(saved, config()) == {}
     del saved["dropout"]
     assert checkpoint.compare_settings(saved, config()) == dict(dropout="dropout is new: 0.0")
+
+
+def test_settings_that_make_a_run_learn_nothing_are_said(config):
+    def doubts(**settings) -> str:
+        return "; ".join(train.doubtful_settings(config(**settings)))
+
+    assert doubts() == ""
+    line = doubts(warmup_steps=715)
+    assert "warmup_steps 715 is not below max_steps 12: the learning rate ends at 1.7e-04" in line
+    assert "learning_rate is 0" in doubts(learning_rate=0.0, min_lr=0.0)
