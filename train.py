@@ -397,11 +397,6 @@ def train(config: TrainConfig) -> dict:
         def save(step: int, val_loss: float | None) -> None:
             # Before saving: a resume cuts the line if the folder never came.
             log("checkpoint", step)
-            with clock.waiting():
-                saver.wait()  # the copies for the checkpoint before are freed by now
-                optimizer_state = share.collect()
-            if not machine.is_main:
-                return
             if val_loss is not None and not math.isfinite(val_loss):
                 val_loss = None
             state = RunState(
@@ -413,7 +408,10 @@ def train(config: TrainConfig) -> dict:
                 chosen=dataclasses.asdict(arithmetic),
             )
             with clock.waiting():
-                saver.save(raw_model, tokenizer, optimizer_state, scaler.state_dict(), state)
+                saver.wait()  # the copies for the checkpoint before are freed by now
+                optimizer_state = share.collect()
+                if machine.is_main:
+                    saver.save(raw_model, tokenizer, optimizer_state, scaler.state_dict(), state)
 
         for step in range(start_step, config.max_steps + 1):
             # At step 0 a model from scratch is at chance: nothing to score or to sample.
