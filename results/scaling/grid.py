@@ -1,0 +1,160 @@
+"""Which runs the scaling study makes: sizes, budgets of compute, learning rates, and their order.
+
+Budgets are FLOPs of training, counted and never timed: 6 N + 12 L d T a token, where N counts all
+parameters without the positions (the head's matrix is the embeddings', and works). Thus a run that
+another program slows down is the same run.
+
+Every run reads windows of 256 tokens, 16 of them a step: English books, with a vocabulary of 4,096
+tokens learned from them or with GPT-2's. The rates rise over the first twentieth of the steps and
+fall to zero as a cosine.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+BLOCK_SIZE = 256
+TOKENS_A_STEP = 16 * BLOCK_SIZE
+
+# Where the shards are, and the rows of the matrix of embeddings (padded to a multiple of 64).
+VOCABULARIES = {"books_4096": 4_096, "books": 50_304}
+
+
+class Size(NamedTuple):
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights, biases and LayerNorms of the blocks."""
+        return self.n_layer * (12 * self.n_embd**2 + 13 * self.n_embd)
+
+    def flops_per_token(self, rows: int) -> int:
+        """As train.py counts them, for a matrix of embeddings of so many rows."""
+        counted = self.block_parameters + 2 * self.n_embd + rows * self.n_embd
+        attention = 12 * self.n_layer * self.n_embd * BLOCK_SIZE
+        return 6 * counted + attention
+
+
+# 0.1M to 31M parameters in the blocks, each 2.3 to 3.3 times the one before.
+SIZES = {
+    64: Size(2, 2, 64),
+    96: Size(3, 2, 96),
+    128: Size(4, 2, 128),
+    192: Size(5, 3, 192),
+    256: Size(6, 4, 256),
+    384: Size(7, 6, 384),
+    512: Size(10, 8, 512),
+}
+
+# Budget in FLOPs -> widths. Around the best size, and two more where it costs little.
+ISO_FLOP = {
+    3e12: (64, 96, 128),
+    1e13: (64, 96, 128, 192),
+    3e13: (64, 96, 128, 192, 256, 384),
+    1e14: (96, 128, 192, 256, 384, 512),
+    3e14: (128, 192, 256, 384, 512),
+}
+# The same with GPT-2's vocabulary, whose embeddings are most of a small model.
+ISO_FLOP_GPT2 = {
+    1e13: (64, 96, 128),
+    3e13: (64, 128, 192),
+    1e14: (96, 192, 256),
+    3e14: (192, 256, 384),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of train.py; its name says what it is."""
+
+    group: str  # tune: the search for the rates; grid: what the law is fitted to
+    width: int
+    optimizer: str
+    flops: float
+    learning_rate: float
+    muon_learning_rate: float = 0.0  # of Muon only
+    beta2: float = 0.95
+    vocabulary: str = "books_4096"
+    seed: int = 1
+
+    @property
+    def size(self) -> Size:
+        return SIZES[self.width]
+
+    @property
+    def steps(self) -> int:
+        rows = VOCABULARIES[self.vocabulary]
+        return round(self.flops / self.size.flops_per_token(rows) / TOKENS_A_STEP)
+
+    @property
+    def name(self) -> str:
+        parts = [self.group, self.vocabulary, str(self.width), f"{self.flops:.0e}", self.optimizer]
+        parts.append(f"lr{self.learning_rate:g}")
+        if self.optimizer == "muon":
+            parts.append(f"muon{self.muon_learning_rate:g}")
+        if self.beta2 != 0.95:
+            parts.append(f"beta{self.beta2:g}")
+        parts.append(f"seed{self.seed}")
+        return "_".join(parts).replace("+", "")
+
+    def arguments(self) -> list[str]:
+        """What train.py is called with."""
+        every = max(1, self.steps // 4)
+        settings = dict(
+            data_dir=f"shards/{self.vocabulary}",
+            out_dir=f"out/scaling/{self.name}",
+            n_layer=self.size.n_layer,
+            n_head=self.size.n_head,
+            n_embd=self.size.n_embd,
+            block_size=BLOCK_SIZE,
+            batch_size=16,
+            total_batch_size=TOKENS_A_STEP,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            min_lr=0.0,
+            warmup_steps=max(5, self.steps // 20),
+            max_steps=self.steps,
+            beta2=self.beta2,
+            seed=self.seed,
+            dtype="bf16",
+            log_every=10,
+            eval_every=every,
+            eval_tokens=262_144,
+            hellaswag_every=0,
+            sample_every=0,
+            checkpoint_every=max(50, every),
+            keep_checkpoints=1,
+            report=False,
+        )
+        if self.optimizer == "muon":
+            settings.update(muon_learning_rate=self.muon_learning_rate, muon_momentum=0.9)
+        return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def tuning_runs() -> list[Run]:
+    """The search for the rates: at two widths with few tokens, at one of them with more."""
+    runs = []
+    for rate in (2e-3, 4e-3, 8e-3, 1.6e-2):
+        runs.append(Run("tune", 96, "adamw", 3e12, rate))
+    runs.append(Run("tune", 96, "adamw", 3e12, 8e-3, beta2=0.99))
+    for muon_rate in (1e-2, 2e-2, 4e-2):
+        runs.append(Run("tune", 96, "muon", 3e12, 1e-2, muon_rate))
+    for rate in (5e-3, 2e-2):
+        runs.append(Run("tune", 96, "muon", 3e12, rate, 2e-2))
+    for rate in (1e-3, 2e-3, 4e-3, 8e-3):
+        runs.append(Run("tune", 192, "adamw", 1e13, rate))
+    for muon_rate in (5e-3, 1e-2, 2e-2):
+        runs.append(Run("tune", 192, "muon", 1e13, 1e-2, muon_rate))
+    for rate in (5e-3, 2e-2):
+        runs.append(Run("tune", 192, "muon", 1e13, rate, 1e-2))
+    for rate in (2e-3, 4e-3, 8e-3):
+        runs.append(Run("tune", 96, "adamw", 1e13, rate))
+    for muon_rate in (1e-2, 2e-2, 4e-2):
+        runs.append(Run("tune", 96, "muon", 1e13, 1e-2, muon_rate))
+    return runs
+
+
+def all_runs() -> list[Run]:
+    """In the order in which they are made: the cheap ones first."""
+    return tuning_runs()

@@ -1,0 +1,113 @@
+"""Make the runs of the scaling study that are missing, one after another.
+
+    python results/scaling/run.py BOOKS...   # makes the shards first, where they are missing
+    python results/scaling/run.py --list     # which runs there are, done and missing
+
+Killed at any time, the same command goes on: train.py resumes the run that was under way. A run
+that is over has a line in runs.jsonl beside this file, which is all that the law needs.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from grid import VOCABULARIES, Run, all_runs
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RECORDS = HERE / "runs.jsonl"
+
+
+def read_records() -> dict[str, dict]:
+    """The runs that are over, by name."""
+    if not RECORDS.exists():
+        return {}
+    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    return {record["name"]: record for record in records}
+
+
+def make_shards(texts: list[str]) -> None:
+    """The books as GPT-2's tokens and as 4,096 learned ones, unless they are there."""
+    for name, rows in VOCABULARIES.items():
+        if (ROOT / "shards" / name / "meta.json").exists():
+            continue
+        if not texts:
+            sys.exit(f"shards/{name} is missing: name the books' files, and they are made")
+        tokenizer = str(rows) if name.endswith(str(rows)) else "gpt2"
+        command = ["prepare.py", *texts, "--out", f"shards/{name}", "--tokenizer", tokenizer]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def summarise(run: Run, metrics: Path) -> dict:
+    """A run's line for runs.jsonl: its shape, its validations and ten of its training losses."""
+    validations = []
+    losses = []
+    milliseconds = 0.0
+    for line in metrics.read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "run":
+            start = record
+        elif record["kind"] == "val":
+            validations.append([record["step"], record["loss"], record["val_bpb"]])
+        elif record["kind"] == "train":
+            losses.append([record["step"], round(record["loss"], 4)])
+            milliseconds += record["ms"]
+    settings = start["settings"]
+    every = max(1, len(losses) // 10)
+    return dict(
+        name=run.name,
+        group=run.group,
+        vocabulary=run.vocabulary,
+        n_layer=settings["n_layer"],
+        n_head=settings["n_head"],
+        n_embd=settings["n_embd"],
+        optimizer=settings["optimizer"],
+        learning_rate=settings["learning_rate"],
+        muon_learning_rate=run.muon_learning_rate or None,
+        beta2=settings["beta2"],
+        seed=settings["seed"],
+        budget=run.flops,
+        steps=settings["max_steps"],
+        tokens=settings["max_steps"] * settings["total_batch_size"],
+        block_parameters=run.size.block_parameters,
+        embedding_rows=VOCABULARIES[run.vocabulary],
+        flops_per_token=start["flops_per_token"],
+        validations=validations,
+        training=losses[::every],
+        mean_ms=round(milliseconds / len(losses), 1),
+        dtype=start["dtype"],
+        device=start["device"],
+        commit=start["commit"],
+        torch=start["versions"]["torch"],
+    )
+
+
+def make(run: Run) -> None:
+    """Train, and add the run's line."""
+    command = [sys.executable, "train.py", *run.arguments()]
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+    record = summarise(run, ROOT / "out" / "scaling" / run.name / "metrics.jsonl")
+    with RECORDS.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def main() -> None:
+    texts = sys.argv[1:]
+    if texts == ["--list"]:
+        records = read_records()
+        for run in all_runs():
+            loss = ""
+            if run.name in records:
+                loss = f"{records[run.name]['validations'][-1][1]:.4f}"
+            print(f"{run.name:60} {run.steps:6,} steps  {loss}")
+        return
+    make_shards(texts)
+    for run in all_runs():
+        if run.name not in read_records():
+            make(run)
+
+
+if __name__ == "__main__":
+    main()
