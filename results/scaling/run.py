@@ -2,9 +2,11 @@
 
     python results/scaling/run.py BOOKS...   # makes the shards first, where they are missing
     python results/scaling/run.py --list     # which runs there are, done and missing
+    python results/scaling/run.py --collect  # brings what is new into results/scaling/runs.jsonl
 
 Killed at any time, the same command goes on: train.py resumes the run that was under way. A run
-that is over has a line in runs.jsonl beside this file, which is all that the law needs.
+that is over has a line in out/scaling/runs.jsonl, so that the working tree stays clean and each
+line tells the commit that it was made with.
 """
 
 import json
@@ -16,15 +18,34 @@ from grid import VOCABULARIES, Run, all_runs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-RECORDS = HERE / "runs.jsonl"
+COLLECTED = HERE / "runs.jsonl"
+NEW = ROOT / "out" / "scaling" / "runs.jsonl"
 
 
 def read_records() -> dict[str, dict]:
     """The runs that are over, by name."""
-    if not RECORDS.exists():
-        return {}
-    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
-    return {record["name"]: record for record in records}
+    records = {}
+    for file in (COLLECTED, NEW):
+        if file.exists():
+            for line in file.read_text().splitlines():
+                record = json.loads(line)
+                records[record["name"]] = record
+    return records
+
+
+def list_runs() -> None:
+    records = read_records()
+    for run in all_runs():
+        loss = ""
+        if run.name in records:
+            loss = f"{records[run.name]['validations'][-1][1]:.4f}"
+        print(f"{run.name:60} {run.steps:6,} steps  {loss}")
+
+
+def collect() -> None:
+    lines = [json.dumps(record) + "\n" for record in read_records().values()]
+    COLLECTED.write_text("".join(lines))
+    print(f"{len(lines)} runs in {COLLECTED}")
 
 
 def make_shards(texts: list[str]) -> None:
@@ -89,20 +110,16 @@ def make(run: Run) -> None:
     print("$", " ".join(command), flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
     record = summarise(run, ROOT / "out" / "scaling" / run.name / "metrics.jsonl")
-    with RECORDS.open("a") as file:
+    with NEW.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def main() -> None:
     texts = sys.argv[1:]
     if texts == ["--list"]:
-        records = read_records()
-        for run in all_runs():
-            loss = ""
-            if run.name in records:
-                loss = f"{records[run.name]['validations'][-1][1]:.4f}"
-            print(f"{run.name:60} {run.steps:6,} steps  {loss}")
-        return
+        return list_runs()
+    if texts == ["--collect"]:
+        return collect()
     make_shards(texts)
     for run in all_runs():
         if run.name not in read_records():
