@@ -133,7 +133,7 @@ class Run:
 
 
 def tuning_runs() -> list[Run]:
-    """The search for the rates: at two widths with few tokens, at one of them with more."""
+    """The search for the rates, at two widths: they are carried to the others by a rule."""
     runs = []
     for rate in (2e-3, 4e-3, 8e-3, 1.6e-2):
         runs.append(Run("tune", 96, "adamw", 3e12, rate))
@@ -146,12 +146,6 @@ def tuning_runs() -> list[Run]:
         runs.append(Run("tune", 192, "adamw", 1e13, rate))
     for muon_rate in (5e-3, 1e-2, 2e-2):
         runs.append(Run("tune", 192, "muon", 1e13, 1e-2, muon_rate))
-    for rate in (5e-3, 2e-2):
-        runs.append(Run("tune", 192, "muon", 1e13, rate, 1e-2))
-    for rate in (2e-3, 4e-3, 8e-3):
-        runs.append(Run("tune", 96, "adamw", 1e13, rate))
-    for muon_rate in (1e-2, 2e-2, 4e-2):
-        runs.append(Run("tune", 96, "muon", 1e13, 1e-2, muon_rate))
     return runs
 
 
