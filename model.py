@@ -135,7 +135,7 @@ class CausalSelfAttention(nn.Module):
         # `is_causal` aligns the first query with the first key, so it is right only while the cache
         # is empty. Behind a filled cache, one token may see all keys (no mask), and several tokens
         # bring a mask.
-        is_causal = layout.mask is None and T == k.size(2)
+        is_causal = layout.mask is None and (layout.cache is None or T == k.size(2))
         attention = F.scaled_dot_product_attention if self.flash else attention_spelled_out
         dropout = self.dropout if self.training else 0.0
         y = attention(q, k, v, attn_mask=layout.mask, dropout_p=dropout, is_causal=is_causal)

@@ -222,3 +222,14 @@ def test_without_gradients_a_loss_costs_no_more_than_logits(toy):
         return counter.get_total_flops()
 
     assert flops(ids(2, 16), ids(2, 16)) == flops(ids(2, 16)) > 0
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_it_exports_for_any_batch_and_length(flash):
+    """What ONNX's exporter needs: no size of the example may become a constant of the graph."""
+    model = make_toy(flash=flash)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=16)}
+    exported = torch.export.export(model, (ids(2, 9),), dynamic_shapes=(sizes,)).module()
+    for shape in [(1, 1), (3, 16), (5, 4)]:
+        x = ids(*shape, seed=shape[0])
+        assert torch.allclose(exported(x), model(x), atol=1e-5), shape
