@@ -25,7 +25,7 @@ from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import Any
 
-from parts import data
+from parts import data, hub
 from parts.console import OptionParser, command, path_option
 from parts.documents import Document, ReadOptions, identify, read_documents
 from parts.encoding import Replacements, to_utf8
@@ -49,7 +49,6 @@ import numpy as np
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "karpathy/fineweb-edu-100B-gpt2-token-shards"
 WAIT = 30  # seconds before a failed download is repeated
-PATIENCE = 20  # seconds that the hub may be silent for
 
 # The formats of `datasets` that are read as prepare.py reads them, unless the card has options or
 # the files are archives.
@@ -163,11 +162,11 @@ def list_files(arguments: argparse.Namespace) -> dict:
     """
     from huggingface_hub.hf_api import HfApi, RepoFile
 
-    limit_waits()
+    hub.limit_waits()
     dataset = arguments.dataset
     api = HfApi()
     try:
-        commit = str(api.dataset_info(dataset, revision="main", timeout=PATIENCE).sha)
+        commit = str(api.dataset_info(dataset, revision="main", timeout=hub.PATIENCE).sha)
         tree = api.list_repo_tree(dataset, recursive=True, revision=commit, repo_type="dataset")
         files: list[dict] = []
         for entry in tree:
@@ -180,29 +179,6 @@ def list_files(arguments: argparse.Namespace) -> dict:
         return {"commit": commit} | select_training_files(arguments, commit, files)
     except Exception as error:
         raise ValueError(f"{dataset}: {' '.join(str(error).split())}") from None
-
-
-def limit_waits() -> None:
-    """Make requests to the hub, also those of `datasets`, end if it is silent for PATIENCE seconds.
-
-    Without that most of them wait for ever: they are sent with a limit of None, which counts more
-    than the client's own. So the limit is set in each request.
-    """
-    from huggingface_hub import get_session, set_client_factory
-
-    default = get_session()
-
-    def limit(request) -> None:
-        limits = request.extensions["timeout"]
-        for phase, seconds in limits.items():
-            limits[phase] = min(seconds or PATIENCE, PATIENCE)
-
-    hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], limit]}
-
-    def make_client():
-        return type(default)(event_hooks=hooks, follow_redirects=True)
-
-    set_client_factory(make_client)
 
 
 def select_training_files(arguments: argparse.Namespace, commit: str, files: list[dict]) -> dict:

@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig, open_model
-from parts import runtime
+from parts import hub, runtime
 from parts.auto import prepare_for_inference
 from parts.console import OptionParser, command, path_option
 from parts.files import check_is_file, write_whole
@@ -67,8 +67,6 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 # The same tasks on the Hugging Face hub, in case GitHub cannot be reached.
 HUB = "Rowan/hellaswag"
 N_TASKS = 10_042
-# Seconds to wait for the hub's answer.
-HUB_TIMEOUT = 30
 # Where the tasks are kept.
 FILE = Path("shards/hellaswag/hellaswag_val.jsonl")
 
@@ -176,9 +174,9 @@ def fetch_from_hub(problem: str) -> bytes:
         import datasets
         from huggingface_hub.hf_api import HfApi
 
-        # Without a network this fails at once; datasets would try six times. A host that accepts
-        # and never answers would be waited for without end.
-        commit = HfApi().dataset_info(HUB, revision="main", timeout=HUB_TIMEOUT).sha
+        hub.limit_waits()
+        # Without a network this fails at once; datasets would try six times.
+        commit = HfApi().dataset_info(HUB, revision="main", timeout=hub.PATIENCE).sha
         rows = datasets.load_dataset(HUB, split="validation", revision=commit, streaming=True)
         lines = [json.dumps(row) + "\n" for row in rows]
         if len(lines) != N_TASKS:

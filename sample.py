@@ -3,7 +3,7 @@
 python sample.py "def main("                # by the newest checkpoint under out/
 python sample.py --model gpt2 -n 5 -p "Hello, I'm a language model,"
 python sample.py --model out/quickstart -p "class Queue:" -p "import os" -m 200 --top_p 0.9
-python sample.py --file prompts.jsonl --json   # a prompt a line; a JSON object for each sample
+python sample.py --file prompts.txt --json     # a prompt a line; a JSON object for each sample
 python sample.py -i                         # write with the model, line by line; see /help there
 python sample.py --web                      # a page on this machine that shows token probabilities
 """
@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import configurator
 from model import GPT, GPTConfig, OpenedModel, open_model
@@ -68,7 +69,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--file",
         type=path_option,
-        help='more prompts: one a line, or the "prompt" of each object in a .jsonl file',
+        help='more prompts: one a line, or the "prompt" of each JSON object, or an array of texts',
     )
     add("--encoding", metavar="NAME", help="of prompts that are not UTF-8, such as cp1252")
     add("--replace", action="store_true", help="take U+FFFD for what cannot be decoded of prompts")
@@ -181,25 +182,65 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def split_prompts(text: str, file: str) -> list[str]:
-    """The prompts of a file with this text."""
+    """The prompts of a file with this text. What it is, the text says:
+
+    a JSON array     its texts, or the "prompt" of each of its objects
+    JSON objects     the "prompt" of each, one object a line
+    any other text   each line
+
+    A file named .jsonl has objects. Raises ValueError for a row without a prompt, and if there is
+    none.
+    """
     prompts = []
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if not file.endswith(".jsonl"):
-            prompts.append(line)
-            continue
-        try:
-            prompt = parse_json(line).get("prompt")
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from None
-        if not isinstance(prompt, str):
-            raise ValueError(f'{file}, line {number}: not a JSON object with a text as "prompt"')
-        prompts.append(prompt)
+    array = parse_array(text)
+    if array is not None:
+        for number, row in enumerate(array, start=1):
+            prompts.append(take_prompt(row, f"{file}, row {number}"))
+    else:
+        lines = text.split("\n")
+        first = next(filter(str.strip, lines), "")
+        has_objects = file.endswith(".jsonl") or has_prompt(first)
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            if not has_objects:
+                prompts.append(line)
+                continue
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}") from None
+            prompts.append(take_prompt(row, f"{file}, line {number}"))
     if not prompts:
         raise ValueError(f"{file}: no prompts in it; write one a line")
     return prompts
+
+
+def parse_array(text: str) -> list | None:
+    """The rows of a JSON array of texts, or of objects with a prompt. None for any other text."""
+    try:
+        rows = parse_json(text, list)
+    except ValueError:
+        return None
+    first = rows[0] if rows else None
+    if isinstance(first, str) or (isinstance(first, dict) and "prompt" in first):
+        return rows
+    return None
+
+
+def has_prompt(line: str) -> bool:
+    """Whether a line is a JSON object with a prompt."""
+    with suppress(ValueError):
+        return "prompt" in parse_json(line)
+    return False
+
+
+def take_prompt(row: Any, where: str) -> str:
+    """The prompt in a row of JSON. Raises ValueError if it has none."""
+    prompt = row.get("prompt") if isinstance(row, dict) else row
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where}: not a JSON object with a text as "prompt"')
+    return prompt
 
 
 def load_model(name: str | None) -> OpenedModel:

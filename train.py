@@ -230,6 +230,7 @@ def train(config: TrainConfig) -> dict:
         f"{validation.n_tokens:,} validation tokens\n"
         f"vocabulary: {tokenizer.name}, {tokenizer.vocab_size:,} tokens"
     )
+    check_sample_prompt(config, tokenizer)
     for sentence in doubtful_settings(config):
         say(f"NOTE: {sentence}")
     tasks = []
@@ -762,6 +763,19 @@ def load_tasks(
             raise
         say(f"hellaswag: off. {error}, or set hellaswag_data")
         return []
+
+
+def check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """ValueError if the tokenizer has not all characters of the prompt of the run's samples."""
+    if not config.sample_every:
+        return
+    try:
+        tokenizer.encode(config.sample_prompt)
+    except ValueError as error:
+        raise ValueError(
+            f"sample_prompt {config.sample_prompt!r}: {error}; set --sample_prompt to a text of "
+            "its characters, or --sample_every=0"
+        ) from None
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:

@@ -3,6 +3,7 @@
 files         what survives a crash: whole writes, locks, SHA-256
 json_files    JSON that others have written: one reader, which refuses what would fail later
 console       what a terminal shows, which signals it sends, and how a command ends
+hub           the Hugging Face hub: requests to it end
 loss          the head's loss without keeping the logits
 optimizer     AdamW, SGD, Muon; which parameter has which rule
 runtime       the machine: device, ranks, collectives

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from parts import GPT, GPTConfig
+from parts import GPT, GPTConfig, hub
 from parts.standin import TOLERANCE, exact_arithmetic, make_standin
 
 import torch
@@ -201,10 +201,11 @@ def fetch(repo: str, timeout: float = 10) -> Path:
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    hub.limit_waits()
     options: dict[str, Any] = dict(ignore_patterns="*/*")
     unreachable = None
     try:
-        # snapshot_download might wait for ever.
+        # Without a network, snapshot_download would try several times.
         HfApi().model_info(repo, revision="main", timeout=timeout)
     except Exception as error:  # of many types; the cache may have the model
         options["local_files_only"] = True

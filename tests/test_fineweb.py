@@ -209,7 +209,7 @@ def start(hub, out: Path, *options: str, name="tiny", before="") -> subprocess.P
     """
     script = f"""
 import sys, fineweb
-from parts import data, sharding
+from parts import data, hub, sharding
 fineweb.WAIT = 0
 {before}
 fineweb.main(sys.argv[1:])
@@ -486,7 +486,7 @@ def test_a_hub_that_does_not_answer_ends_in_one_line(hub, tmp_path, silent):
     hub.silent = silent
     impatient = """
 import time
-fineweb.PATIENCE = 0.2
+hub.PATIENCE = 0.2
 time.sleep = lambda seconds: None
 """
     assert fails(hub, tmp_path / "out", before=impatient)
@@ -633,3 +633,25 @@ sys.exit()"""
     printed, errors = start(hub, tmp_path / "out", before=script).communicate(timeout=120)
     assert printed == "2\n", errors
     assert [json.loads(line) for line in kept.read_text().splitlines()] == [task, task]
+
+
+@pytest.mark.parametrize("silent", ["/revision/", "/tree/", "README.md", "validation-00000"])
+def test_hellaswags_wait_for_a_hub_that_does_not_answer_ends(hub, tmp_path, silent):
+    hub.files = {"README.md": b"", "data/validation-00000-of-00001.parquet": write_parquet(["a"])}
+    hub.silent = silent
+    script = f"""
+import time
+import hellaswag
+hellaswag.URL = "http://127.0.0.1:1"
+hellaswag.HUB = {DATASET!r}
+hellaswag.FILE = hellaswag.Path("nowhere")
+hub.PATIENCE = 0.2
+time.sleep = lambda seconds: None
+try:
+    hellaswag.fetch()
+except ValueError as error:
+    print(error)
+sys.exit()"""
+    printed, errors = start(hub, tmp_path / "out", before=script).communicate(timeout=60)
+    assert f"nor from the hub's {DATASET} (" in printed, errors
+    assert any(silent in request for request in hub.requests)

@@ -22,11 +22,13 @@ from parts.tokenizer import Tokenizer, get_tokenizer
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from conftest import TOY_MODEL, clean_environment, flags, losses, metrics
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).parent.parent
 CPU = Runtime(torch.device("cpu"))
@@ -526,6 +528,39 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     for partly in (["--limit", "3"], ["--data", str(path)]):
         hellaswag.main([*arguments, *partly])
         assert "published" not in capsys.readouterr().out
+
+
+def test_a_model_with_its_own_tokenizer_is_scored_with_that(tmp_path, capsys):
+    """As transformers computes it, from vocab.json and merges.txt beside the model."""
+    text = "".join(task.context + "".join(task.endings) for task in TASKS)
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text], 400, min_frequency=1, special_tokens=["</s>"])
+    bpe.save_model(str(tmp_path))
+    torch.manual_seed(1)
+    size = bpe.get_vocab_size()
+    shape = dict(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=size)
+    theirs = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
+    for parameter in theirs.parameters():
+        parameter.data *= 8
+    theirs.save_pretrained(tmp_path)
+
+    hits = 0
+    tasks = [task for task in TASKS if task.context]
+    for task in tasks:
+        means = []
+        endings = [bpe.encode(" " + ending).ids[:64] for ending in task.endings]
+        longest = max(map(len, endings))
+        context = bpe.encode(task.context).ids[-(65 - longest) :]
+        for ending in endings:
+            ids = torch.tensor([context + ending])
+            with torch.no_grad():
+                logits = theirs(ids[:, :-1]).logits[0, len(context) - 1 :]
+            means.append(F.cross_entropy(logits, torch.tensor(ending)).item())
+        hits += means.index(min(means)) == task.label
+    path = write_tasks(tmp_path / "tasks.jsonl", tasks)
+    options = ["--model", str(tmp_path), "--device", "cpu", "--dtype", "fp32", "--json"]
+    hellaswag.main([*options, "--data", str(path)])
+    assert json.loads(capsys.readouterr().out)["acc_norm"] == hits / len(tasks)
 
 
 def test_a_model_without_numbers_has_no_score():

@@ -117,6 +117,27 @@ def test_prompts_come_from_arguments_files_and_the_standard_input(
     assert "nowhere.txt" in fails(capsys, "--model", toy, "--file", "nowhere.txt")
 
 
+def test_the_content_of_a_file_of_prompts_says_what_it_is(tmp_path):
+    """Law 13 of CONTRIBUTING.md, for prompts."""
+    expected = ["one\ntwo", "", "[3]"]
+    rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(expected)]
+    contents = [
+        "\n".join(map(json.dumps, rows)),
+        json.dumps(rows, indent=2),
+        json.dumps(expected),
+    ]
+    for content in contents:
+        for name in ("a.jsonl", "a.json", "a.txt", "prompts"):
+            (tmp_path / name).write_text(content)
+            arguments = sample.parse_arguments(["--file", str(tmp_path / name)])
+            assert sample.read_prompts(arguments) == expected, name
+    # What has no prompts in it is lines of text.
+    for lines in (['{"text": "a"}', "b"], ["[1, 2]"], ["[", "]"], ["{", '"prompt"}'], ["[[a]]"]):
+        (tmp_path / "a.txt").write_text("\n".join(lines))
+        arguments = sample.parse_arguments(["--file", str(tmp_path / "a.txt")])
+        assert sample.read_prompts(arguments) == lines
+
+
 def test_prompts_in_any_encoding(tmp_path, capsys, monkeypatch):
     """As files of prompts, the standard input and a terminal may have them."""
 

@@ -738,6 +738,13 @@ def test_nanogpts_characters_train_and_travel(tmp_path, capsys):
     assert tokenizer.name == data.tokenizer_of_shards(shards).name
     assert tokenizer.decode(tokenizer.encode(CODE).tolist()) == CODE
     capsys.readouterr()
+    # A prompt that the vocabulary has not is known at the start, not at the first sample.
+    strange = flags(data_dir=shards, out_dir=tmp_path / "strange", sample_prompt="é", eval_every=0)
+    line = fails(capsys, train.main, *strange)
+    assert "sample_prompt 'é': the character 'é' is none of" in line and "--sample_every=0" in line
+    assert not list((tmp_path / "strange").glob("step_*"))
+    train.main([*strange, "--sample_every=0"])
+    capsys.readouterr()
     sample.main(["--model", str(run), "--device", "cpu", "-m", "5", "", "def "])
     assert "def " in capsys.readouterr().out
     line = fails(capsys, sample.main, "--model", str(run), "-p", "é")
