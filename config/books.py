@@ -1,10 +1,17 @@
-"""A GPT-2 of 18M parameters from English books, in about two hours on 2 CPU cores.
+r"""A GPT-2 of 18M parameters from English books, in about two hours on 2 CPU cores.
 
     python prepare.py books/ --out shards/books
     python train.py config/books.py
     python sample.py --model out/books -p "It was a dark night, and"
 
 books/ is a folder of text, parquet or JSON lines, which prepare.py turns into GPT-2's tokens.
+Instead of a folder of your own, the hub has Project Gutenberg's English books as 58,653 rows, the
+text in the column "context". This takes the first of them, and downloads no more files than it
+needs (of 12.9 GB in all; docs/status.md says that nobody has run it yet):
+
+    python fineweb.py --dataset incredible45/Gutenberg-BookCorpus-Cleaned-Data-English \
+        --text_column context --max_tokens 90_000_000 --out shards/books
+
 results/books is this run on 874 books of Project Gutenberg: 85M training tokens, of which it saw a
 seventh.
 """

@@ -1,5 +1,6 @@
 r"""Fine-tune the GPT-2 of config/books.py on Tiny Shakespeare, in six minutes on 2 CPU cores.
 
+    curl -o tinyshakespeare.txt https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
     python prepare.py tinyshakespeare.txt --out shards/shakespeare_gpt2 --val_fraction 0.1
     python train.py config/finetune_books.py
     python sample.py --model out/finetune_books -p "ROMEO:"

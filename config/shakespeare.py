@@ -1,13 +1,13 @@
 r"""Train a small GPT from scratch on Shakespeare, one token a byte.
 
+    curl -o tinyshakespeare.txt https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
     python prepare.py tinyshakespeare.txt --out shards/shakespeare --tokenizer bytes \
         --val_fraction 0.1
     python train.py config/shakespeare.py
     python sample.py --model out/shakespeare -p "ROMEO:" -m 300
 
-tinyshakespeare.txt is data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn (README.md has
-a command that fetches it); any other text file works too. The run sees each of its 1.1 MB five
-times, takes 15 minutes on 2 CPU cores, and ends at a validation loss of 1.64 nats a byte
+Any other text file works too. The run sees each of Tiny Shakespeare's 1.1 MB five times, takes 15
+minutes on 2 CPU cores, and ends at a validation loss of 1.64 nats a byte
 (results/shakespeare). The checkpoint with the lowest validation loss is kept.
 """
 
