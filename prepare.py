@@ -216,6 +216,14 @@ def suggest_options(files: list[InputFile], options: ReadOptions) -> None:
             f"give --separator '{END_OF_TEXT}'",
             file=sys.stderr,
         )
+    rowless = [file for file in files if file.kind == "text" and file.is_named_json]
+    if rowless:
+        n_files = plural(len(rowless), "JSON file")
+        print(
+            f"{n_files} without rows read as text: {rowless[0].path} first; rows are objects in "
+            "an array, or one a line",
+            file=sys.stderr,
+        )
     others = [file for file in files if file.encoding != options.encoding]
     others = [file for file in others if file.kind not in ("parquet", "arrow")]
     if options.encoding and others:

@@ -34,6 +34,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any, NamedTuple
 
 from parts.encoding import (
@@ -70,8 +71,12 @@ LONG_TEXT = 128 << 20
 # A field of csv may have so many characters. More is a quotation mark that is not closed.
 FIELD_CHARACTERS = 1 << 28
 
-# What a damaged file raises. (pyarrow's errors are some of these, mostly.)
-DAMAGE = (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, csv.Error)
+# What a damaged file raises. pyarrow's errors are some of these; NotImplementedError is what it
+# cannot read.
+DAMAGE = (
+    *(ValueError, OSError, EOFError, NotImplementedError),
+    *(zlib.error, lzma.LZMAError, zstd.ZstdError, csv.Error),
+)
 
 
 class Document(NamedTuple):
@@ -119,6 +124,7 @@ class InputFile:
     about: str = ""  # of a binary file: what it is
     has_columns: bool = False  # whether --text_column says which text is meant
     end_of_text_marks: int = 0  # in the beginning of a text
+    is_named_json: bool = False  # a text whose name promises JSON, but which has no rows
 
     def describe(self) -> str:
         """Describe what decides its documents: "csv in gzip", "text of utf-16"."""
@@ -165,6 +171,15 @@ PACKED = {
     rb"Rar!\x1a\x07": "a rar archive; unpack it",
     rb"(?s).{257}ustar": "a tar archive; unpack it",
     rb"%PDF-": "a PDF; save it as text",
+    rb"Obj\x01": "an Avro file; save it as Parquet",
+    rb"(?s)ORC.{0,200}\x00": "an ORC file; save it as Parquet",
+    rb"(?s)FEA1.{0,200}\x00": "a Feather file of version 1; save it as Parquet",
+    rb"SQLite format 3\x00": "a database of SQLite; save the text as csv",
+    rb"\x93NUMPY": "an array of numpy",
+    rb"\x80[\x02-\x05].": "a pickle, which could run code; save it as Parquet or JSON",
+    rb"\x04\x22\x4d\x18": "compressed with lz4; unpack it",
+    rb"\x5d\x00\x00": "compressed with lzma; unpack it",
+    rb"\x1f[\x9d\xa0]": "compressed with compress; unpack it",
     rb"\x1f\x8b\x08|BZh[1-9]1AY&SY|\xfd7zXZ\x00|\x28\xb5\x2f\xfd": "compressed twice; unpack it",
 }
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -179,6 +194,7 @@ COLUMN_NAMES = {
 JSON_LINES_NAMES = (".jsonl", ".ndjson", ".jsonlines")
 CSV_NAMES = (".csv", ".tsv", ".tab", ".psv")
 COMMON_DELIMITERS = ",\t;|"
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n')  # for Excel, before the header
 NO_DELIMITER = "\x1f"  # of a csv with one column, whose text may have any of the others
 
 
@@ -208,7 +224,7 @@ def identify_content(path: Path, options: ReadOptions) -> InputFile:
             return InputFile(path, "parquet", compression, has_columns=True)
         if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
             return InputFile(path, "arrow", compression, has_columns=True)
-        if promised:
+        if promised and not head.startswith(b"FEA1"):
             raise ValueError(f"damaged: a file of {promised} does not begin like this")
 
     encoding = choose_encoding(head, options.encoding)
@@ -259,7 +275,11 @@ def find_rows(file: InputFile, name: str, head: bytes, options: ReadOptions) -> 
             return replace(file, kind=kind, has_columns=has_columns, end_of_text_marks=0)
 
     if is_named_csv:
-        delimiter = options.delimiter or find_delimiter(text, options.column)
+        named = SEPARATOR_LINE.match(text)
+        if named:
+            delimiter = named[1]
+        else:
+            delimiter = options.delimiter or find_delimiter(text, options.column)
         return replace(file, kind="csv", delimiter=delimiter, has_columns=True, end_of_text_marks=0)
     # Prose has commas too, so any other name is a csv only if it has the column that is asked for.
     for delimiter in COMMON_DELIMITERS:
@@ -267,7 +287,7 @@ def find_rows(file: InputFile, name: str, head: bytes, options: ReadOptions) -> 
             return replace(
                 file, kind="csv", delimiter=delimiter, has_columns=True, end_of_text_marks=0
             )
-    return file
+    return replace(file, is_named_json=name.endswith(".json"))
 
 
 def is_csv_with(column: str, text: str, delimiter: str) -> bool:
@@ -609,8 +629,12 @@ def take_text(row: Any, column: str, where: str, is_first: bool) -> Encoded:
 
 
 def say_no_text(column: str, columns: Iterable[str]) -> str:
-    names = ", ".join(map(str, columns))
-    return f"no text in the column {column!r} among {names}; choose with --text_column"
+    names = []
+    for name in columns:
+        # What is no header may be long, and have line breaks.
+        names.append(shorten(" ".join(str(name).split()), 200, placeholder=" ..."))
+    listed = ", ".join(names)
+    return f"no text in the column {column!r} among {listed}; choose with --text_column"
 
 
 def has_column(row: Any, column: str) -> bool:
@@ -680,6 +704,8 @@ def read_csv(file: InputFile, options: ReadOptions) -> Iterator[Document]:
                 return
             if not row:
                 continue  # a blank line
+            if not header and file.delimiter.join(row) == f"sep={file.delimiter}":
+                continue  # SEPARATOR_LINE
             if not header:
                 header = [name.strip() for name in row]
                 if options.column not in header:
@@ -807,7 +833,11 @@ class ArrowColumn:
             return
 
         # As bytes, because the UTF-8 in a file may be invalid.
-        binary = array.cast(pyarrow.large_binary())
+        if pyarrow.types.is_dictionary(array.type):
+            # Of a string_view, as polars has, pyarrow's cast cannot do both steps.
+            binary = array.dictionary.cast(pyarrow.large_binary()).take(array.indices)
+        else:
+            binary = array.cast(pyarrow.large_binary())
         is_valid = True
         try:
             binary.view(pyarrow.large_string()).validate(full=True)

@@ -38,6 +38,9 @@ CUT_CHARACTER = re.compile(
 # Control characters that text does not have. (It may have tab, line feed, form feed, escape ...)
 CONTROLS = bytes([*range(7), *range(14, 27), *range(28, 32), 127])
 
+# Below that, most of chardet's guesses are wrong.
+LEAST_CONFIDENCE = 0.1
+
 # From so many bytes on, pyarrow checks UTF-8 ten times as fast as Python does, once it is loaded.
 LONG = 1 << 16
 
@@ -161,14 +164,23 @@ def drop_cut_character(block: bytes) -> bytes:
 
 
 def guess_encoding(sample: bytes) -> str:
-    """Return the likely encoding of a text that is not UTF-8, or "" if none is likely."""
+    """Return the likely encoding of a text that is not UTF-8, or "" if none is likely.
+
+    Where chardet is not sure, and characters beyond ASCII stand alone or in twos among ASCII, it is
+    cp1252, the most frequent one of Latin scripts.
+    """
     try:
         import chardet
     except ImportError:  # The environment is older than the requirement.
         return ""
     # Lines of ASCII tell nothing.
-    lines = b"".join(re.findall(rb"[^\n]*[\x80-\xff][^\n]*\n?", sample))
-    guess = chardet.detect(lines[:LONG])["encoding"]
+    lines = b"".join(re.findall(rb"[^\n]*[\x80-\xff][^\n]*\n?", sample))[:LONG]
+    result = chardet.detect(lines)
+    guess = result["encoding"]
+    if result["confidence"] < LEAST_CONFIDENCE:
+        runs = re.findall(rb"[\x80-\xff]+", lines)
+        n_in_short_runs = sum(len(run) for run in runs if len(run) <= 2)
+        guess = "cp1252" if n_in_short_runs * 10 > len(b"".join(runs)) * 8 else ""
     if not guess or guess.lower() in ("ascii", "utf-8"):
         return ""
     try:

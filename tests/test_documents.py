@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 from pathlib import Path
 
 import prepare
@@ -93,6 +94,8 @@ CONTENTS = {
     "other.csv": write_csv("^"),
     "tab.tsv": write_csv("\t", lineterminator="\n"),
     "excel.csv": write_csv(",").encode("utf-8-sig"),
+    "excel_says_sep.csv": "sep=;\n" + write_csv(";"),
+    "old_mac.csv": write_csv(",", lineterminator="\r"),
     "excel.txt.csv": write_csv("\t").encode("utf-16"),
     "wide.jsonl": LINES.encode("utf-16"),
     "groups.parquet": write_parquet(TABLE, row_group_size=7),
@@ -143,8 +146,20 @@ def test_any_type_of_text_in_columns(tmp_path, type_):
     # json_normalize of pandas writes such names.
     table = pa.table({"text.lang": ["en"] * 60, "text": texts})
     (tmp_path / "a").write_bytes(write_parquet(table))
+    (tmp_path / "b").write_bytes(write_stream(table))
+    for name in "ab":
+        assert read(tmp_path / name) == TEXTS
+        assert read(tmp_path / name, text_column="text.lang") == ["en"] * 60
+
+
+def test_categories_as_polars_writes_them(tmp_path):
+    """Arrow with a dictionary of string_view, which pyarrow cannot cast, nor write to Parquet."""
+    plain = pa.array([*TEXTS, None]).dictionary_encode()
+    texts = pa.DictionaryArray.from_arrays(
+        plain.indices.cast(pa.uint32()), plain.dictionary.cast(pa.string_view())
+    )
+    (tmp_path / "a").write_bytes(write_stream(pa.table({"text": texts})))
     assert read(tmp_path / "a") == TEXTS
-    assert read(tmp_path / "a", text_column="text.lang") == ["en"] * 60
 
 
 @pytest.mark.parametrize(
@@ -342,6 +357,29 @@ def test_text_in_another_encoding_is_refused(tmp_path, capsys, name):
     )
 
 
+@pytest.mark.parametrize(
+    "name, pack", [("a.txt", gzip.compress), ("a.txt", zstd.compress), ("a.jsonl", zstd.compress)]
+)
+def test_wrong_bytes_that_come_late_in_a_compressed_text(tmp_path, capsys, name, pack):
+    """Only its beginning is judged before the work is done. Nothing that was made until then stays
+    in the way of the command with another option.
+    """
+    lines = ["plain words " * 20] * 6_000 + ["Größe"] * 5_000
+    if name == "a.jsonl":
+        lines = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+    path = tmp_path / name
+    path.write_bytes(pack("\n".join(lines).encode("cp1252")))
+    command = [str(path), "--shard_tokens", "100000"]
+    printed = run(capsys, tmp_path, *command, code=2)
+    assert f"{path}: not utf-8" in printed and "(10,000 characters in" in printed
+    assert not data.read_meta(tmp_path / "out")["complete"]
+
+    printed = run(capsys, tmp_path, *command, "--replace")
+    assert f"10,000 characters could not be decoded and became U+FFFD, first in {path}" in printed
+    run(capsys, tmp_path / "2", *command, "--encoding", "cp1252")
+    assert read(path, encoding="cp1252")[-1].endswith("Größe")
+
+
 def test_a_few_wrong_characters_are_counted(tmp_path, capsys):
     pytest.importorskip("chardet")
     (tmp_path / "a.txt").write_text("plain\n" * 1000)
@@ -354,6 +392,22 @@ def test_a_few_wrong_characters_are_counted(tmp_path, capsys):
     (tmp_path / "b.txt").write_bytes(b"plain\n" * 300 + "Les élèves du café\n".encode("cp1252"))
     printed = run(capsys, tmp_path / "2", str(tmp_path / "b.txt"), code=2)
     assert "not utf-8, it is probably cp1252" in printed or "iso8859" in printed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Les élèves étaient là; n° 5, à côté",
+        "plain “quoted” text – it’s fine",
+        "a temperature of 25° and 20 £",
+        "über Größe, Maß und Fluß",
+    ],
+)
+def test_text_in_latin_letters_is_probably_cp1252(line):
+    pytest.importorskip("chardet")
+    sample = f"{line}\n".encode("cp1252")
+    for n_lines in (1, 60):
+        assert (sample * n_lines).decode(encoding.guess_encoding(sample)) == f"{line}\n" * n_lines
 
 
 @pytest.mark.parametrize("name", ["latin-1", "gb18030", "shift_jis", "cp1251"])
@@ -381,13 +435,16 @@ def test_binary_files_are_left_out_of_folders_and_refused_by_name(tmp_path, caps
         "doc.pdf": b"%PDF-1.4\n",
         "x.zip": b"PK\x03\x04junk",
         "noise": bytes(range(1, 256)) * 9,
+        "pickled": pickle.dumps(["text"]),
+        "table.xlsx.csv": b"PK\x03\x04junk",
+        "v1.feather": b"FEA1\0\0\0\0text",
         "twice.gz": gzip.compress(gzip.compress(b"text")),
     }
     for name, content in binary.items():
         (notes / name).write_bytes(content)
         assert f"{name}: binary (" in run(capsys, tmp_path, str(notes / name), code=2)
     printed = run(capsys, tmp_path, str(notes))
-    assert f"left out 5 files that are not text, first {notes / 'doc.pdf'} (a PDF" in printed
+    assert f"left out 8 files that are not text, first {notes / 'doc.pdf'} (a PDF" in printed
     assert decode_shards(tmp_path / "out") == ["my notes\n" * 50]
 
 
@@ -409,6 +466,7 @@ REFUSED = {
         '[{"text": 5}]',
         "row 1: not a JSON object with text in the column 'text' among text;",
     ),
+    "lines.csv": ('1,"a\nb"\n2,c\n', "line 2: no text in the column 'text' among 1, a b;"),
     "n.parquet": (
         write_parquet(pa.table({"n": [1], "a": [{"b": 1}]})),
         "'text' among n (int64), a (struct",
@@ -447,6 +505,17 @@ def test_options_that_cannot_apply_are_errors(tmp_path, capsys):
     assert "separator \n -> None" in run(capsys, tmp_path, *command, code=2).replace(
         "prepare.py: ", ""
     )
+
+
+def test_a_line_where_json_has_no_rows(tmp_path, capsys):
+    """As pandas' to_json(orient="split") and SQuAD have it."""
+    (tmp_path / "split.json").write_text(json.dumps({"columns": ["text"], "data": [["a b"]] * 99}))
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "a b"}]))
+    printed = run(capsys, tmp_path, str(tmp_path))
+    assert f"1 JSON file without rows read as text: {tmp_path / 'split.json'} first" in printed
+    assert "without rows" not in run(capsys, tmp_path / "2", str(tmp_path / "rows.json"))
+    printed = run(capsys, tmp_path / "3", str(tmp_path / "split.json"), "--as_text")
+    assert "without rows" not in printed
 
 
 def test_a_hint_where_a_text_has_the_end_of_text_in_letters(tmp_path, capsys):
