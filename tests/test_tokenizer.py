@@ -137,6 +137,17 @@ def test_transformers_reads_our_tokenizer_files(tmp_path, name):
     assert len(theirs) == ours.vocab_size
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_what_older_versions_of_transformers_must_be_told(tmp_path, name):
+    """Version 4 would give token_type_ids, whose embeddings GPT-2 adds, and 4.44 would take away
+    the spaces before signs. (`make torture` asks those versions themselves.)
+    """
+    save_tokenizer(get_tokenizer(name), tmp_path, 64)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert settings["clean_up_tokenization_spaces"] is False
+
+
 def test_an_unknown_tokenizer_is_named():
     known = r"gpt2 \(50257 ids\), bytes \(257 ids\)"
     with pytest.raises(ValueError, match=f"'bert'; there are {known}"):
