@@ -216,7 +216,7 @@ def suggest_options(files: list[InputFile], options: ReadOptions) -> None:
             f"give --separator '{END_OF_TEXT}'",
             file=sys.stderr,
         )
-    rowless = [file for file in files if file.kind == "text" and file.is_named_json]
+    rowless = [file for file in files if file.is_named_json]
     if rowless:
         n_files = plural(len(rowless), "JSON file")
         print(
@@ -224,8 +224,10 @@ def suggest_options(files: list[InputFile], options: ReadOptions) -> None:
             "an array, or one a line",
             file=sys.stderr,
         )
-    others = [file for file in files if file.encoding != options.encoding]
-    others = [file for file in others if file.kind not in ("parquet", "arrow")]
+    others = []
+    for file in files:
+        if file.encoding != options.encoding and file.kind not in ("parquet", "arrow"):
+            others.append(file)
     if options.encoding and others:
         n_others = plural(len(others), "file")
         print(f"{n_others} read as {others[0].encoding}: {others[0].path} first", file=sys.stderr)

@@ -180,7 +180,9 @@ def guess_encoding(sample: bytes) -> str:
     if result["confidence"] < LEAST_CONFIDENCE:
         runs = re.findall(rb"[\x80-\xff]+", lines)
         n_in_short_runs = sum(len(run) for run in runs if len(run) <= 2)
-        guess = "cp1252" if n_in_short_runs * 10 > len(b"".join(runs)) * 8 else ""
+        guess = ""
+        if n_in_short_runs * 10 > len(b"".join(runs)) * 8:
+            guess = "cp1252"
     if not guess or guess.lower() in ("ascii", "utf-8"):
         return ""
     try:
@@ -249,7 +251,9 @@ class Replacements:
         if not is_bad:
             return
         guess = self.guess
-        likely = f", it is probably {guess}" if guess else ""
+        likely = ""
+        if guess:
+            likely = f", it is probably {guess}"
         raise ValueError(
             f"{name}: not {encoding}{likely} ({numbers} cannot be decoded); "
             f"give --encoding {guess or 'NAME'}, or --replace to take U+FFFD for them"
