@@ -727,8 +727,10 @@ def read_csv(file: InputFile, options: ReadOptions) -> Iterator[Document]:
 
 # ---- Rows of Parquet and Arrow -------------------------------------------------------------------
 
-# Rows that are in memory at a time.
+# Rows that are in memory at a time, and their bytes where rows are long. Larger batches are slower:
+# they join the row groups of the file, which are copied, and their memory is fetched anew.
 BATCH_ROWS = 1000
+BATCH_BYTES = 16_000_000
 
 
 def read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Document]:
@@ -740,8 +742,13 @@ def read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Document]:
         # A file on the disk is read faster by its name.
         table = pyarrow.parquet.ParquetFile(plain if file.compression else file.path)
         column = ArrowColumn(table.schema_arrow, options.column)
-        bytes_per_row = file_bytes / max(1, table.metadata.num_rows)
-        for batch in table.iter_batches(BATCH_ROWS, columns=[column.top]):
+        n_rows = max(1, table.metadata.num_rows)
+        bytes_per_row = file_bytes / n_rows
+        groups = range(table.metadata.num_row_groups)
+        plain_bytes = sum(table.metadata.row_group(i).total_byte_size for i in groups)
+        batch_rows = int(BATCH_BYTES * n_rows / max(1, plain_bytes))
+        batch_rows = min(max(1, batch_rows), BATCH_ROWS)
+        for batch in table.iter_batches(batch_rows, columns=[column.top]):
             yield from column.read(batch, bytes_per_row)
 
 

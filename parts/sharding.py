@@ -23,7 +23,7 @@ import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -164,37 +164,53 @@ TokeniseAll = Callable[[Iterator[Piece]], Iterator[Tokens]]
 
 @contextmanager
 def start_workers(tokenizer_name: str, workers: int) -> Iterator[TokeniseAll]:
-    """Give a function that tokenises pieces, in order, on worker processes.
+    """Give a function that tokenises pieces, in order, on so many workers.
 
-    The processes have started when the `with` block begins. With one worker, this process does the
-    work. ValueError if a worker is killed.
+    They have started when the `with` block begins. With one worker, this thread does the work. The
+    quick tokenizer runs beside Python, so its workers are threads, which share the text with this
+    one. tiktoken's workers are processes. ValueError if one of them is killed.
     """
     tokenise_one = functools.partial(tokenise, tokenizer_name=tokenizer_name)
+    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer.quicken()
     if workers == 1:
-        load_tokenizer(tokenizer_name)  # now, rather than at the first piece
         yield functools.partial(map, tokenise_one)
-        return
+    elif tokenizer.quick is not None:
+        with ThreadPoolExecutor(workers) as threads:
+            yield functools.partial(tokenise_on, threads, workers, tokenise_one)
+    else:
+        with start_processes(tokenizer_name, workers) as processes:
+            yield functools.partial(tokenise_on, processes, workers, tokenise_one)
 
+
+def tokenise_on(
+    pool: Executor,
+    workers: int,
+    tokenise_one: Callable[[Piece], Tokens],
+    pieces: Iterator[Piece],
+) -> Iterator[Tokens]:
+    """Yield the tokens of the pieces, in order. At most 3 pieces per worker are in memory."""
+    running: deque[Future[Tokens]] = deque()
+    for piece in pieces:
+        running.append(pool.submit(tokenise_one, piece))
+        if len(running) == 3 * workers:
+            yield running.popleft().result()
+    for future in running:
+        yield future.result()
+
+
+@contextmanager
+def start_processes(tokenizer_name: str, workers: int) -> Iterator[Executor]:
+    """Start worker processes with the tokenizer. ValueError if one is killed."""
     context = multiprocessing.get_context(START_METHOD)
     barrier = context.Barrier(workers)
     pool = ProcessPoolExecutor(workers, context, prepare_worker, (tokenizer_name, barrier))
-
-    def tokenise_all(pieces: Iterator[Piece]) -> Iterator[Tokens]:
-        # At most 3 pieces per worker are in memory.
-        running: deque[Future[Tokens]] = deque()
-        for piece in pieces:
-            running.append(pool.submit(tokenise_one, piece))
-            if len(running) == 3 * workers:
-                yield running.popleft().result()
-        for future in running:
-            yield future.result()
-
     try:
         with block_ctrl_c():
             started = [pool.submit(int) for _ in range(workers)]
         for future in started:
             future.result()
-        yield tokenise_all
+        yield pool
     except BrokenProcessPool:
         raise ValueError(
             "a worker process was killed (out of memory?): run the same command again, "

