@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -409,34 +410,99 @@ def test_a_file_that_is_not_a_whole_result_is_one_line(capsys, tmp_path, content
 
 STAND_IN_FOR_PYTHON = """#!/bin/bash
 case "$*" in
-    *"bench.py train"*) echo -n '{"ro'; exit 2;;
-    *"--batch 32"*) kill -9 $$;;
-    *) echo "{}";;
+    *"on_gpu.py table"*) exec {python} "$@";;
+    *"on_gpu.py needs"*) [ -z "${{MISSES:-}}" ] || {{ echo "MISSING: a GPU"; exit 2; }};;
+    *"bench.py train"*) echo -n '{{"ro'; echo "no memory" >&2; exit 2;;
+    *"on_gpu.py rates"*) echo '{{"TFLOP/s: 8192 cubed": 700.5}}'; kill -9 $$;;
+    *"on_gpu.py attention"*) echo '{{"ms: forward": 3.5}}'; sleep 60;;
+    *) echo '{{"ms": 1234.5}}'; echo "$*" >> {calls};;
 esac
 """
 
 
-def test_a_failed_measurement_of_measure_sh_spoils_no_other(tmp_path):
-    """`bench.py train` fails in the middle of its output, and `sample --batch 32` is killed."""
+@pytest.fixture
+def measure(tmp_path):
+    """Run results/measure.sh with a stand-in for Python: it is killed in the part `rates`, hangs in
+    `attention`, and fails in `train`, in the middle of its output.
+    """
     python = tmp_path / "python"
-    out = tmp_path / "out"
-    python.write_text(STAND_IN_FOR_PYTHON)
+    calls = tmp_path / "calls"
+    calls.touch()
+    python.write_text(STAND_IN_FOR_PYTHON.format(python=sys.executable, calls=calls))
     python.chmod(0o755)
+
+    def run(**environment: str) -> tuple[subprocess.CompletedProcess, Path, int]:
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", "results/measure.sh", "try", str(tmp_path / "results")],
+            cwd=ROOT,
+            env=os.environ
+            | dict(PYTHON=str(python), WORK=str(tmp_path / "work"), MOST="3")
+            | environment,
+            capture_output=True,
+            text=True,
+        )
+        return done, tmp_path / "results", len(calls.read_text().splitlines())
+
+    return run
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="timeout, and GNU's sed")
+def test_a_failed_part_of_measure_sh_spoils_no_other(measure):
+    """Each part leaves what it had, the table has all of it, and the same command does the rest."""
+    done, out, n_calls = measure()
+    assert done.returncode == 1
+    assert done.stderr.endswith("== failed: rates attention train \n")
+    exits = {}
+    for line in (out / "parts.jsonl").read_text().splitlines():
+        part = json.loads(line)
+        exits[part["name"]] = part["exit"]
+    failed = {name: code for name, code in exits.items() if code}
+    assert failed == dict(rates=137, attention=124, train=2)
+    assert {"tests", "step", "adamw", "ranks_sharded", "muon", "ladder"} < exits.keys()
+    table = (out / "table.md").read_text()
+    assert table in done.stdout
+    for row in (
+        "| step | ms | 1,234 |",
+        "| rates | TFLOP/s: 8192 cubed | 700.5 |",
+        "| attention | ms: forward | 3.5 |",
+        "| train | FAILED | exit 2 after 0 s: no memory |",
+    ):
+        assert row in table
+    assert "| attention | FAILED | cut off after" in table
+
+    _, _, n_repeated = measure()
+    assert n_calls > 10 and n_repeated == 0
+    assert (out / "parts.jsonl").read_text().count('"attention"') == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="timeout, and GNU's sed")
+def test_measure_sh_says_what_is_missing_and_when_time_is_up(measure):
+    done, _, n_calls = measure(MISSES="yes")
+    assert (done.returncode, n_calls) == (2, 0)
+    assert "MISSING: a GPU" in done.stdout
+    done, _, n_calls = measure(MINUTES="0")
+    assert n_calls == 0
+    assert "== ladder: no time left" in done.stdout
+
+
+@pytest.mark.torture
+@pytest.mark.skipif(sys.platform != "linux", reason="timeout, and GNU's sed")
+def test_all_parts_of_measure_sh_run_on_a_cpu(tmp_path):
+    """Small. A slow machine may cut a part off; none fails in another way."""
+    environment = os.environ | dict(PYTHON=sys.executable, WORK=str(tmp_path / "work"))
     done = subprocess.run(
-        ["bash", "results/measure.sh", str(out), "tasks.jsonl", "shards"],
+        ["bash", "results/measure.sh", "try", str(tmp_path / "results")],
         cwd=ROOT,
-        env=os.environ | {"PYTHON": str(python)},
+        env=environment,
         capture_output=True,
         text=True,
     )
-    whole = [path.name for path in out.iterdir() if path.read_text() == "{}\n"]
-    assert sorted(whole) == [
-        "hellaswag.json",
-        "ladder.json",
-        "ladder_4.json",
-        "memory.json",
-        "sample_1.json",
-        "tests.txt",
-        "train.txt",
-    ]
-    assert f"failed (see {out}/log.txt): sample_32.json train.json train_64.json\n" in done.stderr
+    exits = []
+    for line in (tmp_path / "results" / "parts.jsonl").read_text().splitlines():
+        exits.append(json.loads(line)["exit"])
+    assert len(exits) >= 14, done.stdout + done.stderr
+    assert set(exits) <= {0, 124}, done.stdout + done.stderr
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert "compilations (should be 1) | 1 |" in table
+    assert "% of its time: validation" in table

@@ -41,7 +41,11 @@ GPU = f"cuda:{max(torch.cuda.device_count(), 1) - 1}"
 DEVICES = [
     "cpu",
     pytest.param(
-        GPU, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+        GPU,
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+        ],
     ),
 ]
 

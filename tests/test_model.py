@@ -22,7 +22,11 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 DEVICES = [
     "cpu",
     pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"),
+        ],
     ),
 ]
 
