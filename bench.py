@@ -586,16 +586,22 @@ def subtract(count: Callable[[int], float], n_bytes: int) -> Callable[[int], flo
 
 
 def count_state_elsewhere(shape: dict, n_gpus: int) -> int:
-    """The bytes of AdamW's averages that no GPU keeps, but others for it, where n_gpus share them
-    out. It is counted for the one that keeps the most.
+    """The bytes of AdamW's averages that a GPU does not keep, because others do, where n_gpus share
+    them out. It is counted for the one that keeps the most.
     """
     with torch.device("meta"):
         model = GPT(GPTConfig(**shape))
+    owned = count_owned(model, n_gpus)
+    return 8 * (sum(owned) - max(owned))
+
+
+def count_owned(model: GPT, n_gpus: int) -> list[int]:
+    """How many of the weights each GPU updates, where they share the optimizer's state out."""
     optimizer = torch.optim.AdamW([dict(params=list(model.parameters()), rule="adamw")])
-    kept = [0] * n_gpus
+    owned = [0] * n_gpus
     for parameter, rank in assign_owners(optimizer, n_gpus).items():
-        kept[rank] += 8 * parameter.numel()
-    return sum(kept) - max(kept)
+        owned[rank] += parameter.numel()
+    return owned
 
 
 def find_largest_batch(usable: float, peak: Callable[[int], float]) -> int:
@@ -633,9 +639,11 @@ EFFICIENCY = 0.8  # the assumed share of the rates in GPUS and PEAK_FLOPS
 
 # Bytes moved in a GPU's memory, counted in docs/scale.md.
 BYTES_PER_CHANNEL = 246  # for each token, by each of n_layer x n_embd
+FORWARD_BYTES_PER_CHANNEL = 84  # the forward pass's part of it
 BYTES_PER_LOGIT = 10  # for each token
 BYTES_PER_WEIGHT = 20  # in a micro-step
 BYTES_PER_UPDATE = 44  # in a step, by each weight
+ADAMW_BYTES = 28  # AdamW's part of it
 
 TILES = 132 * 128 * 256  # a tile of 128 x 256 outputs for each of 132 multiprocessors
 BUCKET = 100 * 2**20  # bytes in a bucket of gradients, as in train.py
@@ -650,30 +658,31 @@ def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
     per_node = arguments.gpus_per_node
     batch_tokens = arguments.batch_tokens
     gpu = GPUS[arguments.gpu]
-    shape = SIZES[arguments.model]
+    shape = SIZES[arguments.model] | dict(recompute=arguments.recompute)
     with torch.device("meta"):
         model = GPT(GPTConfig(block_size=T, **shape))
 
     smallest = min(n_gpus, per_node, batch_tokens, arguments.tokens)
-    has_negatives = smallest < 1 or arguments.network < 0
+    has_negatives = smallest < 1 or arguments.network < 0 or arguments.card_gb < 0
     if has_negatives or batch_tokens % (n_gpus * T) or n_gpus % min(n_gpus, per_node):
         raise ValueError(
             f"plan: {n_gpus} GPUs must be machines of {per_node} and divide {batch_tokens // T} "
             "sequences; no negatives"
         )
-    usable = auto.USABLE * gpu.memory
-    peak = functools.cache(functools.partial(count_peak_memory, shape, T))
-    largest = find_largest_batch(usable, peak)
-    if not largest:
-        raise ValueError(
-            f"{arguments.model}: a sequence takes {peak(1) / 1e9:.0f} GB, "
-            f"too much for an {arguments.gpu}"
-        )
+    usable = auto.USABLE * (1e9 * arguments.card_gb or gpu.memory)
+    count = functools.cache(functools.partial(count_peak_memory, shape, T))
 
     rows = {}
     for n in sorted({1, per_node, 2 * per_node, n_gpus}):
         if n > n_gpus or batch_tokens % (n * T):
             continue
+        elsewhere = 0
+        if arguments.shard_optimizer:
+            elsewhere = count_state_elsewhere(shape, n)
+        peak = subtract(count, elsewhere)
+        largest = find_largest_batch(usable, peak)
+        if not largest:
+            continue  # fewer GPUs keep more of the state each
         sequences = batch_tokens // T // n
         seconds, uses = plan_step(
             model,
@@ -683,6 +692,7 @@ def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
             batch_tokens=batch_tokens,
             batch_size=auto.batch_size(largest, sequences, model, T, machine, torch.bfloat16),
             network=1e9 * arguments.network,
+            shard_optimizer=arguments.shard_optimizer,
         )
         uses["memory"] = peak(1) / usable
         hours = arguments.tokens / batch_tokens * seconds / 3600
@@ -696,6 +706,14 @@ def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
         limits = [name for name in uses if name != "compute"]
         row["next"] = max(limits, key=uses.__getitem__)
         rows[f"{max(1, n // per_node)} x {min(n, per_node)}"] = row
+    if not rows:
+        advice = ""
+        if not arguments.recompute:
+            advice = "; try --recompute, and --shard_optimizer on several GPUs"
+        raise ValueError(
+            f"{arguments.model}: a sequence takes {peak(1) / 1e9:.0f} GB, "
+            f"too much for an {arguments.gpu}{advice}"
+        )
     return {"device": f"paper, {arguments.gpu}", "rows": rows, "ratios": {}}
 
 
@@ -708,11 +726,14 @@ def plan_step(
     batch_tokens: int,
     batch_size: int,
     network: float = 0,
+    shard_optimizer: bool = False,
 ) -> tuple[float, dict[str, float]]:
     """Seconds of a step, and {resource: the share of it that is used}.
 
     per_node: GPUs in a machine. batch_tokens: tokens in a step, on all GPUs. batch_size: sequences
     in a micro-step of one GPU. network: bytes/s between machines, 0 for the data sheet's.
+    shard_optimizer: each GPU updates a part of the weights, and sends them to the others. Whether
+    blocks are recomputed, model.config says.
     """
     config = model.config
     T = config.block_size
@@ -722,9 +743,16 @@ def plan_step(
     memory_rate = EFFICIENCY * gpu.memory_rate
 
     # A micro-step: the time of each token for computing and moving bytes, and that of the weights.
-    channel_bytes = BYTES_PER_CHANNEL * config.n_layer * config.n_embd
+    channels = config.n_layer * config.n_embd
+    channel_bytes = BYTES_PER_CHANNEL * channels
     logit_bytes = BYTES_PER_LOGIT * config.padded_vocab_size
-    token_seconds = model.flops_per_token(T) / flops_rate
+    token_flops = model.flops_per_token(T)
+    if config.recompute:
+        # The forward pass of the blocks once more: a third of their work.
+        head_flops = 6 * config.padded_vocab_size * config.n_embd
+        token_flops += (token_flops - head_flops) / 3
+        channel_bytes += FORWARD_BYTES_PER_CHANNEL * channels
+    token_seconds = token_flops / flops_rate
     token_seconds += (channel_bytes + logit_bytes) / memory_rate
     # Fewer sequences than give each multiprocessor a tile take as long as those.
     sequences_to_fill = TILES / config.n_embd / T
@@ -745,6 +773,13 @@ def plan_step(
     waiting = max(exchange - backward, embedding)
 
     update = BYTES_PER_UPDATE * n_params / memory_rate
+    if shard_optimizer and n_gpus > 1:
+        # Norm, clipping and zeroing are for all gradients, AdamW for the parameters that are owned.
+        # Then each GPU receives the weights that it does not own.
+        share = max(count_owned(model, n_gpus)) / n_params
+        update_bytes = BYTES_PER_UPDATE - (1 - share) * ADAMW_BYTES
+        update = update_bytes * n_params / memory_rate
+        update += 4 * n_params / link + (4 * n_params // runtime.MESSAGE_BYTES + n_gpus) * MESSAGE
     seconds = compute + waiting + update
     # Three float32 for each weight in a checkpoint, two bytes for each token.
     checkpoint_bytes = 12 * n_params / train.TrainConfig.checkpoint_every
@@ -885,6 +920,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--network", type=float, default=0, help="GB/s of a machine; 0: 0.8 of its maker's"
     )
     plan.add_argument("--model", default="gpt2", choices=SIZES, help="which GPT-2")
+    plan.add_argument("--card_gb", type=float, default=0, help="GB of a GPU; 0: its maker's")
+    plan.add_argument(
+        "--shard_optimizer", action="store_true", help="GPUs share the optimizer's state out"
+    )
+    plan.add_argument("--recompute", action="store_true", help="blocks in the backward pass")
     plan.add_argument("--tokens", type=int, default=10_000_000_000, help="in the run")
     plan.add_argument("--batch_tokens", type=int, default=524_288, help="in a step, on all GPUs")
 

@@ -114,7 +114,7 @@ class TrainConfig(GPTConfig):
     # Validation tokens, always the same ones.
     eval_tokens: int = setting(10_485_760, resume=FREE, at_least=1)
     # HellaSwag's score, see hellaswag.py; 0 for text that is not English.
-    hellaswag_every: int = setting(250, resume=FREE)
+    hellaswag_every: int = setting(500, resume=FREE)
     # Only the first so many tasks; 0 is all 10,042.
     hellaswag_limit: int = setting(0, resume=FREE)
     # harness: as lm-evaluation-harness scores.

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -199,11 +200,17 @@ def test_the_table_of_memory(capsys, monkeypatch):
 
 
 def plan_step(
-    gpu: str, n_gpus: int, size: str = "gpt2", batch_tokens=524_288, batch_size=64, network=0
+    gpu: str,
+    n_gpus: int,
+    size: str = "gpt2",
+    recompute: bool = False,
+    batch_tokens=524_288,
+    batch_size=64,
+    **options,
 ) -> tuple[float, dict]:
     """A step on machines of eight GPUs."""
     with torch.device("meta"):
-        model = GPT(GPTConfig(**SIZES[size]))
+        model = GPT(GPTConfig(recompute=recompute, **SIZES[size]))
     return bench.plan_step(
         model,
         gpu,
@@ -211,7 +218,7 @@ def plan_step(
         per_node=8,
         batch_tokens=batch_tokens,
         batch_size=batch_size,
-        network=network,
+        **options,
     )
 
 
@@ -235,6 +242,37 @@ def test_the_plan_is_what_others_report(gpu, n_gpus, options, reported):
     seconds, _ = plan_step(gpu, n_gpus, **options)
     batch_tokens = options.get("batch_tokens", 524_288)
     assert batch_tokens / seconds / n_gpus == pytest.approx(reported, rel=0.15)
+
+
+def test_a_shared_optimizer_updates_less_and_sends_weights():
+    """By hand, for two A100s that have half of the weights each: AdamW moves 14 bytes a weight less
+    on each, and 4 bytes a weight go over the link.
+    """
+    whole, _ = plan_step("A100", 2)
+    shared, _ = plan_step("A100", 2, shard_optimizer=True)
+    n = 124_439_808
+    expected = 4 * n / (0.8 * 300e9) + 6 * 5e-6 - 14 * n / (0.8 * 2.04e12)
+    assert shared - whole == pytest.approx(expected, abs=3e-5)
+    alone, _ = plan_step("A100", 1)
+    assert plan_step("A100", 1, shard_optimizer=True)[0] == alone
+
+
+def test_a_shared_optimizer_fits_where_a_whole_one_does_not(capsys, monkeypatch):
+    """28 GB into 24: without the other seven's state, AdamW's 8 bytes a weight, 17 are left."""
+    monkeypatch.setattr(bench, "count_peak_memory", lambda shape, T, B: 28e9 * B)
+    options = ["--model", "gpt2-xl", "--gpu", "RTX 4090"]
+    rows = plan(capsys, *options, "--shard_optimizer")["rows"]
+    assert list(rows) == ["1 x 8"]
+    kept = 28e9 - 8 * 1_557_611_200 * 7 / 8
+    assert rows["1 x 8"]["% memory"] == pytest.approx(100 * kept / (0.9 * 24e9), rel=0.01)
+    rows = plan(capsys, *options, "--card_gb", "40")["rows"]
+    assert list(rows) == ["1 x 1", "1 x 8"]
+
+
+def test_recomputing_takes_a_third_more_of_the_blocks():
+    fast, _ = plan_step("H100", 1)
+    slow, _ = plan_step("H100", 1, recompute=True)
+    assert 1.2 < slow / fast < 1.3  # the head, a quarter of 124M's work, is not computed again
 
 
 def plan(capsys, *argv: str) -> dict:
@@ -337,20 +375,22 @@ SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 PLANS = re.findall(
     r"^python bench.py plan (.*)\n```\n```text\n((?:[^`\n]+\n)+)```$", SCALE, re.MULTILINE
 )
-assert len(PLANS) == 2, "docs/scale.md has two plans"
+assert len(PLANS) == 3, "docs/scale.md has three plans"
 
 
-@pytest.mark.parametrize("options, shown", PLANS, ids=["gpt2", "gpt2-xl"])
+@pytest.mark.parametrize("options, shown", PLANS, ids=["gpt2", "gpt2-xl", "gpt2-xl on small GPUs"])
 def test_the_page_shows_what_the_plan_prints(capsys, monkeypatch, options, shown):
     """Memory is a straight line through the bytes of one sequence and of those that fit an H100."""
 
     def count_peak_memory(shape, T, B):
         if shape["n_layer"] == 12:
             return 3.1e9 + 0.4e9 * (B - 1)
+        if shape["recompute"]:
+            return 25.89e9 + 0.63e9 * (B - 1)
         return 27.86e9 + 3.5e9 * (B - 1)
 
     monkeypatch.setattr(bench, "count_peak_memory", count_peak_memory)
-    bench.main(["plan", *options.split()])
+    bench.main(["plan", *shlex.split(options)])
     _, table = capsys.readouterr().out.split("\n", 1)
     assert table == shown
 
@@ -365,10 +405,11 @@ def test_the_page_shows_what_the_plan_prints(capsys, monkeypatch, options, shown
         ("--tokens -1", "no negatives"),
         ("--batch_tokens 0", "divide 0 sequences"),
         ("--network -1", "no negatives"),
+        ("--card_gb -1", "no negatives"),
         ("--block_size 0", "block_size is 0"),
         (
             "--model gpt2-xl --gpu=RTX_4090",
-            "gpt2-xl: a sequence takes 28 GB, too much for an RTX 4090",
+            "gpt2-xl: a sequence takes 28 GB, too much for an RTX 4090; try --recompute",
         ),
     ],
 )
