@@ -746,7 +746,7 @@ def plan_step(
     channels = config.n_layer * config.n_embd
     channel_bytes = BYTES_PER_CHANNEL * channels
     logit_bytes = BYTES_PER_LOGIT * config.padded_vocab_size
-    token_flops = model.flops_per_token(T)
+    token_flops: float = model.flops_per_token(T)
     if config.recompute:
         # The forward pass of the blocks once more: a third of their work.
         head_flops = 6 * config.padded_vocab_size * config.n_embd
