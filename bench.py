@@ -669,7 +669,8 @@ def bench_plan(arguments: argparse.Namespace, machine: Runtime) -> dict:
             f"plan: {n_gpus} GPUs must be machines of {per_node} and divide {batch_tokens // T} "
             "sequences; no negatives"
         )
-    usable = auto.USABLE * (1e9 * arguments.card_gb or gpu.memory)
+    card_bytes = 1e9 * arguments.card_gb or gpu.memory
+    usable = auto.USABLE * card_bytes
     count = functools.cache(functools.partial(count_peak_memory, shape, T))
 
     rows = {}

@@ -139,7 +139,11 @@ def make_shards(folder: Path, small: bool) -> None:
 
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = dict(train=100_000 if small else 30_000_000, val=20_000 if small else 2_200_000)
+    sizes = dict(train=30_000_000, val=2_200_000)
+    n_tasks = 1000
+    if small:
+        sizes = dict(train=100_000, val=20_000)
+        n_tasks = 20
     for split, n_tokens in sizes.items():
         # Few tokens are frequent, as in text.
         drawn = np.minimum(rng.zipf(1.3, n_tokens // 2), 40_000)
@@ -153,7 +157,7 @@ def make_shards(folder: Path, small: bool) -> None:
     words = "the of and a man water then house runs small door open light under hand".split()
     draw = random.Random(0)
     with open(folder / "tasks.jsonl", "w") as file:
-        for _ in range(20 if small else 1000):
+        for _ in range(n_tasks):
             endings = []
             for _ in range(4):
                 endings.append(" ".join(draw.choices(words, k=draw.randint(5, 30))))
@@ -203,7 +207,9 @@ class Bench:
         for _ in range(2):
             work()
         times = []
-        for _ in range(2 if self.small else rounds):
+        if self.small:
+            rounds = 2
+        for _ in range(rounds):
             self.machine.synchronize()
             begin = time.perf_counter()
             work()
@@ -234,7 +240,9 @@ def measure_rates(bench: Bench) -> None:
         b = torch.randn(k, n, device=bench.device, dtype=bench.dtype)
         ms = bench.ms(lambda a=a, b=b: a @ b)
         show(**{f"TFLOP/s: {name}": 2e-9 * m * k * n / ms})
-    n_bytes = 2**20 if bench.small else 2**31
+    n_bytes = 2**31
+    if bench.small:
+        n_bytes = 2**20
     source = torch.empty(n_bytes, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     ms = bench.ms(lambda: target.copy_(source))
@@ -390,7 +398,9 @@ def measure_watching(bench: Bench, folder: Path) -> None:
     tokenizer = data.tokenizer_of_shards(folder)
     bench.shape["vocab_size"] = tokenizer.vocab_size
     model = bench.model()
-    n_tokens = 2**10 if bench.small else 2**21
+    n_tokens = 2**21
+    if bench.small:
+        n_tokens = 2**10
     config = train.TrainConfig(
         data_dir=str(folder), eval_tokens=n_tokens, block_size=bench.shape["block_size"]
     )
