@@ -356,6 +356,8 @@ def train(config: TrainConfig) -> dict:
     )
 
     # ---- 9. The loop. It goes one past the last update, to evaluate and save the result ----------
+    # A checkpoint is written from the tensors themselves where they are on the CPU.
+    live = machine.device.type == "cpu" and not share.shared
     flops_per_step = raw_model.flops_per_token(config.block_size) * config.total_batch_size
     val_loss = None
     skipped = 0  # steps whose gradient was not finite, since this process started
@@ -409,10 +411,11 @@ def train(config: TrainConfig) -> dict:
                 chosen=dataclasses.asdict(arithmetic),
             )
             with clock.waiting():
-                saver.wait()  # the copies for the checkpoint before are freed by now
-                optimizer_state = share.collect()
+                saver.wait()  # for the checkpoint before
+                optimizer_state = share.collect(live)
                 if machine.is_main:
-                    saver.save(raw_model, tokenizer, optimizer_state, scaler.state_dict(), state)
+                    scaler_state = scaler.state_dict()
+                    saver.save(raw_model, tokenizer, optimizer_state, scaler_state, state, live)
 
         for step in range(start_step, config.max_steps + 1):
             # At step 0 a model from scratch is at chance: nothing to score or to sample.
@@ -461,6 +464,8 @@ def train(config: TrainConfig) -> dict:
             max_norm = config.grad_clip or math.inf
             grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm).item()
             if math.isfinite(grad_norm):
+                with clock.waiting():
+                    saver.preserve()  # of the last checkpoint what is not written yet
                 share.step(scaler)
             scaler.update()
             if step == start_step:

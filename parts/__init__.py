@@ -9,6 +9,7 @@ optimizer     AdamW, SGD, Muon; which parameter has which rule
 runtime       the machine: device, ranks, collectives
 zero          ZeRO-1: the optimizer's state shared out among the ranks
 standin       a small model of the same class: what does this model.py compute?
+snapshot      tensors of one step, written while training goes on
 pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own; is it a GPT-2?
 encoding      text in any encoding -> UTF-8, and what of it cannot be decoded
 tokenizer     GPT-2's, bytes, and byte-level BPEs learned from text

@@ -31,6 +31,7 @@ from parts.metrics import is_count, read_metrics, select
 from parts.pretrained import ModelState, checkpoints, copy_state, step_of, write
 from parts.report import make_card
 from parts.runtime import DTYPES
+from parts.snapshot import Snapshot, tensors_in
 from parts.tokenizer import Tokenizer, save_tokenizer
 from parts.zero import OptimizerShare
 
@@ -468,7 +469,7 @@ def is_in(out_dir: Path, point: ResumePoint) -> bool:
 
 
 class Saver(contextlib.AbstractContextManager):
-    """Writes checkpoints on a thread, one at a time, from copies, while training continues."""
+    """Writes checkpoints on a thread, one at a time, while training continues."""
 
     def __init__(self, out_dir: Path, keep: int, departure: str, say: Callable[[str], None]):
         """keep: how many of the newest checkpoints stay, 0 for all. departure: see pretrained."""
@@ -476,6 +477,7 @@ class Saver(contextlib.AbstractContextManager):
         self.keep = keep
         self.departure = departure
         self.say = say
+        self.snapshot = Snapshot()
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.writing = self.thread.submit(lambda: None)
 
@@ -489,17 +491,29 @@ class Saver(contextlib.AbstractContextManager):
         optimizer_state: dict,
         scaler_state: dict,
         state: RunState,
+        live: bool = False,
     ) -> None:
-        """Copy the weights and begin to write everything.
+        """Begin to write everything.
 
-        optimizer_state: a copy that is the writer's own (see zero.OptimizerShare.collect).
+        optimizer_state: see zero.OptimizerShare.collect.
+        live: the weights and the optimizer's state are written from where they are, so that
+        `preserve` has to be called before they change. Otherwise the weights are copied now, and
+        optimizer_state is a copy already.
         OSError if there is no room, or if the checkpoint before could not be written.
         """
         self.wait()
         check_space(self.out_dir, model)
         train_state = dict(optimizer=optimizer_state, scaler=scaler_state)
-        weights = copy_state(model, self.departure)
+        weights = copy_state(model, self.departure, live)
+        self.snapshot = Snapshot()
+        if live:
+            self.snapshot = Snapshot([*model.parameters(), *tensors_in(optimizer_state)])
         self.writing = self.thread.submit(self.write, weights, tokenizer, train_state, state)
+
+    def preserve(self) -> None:
+        """Copy what has not been written yet, because weights and moments are about to change."""
+        if not self.writing.done():
+            self.snapshot.preserve()
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. OSError if that failed, as on a full disk."""
@@ -518,9 +532,9 @@ class Saver(contextlib.AbstractContextManager):
         aside = folder.with_name(f".{folder.name}.tmp")
         try:
             delete(aside)
-            names = write(aside, weights, tokenizer.end_of_text)
+            names = write(aside, weights, tokenizer.end_of_text, self.snapshot)
             names += save_tokenizer(tokenizer, aside, weights.config.block_size)
-            torch.save(train_state, aside / TRAIN_STATE)
+            self.snapshot.write_pt(train_state, aside / TRAIN_STATE)
             with contextlib.suppress(Exception):  # no card is worth a checkpoint
                 card = make_card(self.out_dir, state.step, weights.departure)
                 (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")

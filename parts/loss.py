@@ -69,10 +69,11 @@ class HeadLoss(torch.autograd.Function):
                     if ctx.scale_down > 1:
                         x_rows = x_rows / ctx.scale_down
                     grad_w_rows = logits.t() @ x_rows
+                    # One term stays in the dtype of the product: half of float32's memory.
                     if grad_w is None:
-                        grad_w = grad_w_rows.float()
+                        grad_w = grad_w_rows
                     else:
-                        grad_w = grad_w.add_(grad_w_rows)
+                        grad_w = grad_w.float().add_(grad_w_rows)
                 del logits  # before the next ones are made
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w)
@@ -83,7 +84,11 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
         scale = grad_loss / len(grad_x)
-        return grad_x.float() * scale, grad_w * (scale * ctx.scale_down), None, None, None
+        if grad_w.dtype == torch.float32:
+            grad_w = grad_w * (scale * ctx.scale_down)
+        else:
+            grad_w = grad_w.float().mul_(scale * ctx.scale_down)
+        return grad_x.float() * scale, grad_w, None, None, None
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> torch.Tensor:

@@ -20,13 +20,13 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from parts import GPT, GPTConfig, hub
+from parts.snapshot import Snapshot
 from parts.standin import TOLERANCE, exact_arithmetic, make_standin
 
 import torch
@@ -117,12 +117,11 @@ class Stored(NamedTuple):
 
 
 class ModelState(NamedTuple):
-    """A copy of a model, ready to be written while training goes on."""
+    """A model, ready to be written."""
 
     config: GPTConfig
-    weights: dict[
-        str, torch.Tensor
-    ]  # float32, on the CPU, without the rows that pad the vocabulary
+    # float32, on the CPU, without the rows that pad the vocabulary.
+    weights: dict[str, torch.Tensor]
     departure: str  # empty for a GPT-2, else how it differs from one
     source: str  # of a model that is not a GPT-2: the text of its model.py
     probe: dict | None
@@ -826,14 +825,18 @@ def own_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def copy_state(model: GPT, departure: str) -> ModelState:
-    """A copy of the model in memory, as `write` takes it. departure: see `departure_from_gpt2`."""
+def copy_state(model: GPT, departure: str, live: bool = False) -> ModelState:
+    """A copy of the model in memory, as `write` takes it. departure: see `departure_from_gpt2`.
+
+    live: of what the optimizer updates, the parameters themselves if they are on the CPU.
+    """
     weights = {}
     for name, tensor in own_tensors(model).items():
+        copy = not (live and isinstance(tensor, torch.nn.Parameter))
         if name == "transformer.wte.weight":
             tensor = tensor[: model.config.vocab_size]
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        weights[name] = tensor.detach().to("cpu", dtype, copy=True)
+        weights[name] = tensor.detach().to("cpu", dtype, copy=copy)
     if not departure:
         return ModelState(model.config, weights, "", "", None)
     return ModelState(model.config, weights, departure, source_of(model), make_probe(model))
@@ -897,11 +900,15 @@ def export(
     return hf, tensors
 
 
-def write(folder: Path, state: ModelState, end_of_text: int | None) -> list[str]:
+def write(
+    folder: Path, state: ModelState, end_of_text: int | None, snapshot: Snapshot | None = None
+) -> list[str]:
     """Write a model into a folder; returns the names of the files.
 
     end_of_text: the tokenizer's id for it, at which other programs stop; None if it has none.
+    snapshot: of the weights, if training changes them meanwhile.
     """
+    snapshot = snapshot or Snapshot()
     folder.mkdir(parents=True, exist_ok=True)
     if state.departure:
         content = dict(
@@ -914,7 +921,7 @@ def write(folder: Path, state: ModelState, end_of_text: int | None) -> list[str]
         tensors = state.weights
         config_file, weights_file = OWN_CONFIG, OWN_WEIGHTS
     else:
-        content, views = export(state.config, state.weights, end_of_text)
+        content, tensors = export(state.config, state.weights, end_of_text)
         # Without it, transformers' pipeline writes 256 tokens, past a small model's context.
         generation = dict(
             bos_token_id=end_of_text,
@@ -923,13 +930,8 @@ def write(folder: Path, state: ModelState, end_of_text: int | None) -> list[str]
         )
         text = json.dumps(generation, indent=2) + "\n"
         (folder / GENERATION_CONFIG).write_text(text)
-        tensors = {name: view.contiguous() for name, view in views.items()}
         config_file, weights_file = "config.json", "model.safetensors"
 
-    from safetensors.torch import save_file
-
     (folder / config_file).write_text(json.dumps(content, indent=2) + "\n")
-    save_file(tensors, folder / weights_file, metadata={"format": "pt"})
-    # safetensors gives access to the owner only.
-    shutil.copymode(folder / config_file, folder / weights_file)
+    snapshot.write_safetensors(tensors, folder / weights_file)
     return [config_file, weights_file] + ([OWN_MODEL] if state.departure else [])

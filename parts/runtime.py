@@ -183,9 +183,9 @@ class Runtime:
         except ImportError:
             return None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # macOS counts bytes, the others kilobytes.
-        units_per_gb = 1e9 if sys.platform == "darwin" else 1e6
-        return peak / units_per_gb
+        # macOS counts bytes, the others units of 1,024 bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return peak * unit / 1e9
 
     def total_memory(self) -> int:
         """The bytes of memory of this GPU."""

@@ -89,13 +89,17 @@ class OptimizerShare:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
-    def collect(self) -> dict:
+    def collect(self, live: bool = False) -> dict:
         """The state of all parameters, copied to the main rank's CPU; empty on the other ranks.
 
         All ranks call it. They send a tensor at a time, so that no GPU has more than its own state
-        and one tensor of another's.
+        and one tensor of another's. live: the state itself, not a copy; only if it is not shared
+        out, and on the CPU.
         """
         own_state = self.optimizer.state_dict()["state"]
+        if live:
+            assert not self.shared
+            return own_state if self.machine.is_main else {}
         if not self.shared:
             if not self.machine.is_main:
                 return {}

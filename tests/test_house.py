@@ -39,7 +39,8 @@ PARTS = {
     "runtime": "",
     "zero": "runtime",
     "standin": "",
-    "pretrained": "hub standin",
+    "snapshot": "",
+    "pretrained": "hub snapshot standin",
     "encoding": "",
     "tokenizer": "encoding files",
     "documents": "encoding tokenizer",
@@ -49,7 +50,7 @@ PARTS = {
     "auto": "console runtime inference",
     "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",
-    "checkpoint": "files json_files runtime zero pretrained tokenizer metrics report",
+    "checkpoint": "files json_files runtime zero snapshot pretrained tokenizer metrics report",
     "page": "json_files tokenizer runtime pretrained inference metrics",
 }
 HOUSE = TOP | {f"parts.{name}": allowed for name, allowed in PARTS.items()}
