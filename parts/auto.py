@@ -185,7 +185,9 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
     compile_setting = config.compile
     if compile_setting == "auto" and saved.get("compile") is not None:
         compile_setting = saved["compile"]
-    compiles, compile_note = compilation(compile_setting, machine.device, seconds)
+    compiles, compile_note = compilation(
+        compile_setting, machine.device, seconds, model.config.n_layer
+    )
     chosen = replace(chosen, compile=compiles)
 
     note = pick.note
@@ -224,7 +226,9 @@ def block_passes(candidates: list[Arithmetic], model: GPT, T: int) -> dict:
     return {candidate: functools.partial(run, candidate) for candidate in candidates}
 
 
-def compilation(setting: bool | str, device: torch.device, seconds: float) -> tuple[bool, str]:
+def compilation(
+    setting: bool | str, device: torch.device, seconds: float, n_layer: int
+) -> tuple[bool, str]:
     """Whether to torch.compile a run that is expected to last so many seconds, and why.
 
     setting: "auto", True or False. ValueError if it is True and the machine cannot.
@@ -236,16 +240,17 @@ def compilation(setting: bool | str, device: torch.device, seconds: float) -> tu
             raise ValueError(f"compile=True: {missing}; {advice}")
     if setting != "auto":
         return bool(setting), "as set"
-    # A GPU wins the minute of compiling back in a minute or two; a CPU gains some 15 %, if
-    # anything.
-    pays_from = {"cuda": 120, "cpu": 900}.get(device.type, math.inf)
+    # Compiling takes a few seconds a layer: some twenty in all for 12 layers, minutes for 48. A GPU
+    # gains a third or more of the time by it, a CPU some 15 %, if anything.
+    pays_from = {"cuda": max(120, 10 * n_layer), "cpu": 900}.get(device.type, math.inf)
     if seconds < pays_from:
         minutes = f"{seconds / 60:.1f} minutes on {device.type}"
         return False, f"compiling would not pay in a run of about {minutes}"
     missing = missing_for_compile(device)
     if missing:
         return False, missing
-    return True, "the first step takes up to a minute longer, the others less"
+    minutes = plural(math.ceil(n_layer / 15), "minute")
+    return True, f"the first step takes up to {minutes} longer, the others less"
 
 
 def missing_for_compile(device: torch.device) -> str:

@@ -135,14 +135,19 @@ def test_inference_has_a_race_of_its_own(monkeypatch, race_is_won_by, winner):
 def test_compiling_must_pay(monkeypatch):
     monkeypatch.setattr(auto, "missing_for_compile", lambda device: "")
     wanted = (False, "compiling would not pay in a run of about 1.7 minutes on cpu")
-    assert compilation("auto", CPU, seconds=100) == wanted
-    assert compilation("auto", CPU, seconds=5000)[0]
-    assert compilation("auto", torch.device("mps"), seconds=5000)[0] is False
-    assert compilation(True, CPU, seconds=0)[0] and not compilation(False, CPU, seconds=5000)[0]
+    assert compilation("auto", CPU, seconds=100, n_layer=12) == wanted
+    assert compilation("auto", CPU, seconds=5000, n_layer=12)[0]
+    assert compilation("auto", torch.device("mps"), seconds=5000, n_layer=12)[0] is False
+    assert compilation(True, CPU, seconds=0, n_layer=12)[0]
+    assert not compilation(False, CPU, seconds=5000, n_layer=12)[0]
+    assert compilation("auto", CUDA, seconds=200, n_layer=12)[0]
+    assert not compilation("auto", CUDA, seconds=200, n_layer=48)[0]
+    _, why = compilation("auto", CUDA, seconds=500, n_layer=48)
+    assert why == "the first step takes up to 4 minutes longer, the others less"
     monkeypatch.setattr(auto, "missing_for_compile", lambda device: "no C++ compiler found")
-    assert compilation("auto", CPU, seconds=5000) == (False, "no C++ compiler found")
+    assert compilation("auto", CPU, seconds=5000, n_layer=12) == (False, "no C++ compiler found")
     with pytest.raises(ValueError, match="compile=True: no C"):
-        compilation(True, CPU, seconds=0)
+        compilation(True, CPU, seconds=0, n_layer=12)
 
 
 def test_a_machine_without_a_compiler_is_noticed(monkeypatch):
