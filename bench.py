@@ -206,13 +206,19 @@ def bench_hellaswag(arguments: argparse.Namespace, machine: Runtime) -> dict:
             tokenizer,
             machine,
             tasks,
-            dtype=prepared.dtype,
+            dtype=prepared.packing.dtype,
         )
         return {"tasks/s": speed}
 
     def score_singly() -> dict:
         speed = measure_rate(
-            len(rendered), machine, score_one_at_a_time, model, rendered, machine, prepared.dtype
+            len(rendered),
+            machine,
+            score_one_at_a_time,
+            model,
+            rendered,
+            machine,
+            prepared.packing.dtype,
         )
         return {"tasks/s": speed}
 
@@ -255,7 +261,9 @@ def bench_sample(arguments: argparse.Namespace, machine: Runtime) -> dict:
     prepared = prepare_for_inference(GPT(GPTConfig()).eval(), machine, arguments.dtype, rows=B)
     print(prepared.note, file=sys.stderr)
     theirs: Any = (
-        build_transformers_gpt2(1024, SIZES["gpt2"]).to(machine.device, prepared.dtype).eval()
+        build_transformers_gpt2(1024, SIZES["gpt2"])
+        .to(machine.device, prepared.packing.dtype)
+        .eval()
     )
     idx = torch.randint(50257, (B, 16), device=machine.device)
     prompts = idx.tolist()
@@ -938,8 +946,9 @@ def build_parser() -> argparse.ArgumentParser:
         bench.add_argument("--batch_size", type=int, default=4, help="sequences")
         bench.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
         bench.add_argument("--steps", type=int, default=3, help="steps timed in a round")
-    dtypes = ["auto", *runtime.DTYPES]
     for bench in (score, sample, step, ladder, choices):
+        known = auto.WEIGHTS if bench in (score, sample) else runtime.DTYPES
+        dtypes = ["auto", *known]
         bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
         bench.add_argument("--dtype", default="auto", choices=dtypes, help="of matrix products")
     for bench in (tokenize, score, sample, step, ladder, choices):

@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig, open_model
 from parts import hub, runtime
-from parts.auto import prepare_for_inference
+from parts.auto import WEIGHTS, prepare_for_inference
 from parts.console import OptionParser, command, path_option
 from parts.files import check_is_file, write_whole
 from parts.json_files import parse_json
@@ -500,7 +500,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     model = "gpt2 ... gpt2-xl, a hub id, a run or checkpoint folder (default: %(default)s)"
     data = "tasks, one JSON object a line (none: the official ones, fetched once)"
     limit = "only the first N tasks; 0 is all (default: %(default)s)"
-    dtypes = ["auto", *runtime.DTYPES]
+    dtypes = ["auto", *WEIGHTS]
     add("--model", model, default="gpt2", type=path_option)
     add("--data", data, metavar="FILE", type=path_option)
     add("--limit", limit, type=int, default=0, metavar="N")
@@ -511,7 +511,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=[*PUBLISHED],
     )
     add("--device", "auto, cpu, cuda, cuda:1 or mps (default: %(default)s)", default="auto")
-    add("--dtype", "of matrix products (default: %(default)s)", default="auto", choices=dtypes)
+    add(
+        "--dtype",
+        "of matrix products; int8: 8-bit weights on a CPU (default: %(default)s)",
+        default="auto",
+        choices=dtypes,
+    )
     add("--json", "print one JSON object instead of sentences", action="store_true")
     arguments = parser.parse_args(argv)
     if arguments.limit < 0:
@@ -539,7 +544,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer,
         machine,
         tasks,
-        dtype=prepared.dtype,
+        dtype=prepared.packing.dtype,
         show_progress=machine.is_main,
     )
     seconds = time.perf_counter() - start

@@ -21,7 +21,7 @@ from typing import Any
 import configurator
 from model import GPT, GPTConfig, OpenedModel, open_model
 from parts import page, runtime
-from parts.auto import prepare_for_inference
+from parts.auto import WEIGHTS, prepare_for_inference
 from parts.console import OptionParser, command, path_option, printable
 from parts.encoding import Replacements, check_encoding, decode_text, is_unicode, original_bytes
 from parts.files import check_is_file
@@ -127,8 +127,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--dtype",
         default="auto",
-        choices=["auto", *runtime.DTYPES],
-        help="of matrix products (default: %(default)s)",
+        choices=["auto", *WEIGHTS],
+        help="of matrix products; int8: weights of 8 bits, fastest on a CPU, other text "
+        "(default: %(default)s)",
     )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.samples < 1:
@@ -426,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.interactive:
         write_together(prepared.model, tokenizer, "".join(prompts), arguments.stop, settings)
     elif arguments.web:
-        shelf = page.Shelf(opened.source, prepared.model, prepared.dtype, open_model)
+        shelf = page.Shelf(opened.source, prepared.model, prepared.packing, open_model)
         # Only the shelf keeps the model, so that it is gone when another takes its place.
         del opened, prepared
         form = dict(

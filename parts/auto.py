@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from parts import GPT
+from parts import GPT, matvec
 from parts.console import plural
 from parts.inference import pack
 from parts.runtime import DTYPES, Runtime
@@ -341,11 +341,31 @@ def try_step(
 # ---- Inference -----------------------------------------------------------------------------------
 
 
+class Packing(NamedTuple):
+    """How a model's weights are stored for inference."""
+
+    name: str  # of the setting: fp32, bf16, fp16 or int8
+    few_vectors: bool  # a few tokens at a time, on a CPU
+
+    def pack(self, model: GPT) -> GPT:
+        """Pack a model's weights, in place."""
+        return pack(model, WEIGHTS[self.name], self.few_vectors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products; with weights in int8, float32."""
+        return DTYPES.get(self.name, torch.float32)
+
+
+# The settings of --dtype, and the weights' dtype.
+WEIGHTS = {**DTYPES, "int8": torch.int8}
+
+
 class Prepared(NamedTuple):
     """A model ready for inference."""
 
     model: GPT  # packed, on its device
-    dtype: torch.dtype  # of its matrix products
+    packing: Packing
     note: str  # a line that says why
 
 
@@ -355,17 +375,29 @@ def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -
 
     rows: how many tokens one forward pass has. With dtype "auto" on a CPU, the layers of one block
     race with so many: a few rows are bound by reading the weights, so that bf16 can win here on
-    CPUs where it loses in training.
+    CPUs where it loses in training. ValueError for a dtype that the device does not have.
     """
     model = model.to(machine.device)
-    names = precisions(dtype, machine.device)
+    on_cpu = machine.device.type == "cpu"
+    few_vectors = on_cpu and rows <= matvec.MOST_VECTORS
+    if dtype == "int8":
+        names = [dtype]
+        if not on_cpu:
+            raise ValueError("dtype=int8 is for CPUs; on a GPU use bf16, fp16 or fp32")
+    else:
+        names = precisions(dtype, machine.device)
+    if on_cpu and dtype == "auto" and few_vectors and matvec.load_kernel() is not None:
+        # The kernel needs no instructions for bf16.
+        names = ["fp32", "bf16"]
     name = names[0]
     note = ""
-    if machine.device.type == "cpu" and rows * 12 * model.config.n_embd**2 < SMALL:
+    if on_cpu and rows * 12 * model.config.n_embd**2 < SMALL:
         torch.set_num_threads(1)
         note = " (a small model: one thread)"
-    elif machine.device.type == "cpu" and dtype == "auto":
-        candidates = {one: pass_through_block(model, DTYPES[one], rows) for one in names}
+    elif on_cpu and dtype == "auto":
+        candidates = {}
+        for one in names:
+            candidates[one] = pass_through_block(model, Packing(one, few_vectors), rows)
         with torch.no_grad():
             # A near tie must not change the text of a seed from one time to the next.
             pick = pick_fastest(candidates, margin=1.1)
@@ -373,12 +405,13 @@ def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -
         note = pick.note
         if pick.threads:
             torch.set_num_threads(pick.threads)
-    return Prepared(pack(model, DTYPES[name]), DTYPES[name], f"dtype: {name}{note}")
+    packing = Packing(name, few_vectors)
+    return Prepared(packing.pack(model), packing, f"dtype: {name}{note}")
 
 
-def pass_through_block(model: GPT, dtype: torch.dtype, rows: int) -> Callable[[], torch.Tensor]:
+def pass_through_block(model: GPT, packing: Packing, rows: int) -> Callable[[], torch.Tensor]:
     """A function: one token of each of so many rows through a packed model of one block."""
     small = type(model)(replace(model.config, n_layer=1, vocab_size=64)).eval()
-    packed: GPT = pack(small, dtype)
+    packed = packing.pack(small)
     idx = torch.zeros(rows, 1, dtype=torch.int64)
     return lambda: packed.hidden(idx)

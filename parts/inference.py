@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from parts import GPT, GPTConfig
+from parts import GPT, GPTConfig, matvec
 from parts.runtime import changing_shapes
 from parts.standin import differ, exact_arithmetic, make_standin, random_ids
 from parts.tokenizer import Tokenizer
@@ -234,30 +234,63 @@ class TokenGraph:
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear for inference: weights in the dtype of the product and, on a CPU in bf16, in
-    oneDNN's blocked layout.
+    """nn.Linear for inference: weights in the dtype of the product, in the layout that is read
+    fastest.
 
-    F.linear gets row-major weights and reorders all of them for each product; for the few rows of
-    one token that costs as much as the product. The ops are private: torch has no public
-    equivalent.
+    On a CPU in bf16 there are two. For a few vectors, the rows as they are, by the kernel of
+    parts/matvec.py. For more, oneDNN's blocks: F.linear gets row-major weights and reorders all of
+    them for each product, which for some vectors costs as much as the product. The ops are private:
+    torch has no public equivalent.
+
+    int8 is a size of weights only: each row has a scale, and products are in float32.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, kernel: matvec.Kernel | None):
+        """kernel: to be used for a few vectors, or None."""
         super().__init__()
-        weight = linear.weight.detach().to(dtype)
-        self.blocked = dtype == torch.bfloat16 and weight.device.type == "cpu" and has_bf16_ops()
+        weight = linear.weight.detach().contiguous()
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.scale = None
+        self.kernel = kernel
+        self.blocked = False
+        if dtype == torch.int8:
+            weight, self.scale = matvec.quantise(weight)
+            if kernel is None:  # the same numbers, and no slower than they need be
+                weight = matvec.dequantise(weight, self.scale)
+                self.scale = None
+        else:
+            weight = weight.to(dtype)
+            if kernel is None and bias is not None:
+                bias = bias.to(dtype)
+            if kernel is None and dtype == torch.bfloat16 and weight.device.type == "cpu":
+                self.blocked = has_bf16_ops()
         if self.blocked:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.weight = weight
-        self.bias = None
-        if linear.bias is not None:
-            self.bias = linear.bias.detach().to(dtype)
+        self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel is not None:
+            if x.numel() <= matvec.MOST_VECTORS * x.size(-1):
+                return self.kernel.multiply(x, self.weight, self.scale, self.bias)
+            return self.multiply_many(x)
         x = x.to(self.weight.dtype)
         if self.blocked:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
+
+    def multiply_many(self, x: torch.Tensor) -> torch.Tensor:
+        """The kernel's product for many vectors, such as a prompt's: in float32 or, where the CPU
+        is fast at it, in bf16. The result is in float32.
+        """
+        if self.scale is not None:
+            weight = matvec.dequantise(self.weight, self.scale)
+        elif has_bf16_ops():
+            bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+            return F.linear(x.to(torch.bfloat16), self.weight, bias).float()
+        else:
+            weight = self.weight.float()
+        return F.linear(x.float(), weight, self.bias)
 
 
 def has_bf16_ops() -> bool:
@@ -265,15 +298,19 @@ def has_bf16_ops() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def pack(module: nn.Module, dtype: torch.dtype, few_vectors: bool = False) -> nn.Module:
     """Replace each Linear layer by a PackedLinear, in place, and return the module.
 
-    A packed module cannot be moved, trained or saved.
+    A packed module cannot be moved, trained or saved. few_vectors: it will compute a few tokens at
+    a time, on a CPU.
     """
+    kernel = None
+    if few_vectors and dtype in (torch.bfloat16, torch.int8):
+        kernel = matvec.load_kernel()
     for part in list(module.modules()):
         for name, child in part.named_children():
             if isinstance(child, nn.Linear):
-                setattr(part, name, PackedLinear(child, dtype))
+                setattr(part, name, PackedLinear(child, dtype, kernel))
     return module
 
 

@@ -8,6 +8,8 @@
 #define LANES 16
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
 
@@ -17,7 +19,9 @@ static inline floats read_bf16(const uint16_t *w) {
 }
 
 static inline floats read_int8(const int8_t *w) {
-    return __builtin_convertvector(*(const bytes *)w, floats);
+    // In steps: GCC 12 has no instruction for more than one of them at once.
+    shorts wider = __builtin_convertvector(*(const bytes *)w, shorts);
+    return __builtin_convertvector(__builtin_convertvector(wider, integers), floats);
 }
 
 static inline float one_bf16(uint16_t w) {
@@ -49,6 +53,7 @@ static inline float one_int8(int8_t w) { return w; }
                 }                                                                                  \
                 a += b + c + d;                                                                    \
                 float sum = 0;                                                                     \
+                _Pragma("omp simd reduction(+ : sum)")                                             \
                 for (int lane = 0; lane < LANES; lane++)                                           \
                     sum += a[lane];                                                                \
                 for (; i < n_in; i++)                                                              \

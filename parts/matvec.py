@@ -82,7 +82,7 @@ def load_kernel() -> Kernel | None:
         if not library.exists():
             compile_kernel(compiler, library)
         kernel = Kernel(library)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # Path.home() may not be known
         return None
     return kernel if is_right(kernel) else None
 

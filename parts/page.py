@@ -26,13 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from parts import GPT
-from parts.inference import Candidate, Text, check_settings, complete, pack
+from parts.inference import Candidate, Text, check_settings, complete
 from parts.json_files import parse_json
 from parts.metrics import pick_evenly, read_metrics, select, updates_done
 from parts.pretrained import checkpoints
 from parts.tokenizer import Tokenizer
-
-import torch
 
 HOST = "127.0.0.1"
 CURVE_POINTS = 300  # at most, of the training loss and of the validation loss
@@ -73,11 +71,10 @@ class Shelf:
     model.
     """
 
-    def __init__(
-        self, source: Path, model: GPT, dtype: torch.dtype, open_model: Callable[[Path], Any]
-    ):
-        """source: the folder that the model comes from. The model is packed in `dtype` already.
+    def __init__(self, source: Path, model: GPT, packing: Any, open_model: Callable[[Path], Any]):
+        """source: the folder that the model comes from. The model is packed already.
 
+        packing: what packed it (auto.Packing), and packs the others.
         open_model: a function from a checkpoint's folder to what has its model as `.model`, in
         float32 on the CPU.
         """
@@ -88,7 +85,7 @@ class Shelf:
         self.name = folder.name
         self.loaded: GPT | None = model  # of that name
         self.device = next(model.parameters()).device
-        self.dtype = dtype
+        self.packing = packing
         self.open_model = open_model
 
     def list_checkpoints(self) -> list[str]:
@@ -106,7 +103,7 @@ class Shelf:
         self.name = name
         self.loaded = None  # two models at once may need too much memory
         model = self.open_model(self.run_folder / name).model
-        self.loaded = pack(model.to(self.device), self.dtype)
+        self.loaded = self.packing.pack(model.to(self.device))
         return self.loaded
 
     def progress(self) -> dict:

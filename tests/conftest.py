@@ -1,9 +1,11 @@
 """What several tests share: a toy model's shape, toy shards, and short runs. No network, no GPU."""
 
 import functools
+import getpass
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import prepare
@@ -22,6 +24,11 @@ hypothesis.settings.load_profile("repeatable")
 
 # Two threads sum in another order than one: bit-identical means with the same number of them.
 torch.set_num_threads(1)
+
+# What is compiled once is kept here, and not in the user's folder.
+os.environ["XDG_CACHE_HOME"] = str(
+    Path(tempfile.gettempdir()) / f"reproduce-gpt2-tests-{getpass.getuser()}"
+)
 
 TOY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 TOY = TOY_MODEL | dict(vocab_size=257, block_size=16)

@@ -126,7 +126,7 @@ def test_inference_has_a_race_of_its_own(monkeypatch, race_is_won_by, winner):
     race_is_won_by(winner)
     monkeypatch.setattr(auto, "precisions", lambda *_: ["fp32", "bf16"])
     prepared = prepare_for_inference(make_toy(), Runtime(CPU), "auto", rows=10_000)
-    assert prepared.dtype == prepared.model.lm_head.weight.dtype == runtime.DTYPES[winner]
+    assert prepared.packing.dtype == prepared.model.lm_head.weight.dtype == runtime.DTYPES[winner]
     assert "ms a block" in prepared.note
     toy = prepare_for_inference(make_toy(), Runtime(CPU), "auto", rows=1)
     assert toy.note == "dtype: fp32 (a small model: one thread)"
