@@ -8,6 +8,12 @@ python sample.py -i                         # write with the model, line by line
 python sample.py --web                      # a page on this machine that shows token probabilities
 """
 
+import os
+
+# Before torch loads OpenMP: threads that wait for each other go to sleep soon, and do not spin
+# against other programs.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import functools
 import json
