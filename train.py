@@ -36,7 +36,7 @@ from parts.checkpoint import ResumePoint, RunState, Saver
 from parts.console import Console, StopSignal, command, print_lines, printable, profiler
 from parts.files import lock
 from parts.metrics import Log, describe_run
-from parts.optimizer import build_optimizer, describe
+from parts.optimizer import build_optimizer, clip_gradients, describe
 from parts.report import is_reported
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
@@ -44,7 +44,6 @@ from parts.zero import OptimizerShare
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -270,7 +269,9 @@ def train(config: TrainConfig) -> dict:
 
     choice = None
     if machine.is_main:
-        saved = resume_point.state.chosen if resume_point else {}
+        saved = {}
+        if resume_point is not None:
+            saved = dict(exact_norm=False) | resume_point.state.chosen
         choice = auto.choose_arithmetic(config, raw_model, machine, saved)
     arithmetic, why = machine.broadcast(choice)
     auto.apply(arithmetic, raw_model)
@@ -462,7 +463,8 @@ def train(config: TrainConfig) -> dict:
             # it is not, it never reaches the weights.
             scaler.unscale_(optimizer)
             max_norm = config.grad_clip or math.inf
-            grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm).item()
+            parameters = list(raw_model.parameters())
+            grad_norm = clip_gradients(parameters, max_norm, arithmetic.exact_norm).item()
             if math.isfinite(grad_norm):
                 with clock.waiting():
                     saver.preserve()  # of the last checkpoint what is not written yet

@@ -41,6 +41,9 @@ class Arithmetic:
     flash: bool  # fused attention, or the (T, T) matrix in memory
     threads: int | None  # of a CPU; None: as many as torch takes by itself
     compile: bool  # torch.compile
+    # The norm of large gradients on a CPU: see optimizer.clip_gradients. Runs of earlier versions
+    # go on without.
+    exact_norm: bool = False
 
     def __str__(self) -> str:
         attention = "fused" if self.flash else "spelled-out"
@@ -176,6 +179,8 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
         except Exception as error:  # a changed model.py may not do with one layer
             pick = pick._replace(note=f" (not timed: {type(error).__name__} in one block)")
     chosen = replace(pick.winner, threads=pick.threads)
+
+    chosen = replace(chosen, exact_norm=saved.get("exact_norm", not saved))
 
     for name in ("dtype", "flash"):
         if getattr(config, name) == "auto" and saved.get(name) is not None:

@@ -1,10 +1,12 @@
 """What "auto" means: each choice follows what was measured or found, and comes with its reason."""
 
 import functools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import train
-from parts import auto, runtime
+from parts import auto, checkpoint, runtime
 from parts.auto import (
     Arithmetic,
     batch_size,
@@ -93,12 +95,35 @@ def test_a_run_computes_as_the_race_says_and_its_resume_as_it_began(
     )
 
 
+def test_runs_of_earlier_versions_keep_torchs_norm(config, monkeypatch):
+    """What a checkpoint says holds; one that does not say, is of a version without the choice."""
+    exact = []
+
+    def clip(parameters, max_norm, exact_norm):
+        exact.append(exact_norm)
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    monkeypatch.setattr(train, "clip_gradients", clip)
+    train.train(config(max_steps=2, checkpoint_every=1, keep_checkpoints=0))
+    train.train(config(max_steps=3, checkpoint_every=1, keep_checkpoints=0, resume_anyway=True))
+    assert exact == [True, True, True]
+
+    folder = Path(config().out_dir) / "step_0000003"
+    content = json.loads((folder / "settings.json").read_text())
+    del content["chosen"]["exact_norm"]
+    content["checksum"] = checkpoint.checksum(content)
+    (folder / "settings.json").write_text(json.dumps(content))
+    train.train(config(max_steps=4, checkpoint_every=4, resume_anyway=True))
+    train.train(config(max_steps=5, resume_anyway=True))
+    assert exact == [True, True, True, False, False]
+
+
 def test_the_race_leaves_no_gradients_and_a_short_run_has_none(config, monkeypatch):
     model = make_toy()
     machine = Runtime(CPU)
     free = config(dtype="auto", flash="auto")
     chosen, why = auto.choose_arithmetic(free, model, machine, saved={})
-    assert chosen == Arithmetic("fp32", flash=True, threads=None, compile=False)
+    assert chosen == Arithmetic("fp32", flash=True, threads=None, compile=False, exact_norm=True)
     assert why == "arithmetic: fp32, fused attention\ncompile: off (as set)"
     monkeypatch.setattr(auto, "RACE_PAYS", -1)
     chosen, why = auto.choose_arithmetic(free, model, machine, saved={})

@@ -253,7 +253,7 @@ WRONG_KINDS = {
     "sha256": [None, [], "x", {"../../x": "0"}, {"config.json": 5}, {"nothing.bin": "0"}],
     "chosen": [
         *(None, [], "x", {"dtype": "fp99"}, {"dtype": []}, {"threads": "x"}, {"threads": -3}),
-        *({"threads": 10**9}, {"flash": "x"}, {"compile": 5}),
+        *({"threads": 10**9}, {"flash": "x"}, {"compile": 5}, {"exact_norm": 1}),
     ],
 }
 
