@@ -530,8 +530,11 @@ def test_measure_sh_says_what_is_missing_and_when_time_is_up(measure):
 @pytest.mark.torture
 @pytest.mark.skipif(sys.platform != "linux", reason="timeout, and GNU's sed")
 def test_all_parts_of_measure_sh_run_on_a_cpu(tmp_path):
-    """Small. A slow machine may cut a part off; none fails in another way."""
+    """Small, and five minutes in all. A slow machine may cut a part off; none fails in another
+    way.
+    """
     environment = os.environ | dict(PYTHON=sys.executable, WORK=str(tmp_path / "work"))
+    environment |= dict(MINUTES="5", MOST="60")
     done = subprocess.run(
         ["bash", "results/measure.sh", "try", str(tmp_path / "results")],
         cwd=ROOT,
@@ -542,8 +545,7 @@ def test_all_parts_of_measure_sh_run_on_a_cpu(tmp_path):
     exits = []
     for line in (tmp_path / "results" / "parts.jsonl").read_text().splitlines():
         exits.append(json.loads(line)["exit"])
-    assert len(exits) >= 14, done.stdout + done.stderr
-    assert set(exits) <= {0, 124}, done.stdout + done.stderr
+    assert len(exits) >= 6, done.stdout + done.stderr
+    assert set(exits) <= {0, 124} and 0 in exits, done.stdout + done.stderr
     table = (tmp_path / "results" / "table.md").read_text()
-    assert "compilations (should be 1) | 1 |" in table
-    assert "% of its time: validation" in table
+    assert "compilations (should be 1) |" not in table or "(should be 1) | 1 |" in table
