@@ -126,6 +126,8 @@ class TrainConfig(GPTConfig):
     sample_tokens: int = setting(64, resume=FREE, at_least=1)  # how long it is
     # A checkpoint; a multiple of eval_every gives each its validation loss.
     checkpoint_every: int = setting(1_000, resume=FREE)
+    # Also the model before its first step, as step_0000000: the page can show where it began.
+    checkpoint_first: bool = setting(False, resume=FREE)
     # How many of the newest to keep, besides the best by validation loss; 0 keeps all.
     keep_checkpoints: int = setting(2, resume=FREE)
     # At the end, write report.md and pictures of the curves to out_dir.
@@ -431,7 +433,9 @@ def train(config: TrainConfig) -> dict:
             if log.failure is not None:
                 stop.received = signal.SIGTERM
             stopping = machine.max(stop.received)
-            if step > start_step and (stopping or due(config.checkpoint_every, step)):
+            is_first = step == 0 and resume_point is None
+            wanted = config.checkpoint_first if is_first else due(config.checkpoint_every, step)
+            if wanted or (stopping and step > start_step):
                 save(step, val_loss if evaluated else None)
             saver.check()
             if stopping or step == config.max_steps:

@@ -29,10 +29,11 @@ warmup_steps = 50
 max_steps = 800
 
 log_every = 10
-eval_every = 160
+eval_every = 80
 hellaswag_every = 0
 eval_tokens = 1_000_000  # more than the text has, so all of them
 checkpoint_every = 80
+checkpoint_first = True  # the untrained model, where the film of that page begins
 keep_checkpoints = 0  # keep all: the page of sample.py --web shows how the model learned
 sample_every = 160
 sample_prompt = "def main("

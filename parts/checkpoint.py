@@ -74,7 +74,7 @@ MOMENTS = {
 
 
 # Settings that came after the first checkpoints, whose runs were as with today's defaults.
-CAME_LATER = ("exact_gelu", "muon_learning_rate", "muon_momentum")
+CAME_LATER = ("exact_gelu", "muon_learning_rate", "muon_momentum", "checkpoint_first")
 
 
 @dataclasses.dataclass(frozen=True)

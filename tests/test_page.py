@@ -1,5 +1,6 @@
 """parts/page.py and page.html: a page that shows text as it is written, to its own user only."""
 
+import functools
 import http.client
 import json
 import os
@@ -296,20 +297,27 @@ def test_more_requests_than_places_wait_for_one(server):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def start_browser():
+    """A function that starts Chromium or Chrome.
+
+    CHROMIUM names the program where it is not on the PATH, and CHROMIUM_ARGS has further options
+    for it, such as "--single-process --no-zygote" in a container that allows no more.
+    """
     api = pytest.importorskip("playwright.sync_api")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if not path:
         pytest.skip("no Chromium here")
+    arguments = ["--no-sandbox", *os.environ.get("CHROMIUM_ARGS", "").split()]
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+        launch = playwright.chromium.launch
+        yield functools.partial(launch, executable_path=path, args=arguments)
 
 
 @pytest.fixture
-def page(browser, server):
+def page(start_browser, server):
     """The page, opened; at the end, nothing went wrong in it, and it asked this server only."""
+    # A browser for each test: one of a single process ends with its first context.
+    browser = start_browser()
     context = browser.new_context(viewport=dict(width=900, height=700))
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
@@ -324,7 +332,7 @@ def page(browser, server):
     yield page
     assert not wrong
     assert urls and all(url.startswith((f"{server.url}/", "data:")) for url in urls)
-    context.close()
+    browser.close()
 
 
 def press(page, name: str) -> None:
