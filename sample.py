@@ -96,8 +96,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(
             *flags,
             type=type(setting.default),
-            default=setting.default,
-            help=f"{setting.about} (default: %(default)s)",
+            help=f"{setting.about} (default: {describe_default(name)})",
         )
     add(
         "--stop",
@@ -138,6 +137,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     arguments = parser.parse_intermixed_args(argv)
+    for name, setting in SETTINGS.items():
+        if getattr(arguments, name) is None:
+            default: Any = setting.default
+            if arguments.web:
+                default = page.FIRST_SETTINGS.get(name, default)
+            setattr(arguments, name, default)
     if arguments.samples < 1:
         parser.error(f"samples must be 1 or more, not {arguments.samples}")
     is_batch = arguments.samples > 1 or arguments.file or arguments.json or arguments.logprobs
@@ -146,6 +151,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             "-i and --web exclude each other, and --file, --samples, --json and --logprobs"
         )
     return arguments
+
+
+def describe_default(name: str) -> str:
+    """The value of a setting of sampling where the command line has none."""
+    default = f"{SETTINGS[name].default}"
+    if name in page.FIRST_SETTINGS:
+        default += f"; with --web {page.FIRST_SETTINGS[name]}"
+    return default
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -410,8 +423,10 @@ def serve_page(shelf: page.Shelf, tokenizer: Tokenizer, form: dict, port: int) -
         limits={name: [setting.low, setting.high] for name, setting in SETTINGS.items()},
         pinned=form["settings"]["seed"] != SETTINGS["seed"].default,
     )
-    answer = functools.partial(page.answer, shelf, tokenizer)
-    page.serve(answer, shelf.progress, form, port)
+    answers: dict[str, page.Answer] = {}
+    for kind, answer in dict(answer=page.answer, look=page.look_at, read=page.read_tokens).items():
+        answers[kind] = functools.partial(answer, shelf, tokenizer)
+    page.serve(answers, shelf.progress, form, port)
 
 
 # ---- The command ---------------------------------------------------------------------------------

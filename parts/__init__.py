@@ -22,6 +22,7 @@ auto          what "auto" means on this machine, for training and for inference
 metrics       a run's records, and the published figures they are compared with
 report        report.md and model cards
 checkpoint    a run's folder and its checkpoints: chosen, written, checked, pruned
+look          what a model saw: attention, guesses after each block, probabilities
 page          the page of sample.py --web
 """
 

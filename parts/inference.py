@@ -751,6 +751,12 @@ def count_held_back(text: str, stops: list[str]) -> int:
     return longest
 
 
+def count_cut(n_ids: int, block_size: int, max_tokens: int) -> int:
+    """How many tokens of a long prompt are cut from its left end, so that new ones have space."""
+    longest = max(block_size - max_tokens, block_size // 2)
+    return max(0, n_ids - longest)
+
+
 def complete(
     model: GPT, texts: list[Text], settings: dict, logprobs: bool = False, cut: bool = False
 ) -> Iterator[list[str]]:
@@ -765,8 +771,7 @@ def complete(
     prompts = [text.ids for text in texts]
     if cut:
         block_size = model.config.block_size
-        longest = max(block_size - max_tokens, block_size // 2)
-        prompts = [ids[-longest:] for ids in prompts]
+        prompts = [ids[count_cut(len(ids), block_size, max_tokens) :] for ids in prompts]
     seeds = [text.seed for text in texts]
     stop_token = texts[0].tokenizer.end_of_text
     for step in stream(model, prompts, max_tokens, seeds, stop_token, **sampling):

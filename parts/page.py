@@ -1,5 +1,5 @@
 """The page of sample.py --web: a prompt, the settings, and the text as it is written, with the
-alternatives to each token.
+alternatives to each token, what the model looked at before it wrote it, and when it knew.
 
 It is for the person at this computer. The server listens on 127.0.0.1 only, and answers only
 requests with the token of its address, which other users of this machine do not have. It also
@@ -14,10 +14,12 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import re
 import secrets
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -26,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from parts import GPT
-from parts.inference import Candidate, Text, check_settings, complete
+from parts.inference import Candidate, Record, Text, check_settings, complete, count_cut
 from parts.json_files import parse_json
+from parts.look import look, rate
 from parts.metrics import pick_evenly, read_metrics, select, updates_done
 from parts.pretrained import checkpoints
 from parts.tokenizer import Tokenizer
@@ -55,12 +58,30 @@ MOST_TAKEN = 100_000  # tokens
 MOST_REQUESTS = 64
 PATIENCE = 10  # seconds, for a client that connects and sends nothing, or does not read
 
-# A function from the page's request to events. The request has the settings of sampling, and prompt
-# (text), stop (text), checkpoint (name), taken (ids of tokens that the text has already). The first
-# event is {"taken": [what each of those shows]}. The others, one a token, are {"text": what can be
-# shown now, "tokens": [{"id", "token", "p", "likely": [{"id", "token", "p"}, ...]}]}. Raises
+# A function from the page's request to events, lines of JSON that it sends one by one. Raises
 # ValueError if a value is wrong.
 Answer = Callable[[dict], Generator[dict, None, None]]
+
+# The page asks for three things, each an Answer; all requests have prompt (text), checkpoint (name)
+# and taken (ids of tokens that the text has already).
+#
+# answer   Continue the text; the request also has the settings of sampling, and stop (text). The
+#          first event is {"start", "context", "length", "prompt", "taken"}: the model reads the
+#          tokens from number `start` of prompt and taken on, and at most `context` of them, and the
+#          prompt has `length`; of the prompt's tokens that it reads, and of those taken, it has
+#          {"id", "text"}, where the text is what can be shown from this token on. The other
+#          events, one a token, are {"text": what can be shown now,
+#           "tokens": [{"id", "token", "p", "likely": [{"id", "token", "p"}, ...]}]}.
+# look     What the model saw before it wrote token number `end`; the request also has start and
+#          end. One event: {"attention": of each layer, of each head, thousandths of the weight of
+#          each token before; "guesses": [{"id", "token", "p"}] after each block;
+#          "missing": sentences}.
+# read     How likely the tokens from number start + 1 to end - 1 were; the request as for `look`.
+#          One event: {"tokens": [{"id", "token", "p", "likely"}, ...]}.
+ANSWERS = ("answer", "look", "read")
+
+# With these the first text of a small model is better than with the terminal's.
+FIRST_SETTINGS = dict(temperature=0.8, top_p=0.9)
 
 
 # ---- The models, and their answers ---------------------------------------------------------------
@@ -128,51 +149,118 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def check_request(body: bytes) -> dict:
-    """The request in a body, with every value of the right kind and size: see Answer.
+def check_request(kind: str, body: bytes) -> dict:
+    """The request in a body, with every value of the right kind and size: see ANSWERS.
 
     ValueError says which is not.
     """
     request = parse_json(body)
-    settings = check_settings(request)
-    for name, longest in LONGEST.items():
+    checked: dict[str, Any] = {}
+    names = ["prompt", "checkpoint"]
+    if kind == "answer":
+        checked = check_settings(request)
+        names.append("stop")
+    for name in names:
         text = request.get(name)
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a text")
-        if len(text) > longest:
-            raise ValueError(f"{name} must have at most {longest:,} characters")
+        if len(text) > LONGEST[name]:
+            raise ValueError(f"{name} must have at most {LONGEST[name]:,} characters")
+        checked[name] = text
     taken = request.get("taken")
     if not isinstance(taken, list) or not all(type(token) is int for token in taken):
         raise ValueError("taken must be a list of the ids of tokens")
     if len(taken) > MOST_TAKEN:
         raise ValueError(f"taken must have at most {MOST_TAKEN:,} tokens")
-    texts = {name: request[name] for name in LONGEST}
-    return settings | texts | dict(taken=taken)
+    checked["taken"] = taken
+    if kind != "answer":
+        for name in ("start", "end"):
+            if type(request.get(name)) is not int or request[name] < 0:
+                raise ValueError(f"{name} must be the number of a token")
+            checked[name] = request[name]
+    return checked
 
 
-def answer(shelf: Shelf, tokenizer: Tokenizer, request: dict) -> Generator[dict, None, None]:
-    """The events that answer a request of the page: see Answer."""
-    settings = check_settings(request)
-    taken = request["taken"]
-    model = shelf.load(request["checkpoint"])
-    for token in taken:
+def begin_text(tokenizer: Tokenizer, request: dict) -> Text:
+    """The prompt as a text that continues. ValueError if the tokens taken are none of its own."""
+    for token in request["taken"]:
         if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
             raise ValueError("taken must be the ids of tokens")
     # Not the draws that gave the tokens taken.
-    seed = settings["seed"] + len(taken)
-    text = Text(tokenizer, request["prompt"], seed, [request["stop"]])
-    yield dict(taken=text.append_given(taken))
+    seed = request.get("seed", 0) + len(request["taken"])
+    return Text(tokenizer, request["prompt"], seed, [request.get("stop", "")])
+
+
+def answer(shelf: Shelf, tokenizer: Tokenizer, request: dict) -> Generator[dict, None, None]:
+    """Continue the text: see ANSWERS."""
+    settings = check_settings(request)
+    model = shelf.load(request["checkpoint"])
+    text = begin_text(tokenizer, request)
+    taken = request["taken"]
+    context = model.config.block_size
+    n_ids = len(text.ids) + len(taken)
+    start = count_cut(n_ids, context, settings["max_tokens"])
+    shown_ids = text.ids[start:] if request["prompt"] else []
+    pieces = Text(tokenizer, "", 0, []).append_given(shown_ids)
+    yield dict(
+        start=start,
+        context=context,
+        length=len(text.ids),
+        prompt=with_ids(shown_ids, pieces),
+        taken=with_ids(taken, text.append_given(taken)),
+    )
     for [shown] in complete(model, [text], settings, logprobs=True, cut=True):
-        tokens = []
-        for record in text.record:
-            likely = [as_json(candidate) for candidate in record.likely]
-            tokens.append(as_json(record.token) | dict(likely=likely))
+        tokens = [describe_record(record) for record in text.record]
         text.record.clear()
         yield dict(text=shown, tokens=tokens)
 
 
-def as_json(candidate: Candidate) -> dict:
+def with_ids(ids: list[int], pieces: list[str]) -> list[dict]:
+    return [dict(id=token, text=piece) for token, piece in zip(ids, pieces)]
+
+
+def describe_record(record: Record) -> dict:
+    likely = [describe_candidate(candidate) for candidate in record.likely]
+    return describe_candidate(record.token) | dict(likely=likely)
+
+
+def describe_candidate(candidate: Candidate) -> dict:
     return dict(token=candidate.text, p=math.exp(candidate.logprob), id=candidate.id)
+
+
+def tokens_in_place(model: GPT, text: Text, request: dict) -> list[int]:
+    """The tokens from number start to number end, without this one; as many as the model reads."""
+    ids = text.ids + request["taken"]
+    start = request["start"]
+    end = request["end"]
+    if not start < end <= len(ids):
+        raise ValueError(f"the text has no tokens from number {start} to {end}")
+    return ids[start:end]
+
+
+def look_at(shelf: Shelf, tokenizer: Tokenizer, request: dict) -> Generator[dict, None, None]:
+    """What the model saw in a place: see ANSWERS."""
+    model = shelf.load(request["checkpoint"])
+    ids = tokens_in_place(model, begin_text(tokenizer, request), request)
+    sight = look(model, ids[-model.config.block_size :])
+    attention = []
+    for weights in sight.attention:
+        attention.append((1000 * weights).round().int().tolist())
+    guesses = []
+    for guess in sight.guesses:
+        guesses.append(dict(id=guess.id, token=tokenizer.decode([guess.id]), p=guess.p))
+    yield dict(attention=attention, guesses=guesses, missing=sight.missing)
+
+
+def read_tokens(shelf: Shelf, tokenizer: Tokenizer, request: dict) -> Generator[dict, None, None]:
+    """How likely the model found tokens that it has not written: see ANSWERS."""
+    model = shelf.load(request["checkpoint"])
+    text = begin_text(tokenizer, request)
+    ids = tokens_in_place(model, text, request)[: model.config.block_size]
+    records = []
+    for token, logprobs in zip(ids[1:], rate(model, ids)):
+        records.append(describe_record(text.make_record(token, logprobs)))
+    yield dict(tokens=records)
 
 
 # ---- The server ----------------------------------------------------------------------------------
@@ -183,19 +271,20 @@ class Desk:
     wait.
     """
 
-    def __init__(self, answer: Answer):
-        self.answer = answer
+    def __init__(self, answers: dict[str, Answer]):
+        """answers: one for each of ANSWERS."""
+        self.answers = answers
         self.turn = threading.Lock()
         self.is_closed = threading.Event()
 
-    def lines(self, request: dict) -> Iterator[str]:
-        """The events, a line of JSON each. When the reader leaves, this generator is closed, and
-        the answer with it.
+    def lines(self, kind: str, request: dict) -> Iterator[str]:
+        """The events of a kind of answer, a line of JSON each. When the reader leaves, this
+        generator is closed, and the answer with it.
         """
         while not self.turn.acquire(timeout=0.5):
             yield line(waiting=True)  # fails if the reader has left
         try:
-            with closing(self.answer(request)) as events:
+            with closing(self.answers[kind](request)) as events:
                 for event in events:
                     yield line(**event)
                     if self.is_closed.is_set():
@@ -209,12 +298,12 @@ class Desk:
         finally:
             self.turn.release()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End the running text at its next token, because a thread must not be in the model when
-        Python ends.
+        Python ends. Whether that was possible in PATIENCE seconds: a long prompt may take more.
         """
         self.is_closed.set()
-        self.turn.acquire(timeout=10)
+        return self.turn.acquire(timeout=PATIENCE)
 
 
 def line(**event) -> str:
@@ -249,7 +338,9 @@ def make_app(desk: Desk, progress: Callable[[], dict], form: dict, token: str):
         # compare_digest takes as long for a token that is nearly right as for any other.
         if not secrets.compare_digest(request.args.get("token", "").encode(), token.encode()):
             return refuse(
-                403, "the token is missing or old: open the address that sample.py --web printed"
+                403,
+                "the token is missing or old: open the address that sample.py --web printed "
+                "(with what stands behind # in a link, to see that text)",
             )
         return None
 
@@ -274,30 +365,30 @@ def make_app(desk: Desk, progress: Callable[[], dict], form: dict, token: str):
     def send_progress():
         return progress()
 
-    @app.post("/answer")
-    def send_answer():
+    @app.post("/<any(answer, look, read):kind>")
+    def send_answer(kind):
         # Before a byte of it is read.
         if request.content_length is None:
             return refuse(411, "the request must say its length")
         if request.content_length > LONGEST_BODY:
             return refuse(413, f"the request must have at most {LONGEST_BODY:,} bytes")
         try:
-            wanted = check_request(request.get_data(cache=False))
+            wanted = check_request(kind, request.get_data(cache=False))
         except ValueError as error:
             return refuse(400, str(error))
-        return Response(desk.lines(wanted), mimetype="application/x-ndjson")
+        return Response(desk.lines(kind, wanted), mimetype="application/x-ndjson")
 
     return app
 
 
-def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -> None:
+def serve(answers: dict[str, Answer], progress: Callable[[], dict], form: dict, port: int) -> None:
     """Serve the page until Ctrl-C, and print its address, which has the token. Port 0 is any free
     one.
 
-    progress: see Shelf.progress. form: the values that the page's form begins with. Raises
-    ValueError if the port cannot be had.
+    answers: one for each of ANSWERS. progress: see Shelf.progress. form: the values that the page's
+    form begins with. Raises ValueError if the port cannot be had.
     """
-    desk = Desk(answer)
+    desk = Desk(answers)
     token = secrets.token_urlsafe(16)
     app = make_app(desk, progress, form, token)
     from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
@@ -336,4 +427,9 @@ def serve(answer: Answer, progress: Callable[[], dict], form: dict, port: int) -
         server = Server(HOST, port, app, handler=Handler, fd=listener.fileno())
         print(f"http://{HOST}:{listener.getsockname()[1]}/?token={token}", flush=True)
         server.serve_forever()
-    desk.close()
+    with suppress(KeyboardInterrupt):  # again: it need not wait
+        if desk.close():
+            return
+    # Python would end in the middle of torch, with a message of C++'s and a core dump.
+    sys.stdout.flush()
+    os._exit(0)

@@ -18,6 +18,7 @@ import hellaswag
 import train
 from model import open_model
 from parts import inference, runtime
+from parts.look import look
 from parts.metrics import Log
 
 import torch
@@ -92,6 +93,15 @@ def check_sampling(model, tokenizer) -> None:
                 ids.append(token)
 
 
+def check_looking(model) -> None:
+    """The page can show what the changed model saw: all it says was compared with the model."""
+    sight = look(model.eval(), list(range(20)))
+    assert not sight.missing, sight.missing
+    assert len(sight.guesses) == model.config.n_layer == len(sight.attention)
+    for weights in sight.attention:
+        assert torch.allclose(weights.sum(dim=-1), torch.ones(len(weights)), atol=1e-4)
+
+
 def check_hellaswag(model, tokenizer, tasks: str) -> None:
     """The score is that of one ending at a time, through `model(idx)`."""
     examples = hellaswag.examples(tasks)
@@ -132,6 +142,7 @@ def main(shards: str, tasks: str) -> None:
 
         opened = open_model(straight.out_dir)
         check_sampling(opened.model, opened.tokenizer)
+        check_looking(opened.model)
         check_hellaswag(opened.model, opened.tokenizer, tasks)
         result["files"] = sorted(path.name for path in folder.iterdir())
         result[optimizer] = losses[-1]

@@ -52,7 +52,8 @@ PARTS = {
     "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",
     "checkpoint": "files json_files runtime zero snapshot pretrained tokenizer metrics report",
-    "page": "json_files tokenizer runtime pretrained inference metrics",
+    "look": "inference runtime",
+    "page": "json_files tokenizer runtime pretrained inference look metrics",
 }
 HOUSE = TOP | {f"parts.{name}": allowed for name, allowed in PARTS.items()}
 COMMANDS = ("prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench")

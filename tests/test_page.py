@@ -1,6 +1,5 @@
 """parts/page.py and page.html: a page that shows text as it is written, to its own user only."""
 
-import functools
 import http.client
 import json
 import os
@@ -43,6 +42,7 @@ RUN |= dict(
     train=[(step, 4 - step / 100) for step in range(0, 301, 10)],
     val=[(0, 4.25), (100, 3.25), (300, 1.25)],
 )
+WRITTEN = ".token:not(.prompt)"  # the tokens behind the prompt
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 # In place of sample.py, in another process. The prompt decides the answer; "closed" is printed when
@@ -62,14 +62,42 @@ def digit(n):
     order = sorted(range(10), key=lambda d: -p[d])
     likely = [dict(token=str(d), p=p[d], id=d + 1) for d in order[:4]]
     return dict(token=str(n), p=p[n], id=n + 1, likely=[*likely, dict(token="", p=0.04, id=0)])
+def begin(request):
+    # A token for each character of the prompt, whose id is its code; 5 of them are the context.
+    prompt = request["prompt"]
+    start = max(0, len(prompt) - 5) if prompt.startswith("long") else 0
+    pieces = [dict(id=ord(letter), text=letter) for letter in prompt[start:]]
+    taken = [dict(id=i, text="" if i == 0 else str(i - 1)) for i in request["taken"]]
+    context = 5 if prompt.startswith("long") else 1000
+    facts = dict(start=start, context=context, length=len(prompt))
+    return dict(**facts, prompt=pieces, taken=taken)
+def look(request):
+    # Two layers of two heads, which look at the first token only, and at all alike.
+    n = request["end"] - request["start"]
+    first = [1000] + [0] * (n - 1)
+    alike = [1000 // n] * n
+    guesses = [dict(id=3, token="2", p=0.1), dict(id=3, token="2", p=0.2)]
+    guesses.append(dict(id=5, token="4", p=0.5))
+    if request["prompt"] == "7":
+        yield dict(attention=[], guesses=[], missing=["nothing to see <i>here</i>"])
+    else:
+        yield dict(attention=[[first, alike], [alike, alike]], guesses=guesses, missing=[])
+def read(request):
+    ids = [ord(letter) for letter in request["prompt"]] + request["taken"]
+    tokens = []
+    for i in ids[request["start"] + 1 : request["end"]]:
+        tokens.append(dict(id=i, token=chr(i), p=0.002, likely=[dict(id=i, token=chr(i), p=0.002)]))
+    yield dict(tokens=tokens)
 def answer(request):
     try:
         if request["checkpoint"] not in progress()["checkpoints"]:
             raise ValueError("there is no such checkpoint")
         if request["prompt"] == "wrong":
             raise ValueError("this is wrong")
+        yield begin(request)
+        if request["prompt"] == "slow":
+            time.sleep(1)
         if request["prompt"].isdecimal():
-            yield dict(taken=["" if i == 0 else str(i - 1) for i in request["taken"]])
             n = request["taken"][-1] - 1 if request["taken"] else int(request["prompt"][-1])
             for _ in range(request["max_tokens"]):
                 n = (n + 1) % 10
@@ -98,7 +126,8 @@ def answer(request):
         print("closed", flush=True)
 def progress():
     return json.loads(pathlib.Path(sys.argv[2]).read_text())
-page.serve(answer, progress, json.loads(sys.argv[1]), 0)
+answers = dict(answer=answer, look=look, read=read)
+page.serve(answers, progress, json.loads(sys.argv[1]), 0)
 """
 
 
@@ -110,7 +139,8 @@ TOKEN = "let-me-in"
 
 
 def client(answer=words):
-    return page_part.make_app(page_part.Desk(answer), lambda: RUN, FORM, TOKEN).test_client()
+    desk = page_part.Desk(dict.fromkeys(page_part.ANSWERS, answer))
+    return page_part.make_app(desk, lambda: RUN, FORM, TOKEN).test_client()
 
 
 def get(client, path: str, **options):
@@ -242,12 +272,13 @@ def test_it_listens_on_this_computer_only_and_says_where(server):
         socket.create_connection(("127.0.0.2", server.port))
     for port in (server.port, 70000):
         with pytest.raises(ValueError, match=rf"^--port {port}: .* 0 for any free one\)$"):
-            page_part.serve(words, dict, FORM, port)
+            page_part.serve(dict(answer=words), dict, FORM, port)
 
 
 def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):
     for how in ("orderly", "abruptly"):
         connection, response = server.ask("forever")
+        response.readline()
         assert json.loads(response.readline())["text"] == " word"
         if how == "abruptly":
             no_goodbye = struct.pack("ii", 1, 0)  # closing sends a reset
@@ -255,7 +286,7 @@ def test_the_answer_ends_when_the_connection_does_and_with_control_c(server):
         response.close()
         connection.close()
         assert server.line() == "closed"
-    assert json.loads(server.ask("x")[1].readline())["text"] == " end"
+    assert b" end" in server.ask("x")[1].read()
     assert server.line() == "closed"
     _, response = server.ask("forever")
     response.readline()
@@ -271,6 +302,7 @@ def test_a_second_connection_waits(server):
     second.close()  # who leaves the queue takes nothing along
     leaving.close()
     assert json.loads(first.readline())["text"] == " word"
+    assert json.loads(first.readline())["text"] == " word"
     first.close()
     connection.close()
     events = [json.loads(line) for line in third.read().splitlines()]
@@ -281,14 +313,14 @@ def test_a_client_that_stops_reading_loses_the_model(server):
     connection, response = server.ask("flood")
     response.readline()
     assert server.line() == "closed"  # after page.PATIENCE
-    assert json.loads(server.ask("x")[1].readline())["text"] == " end"
+    assert b" end" in server.ask("x")[1].read()
     connection.close()
 
 
 def test_more_requests_than_places_wait_for_one(server):
     """They are all answered, in the end; a client that only connects is sent away."""
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(80)]
-    assert json.loads(server.ask("x")[1].readline())["text"] == " end"
+    assert b" end" in server.ask("x")[1].read()
     for connection in idle:
         connection.close()
 
@@ -297,8 +329,8 @@ def test_more_requests_than_places_wait_for_one(server):
 
 
 @pytest.fixture(scope="module")
-def start_browser():
-    """A function that starts Chromium or Chrome.
+def context():
+    """A window of Chromium or Chrome.
 
     CHROMIUM names the program where it is not on the PATH, and CHROMIUM_ARGS has further options
     for it, such as "--single-process --no-zygote" in a container that allows no more.
@@ -309,30 +341,31 @@ def start_browser():
         pytest.skip("no Chromium here")
     arguments = ["--no-sandbox", *os.environ.get("CHROMIUM_ARGS", "").split()]
     with api.sync_playwright() as playwright:
-        launch = playwright.chromium.launch
-        yield functools.partial(launch, executable_path=path, args=arguments)
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        context = browser.new_context(viewport=dict(width=900, height=700))
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        context.new_page()  # stays open: a browser of a single process ends with its last page
+        yield context
+        browser.close()
 
 
 @pytest.fixture
-def page(start_browser, server):
+def page(context, server):
     """The page, opened; at the end, nothing went wrong in it, and it asked this server only."""
-    # A browser for each test: one of a single process ends with its first context.
-    browser = start_browser()
-    context = browser.new_context(viewport=dict(width=900, height=700))
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
     urls, wrong = [], []
-    context.on("request", lambda request: urls.append(request.url))
+    page.on("request", lambda request: urls.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on(
         "console", lambda message: wrong.append(message.text) if message.type == "error" else None
     )
     page.goto(server.address)
-    page.wait_for_selector("#generate:enabled")
+    assert server.line() == "closed"  # a text stands there at the first view
+    shows(page, "import os")
     yield page
     assert not wrong
     assert urls and all(url.startswith((f"{server.url}/", "data:")) for url in urls)
-    browser.close()
+    page.close()
 
 
 def press(page, name: str) -> None:
@@ -358,8 +391,8 @@ def shows(page, text: str) -> None:
 
 def point_at(page, token: int) -> None:
     """Move the pointer to a token, and wait for its tip."""
-    page.locator(".token").nth(token).hover()
-    page.wait_for_function("n => pointed === document.querySelectorAll('.token')[n]", arg=token)
+    page.locator(WRITTEN).nth(token).hover()
+    page.wait_for_function(f"n => pointed === document.querySelectorAll('{WRITTEN}')[n]", arg=token)
 
 
 def alternative(page, text: str) -> None:
@@ -380,9 +413,9 @@ def test_text_streams_and_stops(page, server):
     press(page, "Stop")
     status(page, "Stopped.")
     assert server.line() == "closed"
-    n = page.locator(".token").count()
+    n = page.locator(WRITTEN).count()
     assert page.locator("#out").text_content() == "forever" + n * " word"
-    assert page.locator("#out .prompt").text_content() == "forever"
+    assert "".join(page.locator("#out .prompt").all_text_contents()) == "forever"
 
 
 def test_continue_writes_on_from_the_end(page):
@@ -391,7 +424,7 @@ def test_continue_writes_on_from_the_end(page):
     page.get_by_label("Prompt", exact=True).fill(
         "what it continues is the text, whatever stands here"
     )
-    page.get_by_label("Tokens").fill("3")
+    page.get_by_label("Tokens", exact=True).fill("3")
     for text in ("3456789012345", "3456789012345678"):
         press(page, "Continue")
         shows(page, text)
@@ -417,7 +450,18 @@ def test_another_token_begins_a_branch(page):
     shows(page, "3450123456789")
     press(page, "Back")
     shows(page, "3456789012")
+    press(page, "Back")
+    shows(page, "import os")
     assert page.get_by_role("button", name="Back").is_disabled()
+    ask(page, "3")  # by a fresh seed: another text
+    shows(page, "3456789012")
+    for token, text in ((2, "0"), (5, "1")):
+        point_at(page, token)
+        alternative(page, text)
+        page.wait_for_selector("#generate:enabled")
+    shows(page, "3450121234567890")
+    page.locator("#branches button").nth(0).click()
+    shows(page, "3456789012")
     point_at(page, 8)  # a sister of the first, which stands before it
     alternative(page, "∎")
     shows(page, "345678901∎012345678")
@@ -449,13 +493,13 @@ def test_a_branch_ends_the_text_that_is_being_written(page, server):
     page.wait_for_function("() => document.querySelectorAll('#branches button').length === 2")
     press(page, "Stop")
     status(page, "Stopped.")
-    # This server ignores what was taken.
-    assert page.locator("#out").text_content().startswith("forever word")
+    # This server shows the ids of what was taken, less 1.
+    assert page.locator("#out").text_content().startswith("forever12 word")
 
 
 def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
     slider = page.get_by_label("Trained up to")
-    assert page.locator("#at").text_content() == "step 300 of 300, loss 1.25"
+    assert page.locator("#at").text_content() == "step 300 of 300, validation loss 1.25"
     ask(page, "who")
     seed = page.get_by_label("Seed", exact=True).input_value()
     shows(page, f"whostep_0000300 {seed}")
@@ -463,12 +507,12 @@ def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
     slider.press("ArrowLeft")
     shows(page, f"whostep_0000200 {seed}")
     # The training loss: this step has no validation.
-    assert page.locator("#at").text_content() == "step 200 of 300, loss 2.00"
+    assert page.locator("#at").text_content() == "step 200 of 300, training loss 2.00"
     assert server.line() == "closed"
     slider.fill("30")
     shows(page, f"whostep_0000100 {seed}")
     assert slider.input_value() == "100"
-    assert slider.get_attribute("aria-valuetext") == "step 100 of 300, loss 3.25"
+    assert slider.get_attribute("aria-valuetext") == "step 100 of 300, validation loss 3.25"
     assert server.line() == "closed"
     slider.press("ArrowRight")
     shows(page, f"whostep_0000200 {seed}")  # as it was written before: the server has nothing to do
@@ -478,7 +522,7 @@ def test_the_slider_goes_back_to_earlier_checkpoints(page, server):
     shows(page, f"whostep_0000200 {fresh}")
     assert fresh != seed and server.line() == "closed" and server.lines.empty()
     curve = page.locator("path.val").get_attribute("d")
-    assert curve.startswith("M0 0L333.3") and curve.count("L") == 2
+    assert curve.startswith("M333.3") and curve.count("L") == 1  # not from step 0
 
 
 def test_a_checkpoint_that_is_gone(page, run_file):
@@ -513,7 +557,8 @@ def test_keys(page, server):
     page.locator("#out").focus()
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
-    assert page.evaluate("() => document.activeElement === document.querySelectorAll('.token')[1]")
+    second = f"() => document.activeElement === document.querySelectorAll('{WRITTEN}')[1]"
+    assert page.evaluate(second)
     assert page.get_by_role(
         "group", name="Alternatives to this token: choose one to continue with it"
     ).is_visible()
@@ -533,25 +578,27 @@ def test_keys(page, server):
 def test_what_else_was_likely(page):
     ask(page, "pieces")
     status(page, "Done.")
-    tokens = page.locator(".token")
+    tokens = page.locator(WRITTEN)
     assert tokens.all_text_contents() == [" \N{LLAMA}", "\n\n", "def", "∎"]
     point_at(page, 2)
     bars = page.locator("#tip button")
-    assert bars.count() == 5 and page.locator("#tip .head").inner_text().split() == ["def", "90%"]
+    assert bars.count() == 5 and page.locator("#tip .head").count() == 0
+    assert page.locator("#tip .taken").nth(0).inner_text().split() == ["def", "90%"]
     shown = [row.split() for row in bars.all_inner_texts()]
     assert shown == [["def", "90%"], ["⏎", "25%"], ["·<i>a</i>", "20%"], ["b", "10%"], ["⇥", "5%"]]
     widths = [page.locator("#tip button .fill").nth(i).bounding_box()["width"] for i in range(5)]
     assert widths == sorted(widths, reverse=True)
     point_at(page, 0)  # a character of three tokens
-    assert page.locator("#tip .head").count() == 3 and bars.count() == 15
+    assert bars.count() == 15
     press(page, "Copy")
     status(page, "Copied.")
     # Without the mark of the end.
     assert page.evaluate("() => navigator.clipboard.readText()") == "pieces \N{LLAMA}\n\ndef"
     page.mouse.move(0, 0)
     page.wait_for_selector("#tip", state="hidden")
-    heats = [tokens.nth(i).get_attribute("class").split()[1] for i in range(3)]
-    assert heats == ["heat2", "heat3", "heat0"]
+    heats = [tokens.nth(i).get_attribute("class").split() for i in range(3)]
+    for classes, heat in zip(heats, ("heat2", "heat3", "heat0")):
+        assert heat in classes
 
 
 def test_text_is_never_html(page):
@@ -579,7 +626,7 @@ def test_a_value_that_cannot_be_is_marked_and_the_text_stays(page, server):
         ("Top p", "1.5", "Top p must be 1 or less"),
     ]
     for label, value, says in wrong:
-        field = page.get_by_label(label)
+        field = page.get_by_label(label, exact=True)
         old_value = field.input_value()
         field.fill(value)
         for button in ("Generate", "Continue"):
@@ -646,3 +693,197 @@ def test_it_fits_a_telephone_and_every_part_has_a_name(page):
     named = "element => Boolean(element.textContent.trim() || element.labels?.length)"
     parts = page.locator("button, input, textarea")
     assert parts.count() > 20 and all(parts.nth(i).evaluate(named) for i in range(parts.count()))
+
+
+# ---- What the model saw, and how it learned ------------------------------------------------------
+
+
+def test_a_text_stands_there_at_the_first_view(page):
+    assert page.locator("#out").text_content() == "import os"
+    seed = page.get_by_label("Seed", exact=True).input_value()
+    assert seed == "1337" and not page.get_by_label("Keep the seed").is_checked()
+
+
+def shades(page) -> list[float]:
+    """How strongly each token is shaded, in percent."""
+    strengths = (
+        "spans => spans.map((span) => parseFloat(span.style.getPropertyValue('--attention')))"
+    )
+    return page.locator(".token").evaluate_all(strengths)
+
+
+def test_where_it_looked_and_when_it_knew(page):
+    ask(page, "3")
+    shows(page, "3456789012")
+    point_at(page, 1)  # the 5, before which 3 and 4 stood
+    page.wait_for_selector("#out.looking")
+    knew = [row.inner_text().split() for row in page.locator("#tip .block").all()]
+    assert knew == [["1", "to", "2", "2", "20%"], ["block", "3", "4", "50%"]]
+    tip = page.locator("#tip").inner_text()
+    assert "Where it looked: 3 62%, 4 37%" in tip or "Where it looked: 3 63%, 4 38%" in tip
+    first, second, *rest = shades(page)
+    assert first > second > 0 and not any(rest)
+    page.get_by_label("shows where the model looked").select_option("block 1, head 1")
+    point_at(page, 2)
+    page.wait_for_function("() => document.getElementById('tip').innerText.includes('3 100%')")
+    first, *rest = shades(page)
+    assert first == 85 and not any(rest)
+    page.mouse.move(0, 0)
+    page.wait_for_selector("#out:not(.looking)")
+    ask(page, "7")
+    shows(page, "7890123456")
+    point_at(page, 2)
+    page.get_by_text("nothing to see <i>here</i>").wait_for()  # a model that hides it
+    assert page.locator("#tip button").count() == 5
+
+
+def test_the_prompt_is_coloured_too(page):
+    ask(page, "123")
+    status(page, "Done.")
+    page.wait_for_selector(".prompt.heat3")
+    heats = [set(each.split()) for each in page.locator(".prompt").evaluate_all(CLASSES)]
+    assert "heat3" not in heats[0] and "heat3" in heats[1] and "heat3" in heats[2]
+    page.locator(".prompt").nth(1).hover()
+    page.wait_for_selector("#tip .taken")
+    # It is the person's: nothing in it can be exchanged.
+    assert page.locator("#tip button").count() == 0
+
+
+CLASSES = "spans => spans.map((span) => span.className)"
+
+
+def test_what_is_outside_the_context_is_grey_and_a_long_prompt_is_folded(page):
+    ask(page, "long" + 200 * "a line of the prompt\n" + "END")
+    status(page, "Done.")
+    assert len(page.locator("#out .outside").nth(0).text_content()) == 2000
+    read = page.locator(".token:not(.outside)").all_text_contents()
+    assert read == [" end"] or len(read) == 5
+    assert "its context is 5 tokens" in page.locator("#outside").inner_text()
+    bottom = page.locator("#out").evaluate("out => out.getBoundingClientRect().bottom")
+    assert bottom < 700  # the new text is in the window
+    assert page.get_by_role("button", name="Generate").is_visible()
+    top = page.locator("#actions").evaluate("row => row.getBoundingClientRect().top")
+    assert top == 0  # the buttons stay
+    page.get_by_role("button", name="characters more").click()
+    assert len(page.locator("#out").text_content()) == 4 + 200 * 21 + 3
+    press(page, "Copy")
+    status(page, "Copied.")
+    assert len(page.evaluate("() => navigator.clipboard.readText()")) == 4 + 200 * 21 + 3
+    ask(page, "3")
+    shows(page, "3456789012")
+    assert page.locator(".outside").count() == 0 and page.locator("#outside").is_hidden()
+
+
+def test_a_slow_prompt_is_said_to_be_read(page):
+    ask(page, "slow")
+    status(page, "Reading the prompt (4 tokens) …")
+    assert page.locator("#rate").text_content() == ""
+    status(page, "Done.")
+
+
+def test_watch_it_learn(page, server):
+    page.get_by_label("Prompt", exact=True).fill("who")
+    button = page.locator("#watch")
+    page.evaluate("() => { window.seen = []; const begin = window.goTo; }")
+    page.evaluate(
+        """() => new MutationObserver(() => seen.push(document.getElementById('out').textContent))
+        .observe(document.getElementById('out'), { childList: true })"""
+    )
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    page.wait_for_function("() => film === null")
+    texts = [f"whostep_0000{n}00 1337" for n in (1, 2, 3)]
+    seen = [text for text in page.evaluate("() => seen") if text in texts]
+    assert sorted(set(seen), key=seen.index) == texts
+    shows(page, texts[-1])
+    assert button.get_attribute("aria-pressed") == "false"
+    for _ in range(3):
+        assert server.line() == "closed"
+    page.get_by_label("Trained up to").press("ArrowLeft")
+    shows(page, texts[1])  # as it was written before
+    assert server.lines.empty()
+    page.locator("#watch").click()
+    page.wait_for_function(
+        "text => document.getElementById('out').textContent === text", arg=texts[0]
+    )
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => film === null")
+    page.wait_for_timeout(1500)
+    shows(page, texts[0])  # it has stopped
+    press(page, "Back")
+    shows(page, texts[1])
+
+
+def test_a_reload_keeps_texts_branches_and_settings(page, server):
+    page.get_by_label("Tokens", exact=True).fill("4")
+    ask(page, "3")
+    shows(page, "34567")
+    point_at(page, 2)
+    alternative(page, "0")
+    shows(page, "34501234")
+    page.get_by_label("Prompt", exact=True).fill("something else")
+    while not server.lines.empty():
+        server.line()
+    page.reload()
+    shows(page, "3450123" + "4")
+    assert page.get_by_label("Prompt", exact=True).input_value() == "something else"
+    assert page.get_by_label("Tokens", exact=True).input_value() == "4"
+    assert branches(page) == ["4567", "↳ 450123" + "4"]
+    assert page.locator(".fork").all_inner_texts() == ["0"]
+    assert server.lines.empty()  # nothing was written again
+    point_at(page, 1)
+    page.wait_for_selector("#out.looking")
+    page.mouse.move(0, 0)
+    press(page, "Continue")
+    shows(page, "3450123456" + "78")
+    press(page, "Back")
+    shows(page, "34567")
+
+
+def test_a_link_gives_the_same_text_elsewhere(page, context, run_file):
+    page.get_by_label("Temperature", exact=True).fill("0.7")
+    ask(page, "who")
+    page.wait_for_selector("#generate:enabled")
+    text = page.locator("#out").text_content()
+    press(page, "Link")
+    page.wait_for_function(
+        "() => document.getElementById('status').textContent.startsWith('Copied')"
+    )
+    link = page.evaluate("() => navigator.clipboard.readText()")
+    assert "token" not in link.partition("#")[0] and "#" in link
+    other_server = Server(run_file)
+    try:
+        other = context.new_page()
+        other.goto(f"{other_server.address}#{link.partition('#')[2]}")
+        shows(other, text)
+        assert other.get_by_label("Temperature", exact=True).input_value() == "0.7"
+        gone = link.partition("#")[2].replace("step_0000300", "step_0000999")
+        other.goto(f"{other_server.address}#{gone}")
+        other.get_by_text("The link is to a text of step_0000999").wait_for()
+        other.close()
+        other_server.interrupt()
+    finally:
+        other_server.process.kill()
+    ask(page, "3")
+    shows(page, "3456789012")
+    point_at(page, 4)
+    alternative(page, "0")
+    shows(page, "345670123456789")
+    address = page.url
+    page.evaluate("() => sessionStorage.clear()")
+    page.goto("about:blank")
+    page.goto(address)
+    shows(page, "345670123456789")  # a branch's link has the tokens up to it
+
+
+def test_a_token_has_a_name_and_home_and_end_lead_to_the_ends(page):
+    ask(page, "3")
+    shows(page, "3456789012")
+    page.locator("#out").focus()
+    page.keyboard.press("End")
+    assert page.locator("#out").get_by_role("button", name="2 50%", exact=True).count() == 1
+    page.keyboard.press("Home")
+    assert page.evaluate("() => document.activeElement.textContent") == "3"
+    assert page.locator("#out [role=button]").count() == 1
+    page.locator("#prompt").focus()
+    assert page.locator("#out [role]").count() == 0  # to be read as plain text

@@ -491,7 +491,8 @@ def page(toy, monkeypatch):
         serve = Mock()
         monkeypatch.setattr(page_part, "serve", serve)
         sample.main(["--model", str(model), "--web", *argv, "--device", "cpu", "--dtype", "fp32"])
-        return serve.call_args.args
+        answers, *rest = serve.call_args.args
+        return [answers["answer"], *rest]
 
     return page
 
@@ -516,8 +517,37 @@ def make_request(form: dict, **changes) -> dict:
     return form["settings"] | fields | changes
 
 
+def shown(pieces: list[dict]) -> str:
+    return "".join(piece["text"] for piece in pieces)
+
+
+def test_a_long_prompt_is_cut_and_the_page_is_told_where(page):
+    answer, _, form, _ = page("-m", "4")
+    prompt = 20 * "0" + "\N{LLAMA}" + 27 * "a"
+    first, *_ = answer(make_request(form, prompt=prompt, taken=[65]))
+    # Of its 52 tokens 28 are read, and 4 of 32 are left for new ones; one was taken.
+    assert (first["start"], first["length"]) == (24, 51)
+    assert shown(first["prompt"]) == 27 * "a"
+    first, *_ = answer(make_request(form, prompt=prompt[1:] + "b"))
+    assert shown(first["prompt"]) == 27 * "a" + "b"
+    first, *_ = answer(make_request(form, prompt=prompt[:-2]))  # the cut is within the character
+    assert shown(first["prompt"]) == 3 * "\N{REPLACEMENT CHARACTER}" + 25 * "a"
+    first, *_ = answer(make_request(form, prompt=""))
+    assert (first["prompt"], first["length"], first["start"]) == ([], 1, 0)
+
+
+def test_the_first_text_of_the_page_has_settings_of_its_own(page):
+    settings = page()[2]["settings"]
+    assert (settings["temperature"], settings["top_p"]) == (0.8, 0.9)
+    settings = page("--temperature", "1.0")[2]["settings"]  # who names one means it
+    assert (settings["temperature"], settings["top_p"]) == (1.0, 0.9)
+    arguments = sample.parse_arguments([])
+    assert (arguments.temperature, arguments.top_p) == (1.0, 1.0)
+
+
 def test_the_page_begins_with_the_settings_of_the_command_and_answers_like_it(toy, capsys, page):
     arguments = ("-p", "The fox", "-m", "20", "--seed", "5", "--top_k", "9")
+    arguments += ("--temperature", "1.0", "--top_p", "1.0")
     answer, progress, form, port = page(*arguments, "--stop", "\\n", "--port", "7")
     assert toy in form["about"] and form["title"] == Path(toy).name and port == 7
     assert progress() == dict(checkpoints=[], train=[], val=[])  # it is no run's
@@ -526,7 +556,9 @@ def test_the_page_begins_with_the_settings_of_the_command_and_answers_like_it(to
     assert form["limits"]["top_p"] == [0, 1] and not page()[2]["pinned"]
     first, *events = answer(make_request(form))
     record = json.loads(run(capsys, "--model", toy, *arguments, "--json")[0])
-    assert first == dict(taken=[])
+    # A token a byte.
+    assert first["prompt"] == [dict(id=byte, text=chr(byte)) for byte in b"The fox"]
+    assert (first["taken"], first["start"], first["context"], first["length"]) == ([], 0, 32, 7)
     assert "".join(event["text"] for event in events) == record["completion"]
     tokens = [token for event in events for token in event["tokens"]]
     assert len(tokens) == record["tokens"]
@@ -546,7 +578,7 @@ def test_an_answer_goes_on_behind_what_was_taken(page):
     texts = [event["text"] for event in events]
     for n in (1, 7, 12):  # always the most likely token: so the continuation is the same
         first, *rest = answer(make_request(form, prompt="The ", taken=ids[:n], max_tokens=12))
-        assert "".join(first["taken"]) == "".join(texts[:n])
+        assert shown(first["taken"]) == "".join(texts[:n])
         assert [token["id"] for event in rest for token in event["tokens"]][: 12 - n] == ids[n:]
     answer = page("-m", "12")[0]
     continuations = set()
@@ -560,10 +592,11 @@ def test_taken_tokens_are_shown_whole_whatever_ends_a_text(page):
     answer, _, form, _ = page("-m", "1")
     llama = "\N{LLAMA}".encode()
     first, *rest = answer(make_request(form, taken=[*b"a STOP", 256, *llama[:2]], stop="STOP"))
-    assert first == dict(taken=[*"a STOP", "", "", ""])  # half a character waits for the rest
+    taken = [piece["text"] for piece in first["taken"]]
+    assert taken == [*"a STOP", "", "", ""]  # half a character waits for the rest
     assert len(rest[0]["tokens"]) == 1
     first, _, *rest = answer(make_request(form, taken=[*b"b", *llama, *b"c"]))
-    assert "".join(first["taken"]) == "b\N{LLAMA}c"
+    assert shown(first["taken"]) == "b\N{LLAMA}c"
 
 
 def test_what_the_page_may_ask(page):

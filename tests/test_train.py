@@ -1,6 +1,7 @@
 """Training: against a loop written with transformers and torch alone, against itself stopped and
 resumed, and against what people and machines do to it."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -789,3 +790,26 @@ def test_settings_that_make_a_run_learn_nothing_are_said(config):
     line = doubts(warmup_steps=715)
     assert "warmup_steps 715 is not below max_steps 12: the learning rate ends at 1.7e-04" in line
     assert "learning_rate is 0" in doubts(learning_rate=0.0, min_lr=0.0)
+
+
+def test_the_untrained_model_is_kept_and_changes_nothing(config):
+    """Nor does a run that goes on from it."""
+    run = config().out_dir
+    expected = losses(config(out_dir=f"{run}_plain", eval_every=4))
+    first = config(checkpoint_first=True, eval_every=4, checkpoint_every=4, keep_checkpoints=0)
+    assert losses(first) == expected
+    names = [folder.name for folder in checkpoints(first.out_dir)]
+    assert names == ["step_0000000", "step_0000004", "step_0000008", "step_0000012"]
+    folder = Path(first.out_dir) / "step_0000000"
+    state = checkpoint.read_state(folder)
+    assert state.val_loss == metrics(first.out_dir, "val")[0]["loss"]
+    untrained = train.build_model(first, None, get_tokenizer("bytes"))
+    tensors = load_file(folder / "model.safetensors")
+    assert torch.equal(tensors["transformer.wte.weight"], untrained.transformer.wte.weight[:257])
+    resumed = config(resume=str(folder), out_dir=f"{run}_resumed", eval_every=4)
+    assert losses(resumed) == expected
+    # One that is killed right behind it goes on from there, and does not save it twice.
+    again = config(checkpoint_first=True, resume=str(folder), out_dir=f"{run}_again")
+    again = dataclasses.replace(again, checkpoint_every=12)
+    train.train(again)
+    assert [folder.name for folder in checkpoints(again.out_dir)] == ["step_0000012"]
