@@ -1,6 +1,7 @@
 """Settings: a dataclass of defaults + config files + --key=value -> one checked object.
 
     python train.py config/quickstart.py config/mine.py --batch_size=8 --compile=False
+    python train.py config/quickstart.py --max-steps 100    # the same as --max_steps=100
 
 A config file is plain Python that assigns settings. It sees the values so far, so that
 `min_lr = learning_rate / 10` works. Files are run from left to right; flags come last wherever they
@@ -24,6 +25,9 @@ import traceback
 import types
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+# What many people write, and the setting's name here.
+SHORT_NAMES = {"lr": "learning_rate"}
 
 # How a setting counts when a checkpoint is resumed with another value. A setting that says nothing
 # changes the losses, so that what is forgotten is refused instead of mixed in silence.
@@ -103,19 +107,17 @@ def configure(cls: type, argv: list[str]) -> Any:
     values: dict[str, Any] = {name: field.default for name, field in fields.items()}
     mistakes: list[str] = []
 
-    flags = [argument for argument in argv if argument.startswith("-")]
-    files = [argument for argument in argv if not argument.startswith("-")]
+    files, flags = split_arguments(argv, values)
     for path in files:
         for name, value in run_config_file(path, values, mistakes).items():
             assign(values, types_of, name, value, f"{path}: {name} = {shorten(value)}", mistakes)
     for flag in flags:
-        name, equals, text = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or not equals:
-            hint = nearest(name.lstrip("-"), values)
-            mistakes.append(f"{shorten_text(flag)}: settings are written --key=value{hint}")
+        if flag.text is None:
+            hint = nearest(flag.name.lstrip("-"), values)
+            mistakes.append(f"{shorten_text(flag.typed)}: settings are written --key=value{hint}")
         else:
-            value = parse(text, types_of.get(name, str))
-            assign(values, types_of, name, value, shorten_text(flag), mistakes)
+            value = parse(flag.text, types_of.get(flag.name, str))
+            assign(values, types_of, flag.name, value, shorten_text(flag.typed), mistakes)
     for name, field in fields.items():
         if field.metadata.get("is_path") and type(values[name]) is str:
             values[name] = expand_path(name, values[name], field.default, mistakes)
@@ -125,6 +127,44 @@ def configure(cls: type, argv: list[str]) -> Any:
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return config
+
+
+class Flag(NamedTuple):
+    """A setting of the command line."""
+
+    typed: str  # as the person wrote it
+    name: str
+    text: str | None  # its value; None if there is none, or a dash is missing
+
+
+def split_arguments(argv: list[str], names: Any) -> tuple[list[str], list[Flag]]:
+    """The config files and the flags of a command line.
+
+    As elsewhere, the value may stand behind a space, and hyphens are underscores: --max-steps 100.
+    """
+    files = []
+    flags = []
+    rest = list(argv)
+    while rest:
+        typed = rest.pop(0)
+        if not typed.startswith("-"):
+            files.append(typed)
+            continue
+        name, equals, text = typed.removeprefix("--").partition("=")
+        name = name.replace("-", "_") if typed.startswith("--") else name
+        if name not in names:
+            name = SHORT_NAMES.get(name, name)
+        value: str | None = text if equals and typed.startswith("--") else None
+        if not equals and typed.startswith("--") and rest and is_value(rest[0]):
+            value = rest.pop(0)
+            typed = f"{typed} {value}"
+        flags.append(Flag(typed, name, value))
+    return files, flags
+
+
+def is_value(argument: str) -> bool:
+    """Whether it can be the value of the flag before it: no other flag, and no config file."""
+    return not argument.startswith("--") and not argument.endswith(".py")
 
 
 def expand_path(name: str, path: str, default: Any, mistakes: list[str]) -> str:
@@ -142,6 +182,8 @@ def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
     if not Path(path).is_file():
         files = [str(file) for file in Path(path).parent.glob("*.py")]
         hint = nearest(path, files) or ". A config file is Python, a setting is --key=value"
+        if path.partition("=")[0] in values:
+            hint = f": did you mean --{path}?"
         mistakes.append(f"{path}: no such config file{hint}")
         return {}
     namespace = dict(values)

@@ -35,7 +35,7 @@ from parts import auto, checkpoint, data, inference, pretrained, runtime, standi
 from parts.checkpoint import ResumePoint, RunState, Saver
 from parts.console import Console, StopSignal, command, print_lines, printable, profiler
 from parts.files import lock
-from parts.metrics import Log, describe_run
+from parts.metrics import Log, command_line, describe_run
 from parts.optimizer import build_optimizer, clip_gradients, describe
 from parts.report import is_reported
 from parts.runtime import Runtime
@@ -211,7 +211,8 @@ def train(config: TrainConfig) -> dict:
         if start_step >= config.max_steps:
             if machine.is_main:
                 finish(config, resume_point)
-            say(checkpoint.finished_message(out_dir, start_step, config.max_steps))
+            command_now = command_line(machine)
+            say(checkpoint.finished_message(out_dir, start_step, config.max_steps, command_now))
             machine.close()
             return dict(step=start_step, val_loss=resume_point.state.val_loss, stopped=None)
 
@@ -533,10 +534,13 @@ def train(config: TrainConfig) -> dict:
         raise log.failure
     if stopping:
         name = signal.Signals(stopping).name
-        command_line = "the same command"
+        same = "the same command"
         if config.resume != "auto":
-            command_line += f" without --resume={config.resume}"
-        say(f"stopped by {name} after {step:,} steps; {command_line} resumes it")
+            same += f" without --resume={config.resume}"
+        say(f"stopped by {name} after {step:,} steps; {same} resumes it")
+        # Who stopped it wants to see how far it came. All that counts is saved by now.
+        if config.report and machine.is_main:
+            plot.write_report(out_dir)
     else:
         if config.report and machine.is_main:
             plot.write_report(out_dir)

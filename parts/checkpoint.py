@@ -403,14 +403,14 @@ def check_scaler_state(state: dict, scaler) -> None:
             raise ValueError(f"the scaler's {name} is {value!r}")
 
 
-def finished_message(out_dir: Path, step: int, max_steps: int) -> str:
-    """What to do with a run that has all its steps."""
+def finished_message(out_dir: Path, step: int, max_steps: int, command: str) -> str:
+    """What to do with a run that has all its steps. command: the one that said so."""
     steps = f"it has {step:,} steps, max_steps is {max_steps:,}"
     return f"""{out_dir} is finished: {steps}{best_note(out_dir)}.
   to sample from it:  python sample.py --model {out_dir}
   to look at it:      python plot.py --report {out_dir}
-  to train longer:    the same command with --max_steps={2 * step} --resume_anyway=True
-  to start over:      the same command with --resume=never"""
+  to train longer:    {command} --max_steps={2 * step} --resume_anyway=True
+  to start over:      {command} --resume=never"""
 
 
 def delete_unfinished(out_dir: Path) -> None:

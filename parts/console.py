@@ -168,7 +168,21 @@ def discard_stdout() -> None:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser of options whose complaints are one line like any other: it raises ValueError."""
+    """A parser of options whose complaints are one line like any other: it raises ValueError.
+
+    Hyphens are underscores in the names of options: --max-tokens is --max_tokens.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(self.replace_hyphens, args)), namespace)
+
+    def replace_hyphens(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        replaced = "--" + name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and replaced in self._option_string_actions:
+            return f"{replaced}{equals}{value}"
+        return argument
 
     def error(self, message: str) -> NoReturn:
         if len(message) > 300:  # it quotes the option

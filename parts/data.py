@@ -160,8 +160,13 @@ def open_shards(data_dir: str | Path, split: str) -> list[Shard]:
     paths = find_shards(folder, split)
     if not paths:
         new_folder = "shards/NAME" if folder.exists() else folder
+        others = []
+        for other in sorted(folder.parent.glob("*")):
+            if find_shards(other, split):
+                others.append(str(other))
+        there = f" (there are {', '.join(others)})" if others else ""
         raise ValueError(
-            f"data_dir: no {split} shards in {folder.absolute()}; "
+            f"data_dir: no {split} shards in {folder.absolute()}{there}; "
             f"make them: python fineweb.py, or python prepare.py TEXT --out {new_folder}"
         )
     meta = read_meta(folder)

@@ -143,10 +143,6 @@ def describe_run(
     dtype is the precision of matrix products, train_tokens the number of tokens in the training
     shards.
     """
-    launcher = "python"
-    if machine.world_size > 1:
-        launcher = f"torchrun --nproc_per_node={machine.local_size}"
-    program = Path(sys.argv[0]).name
     meta = data.read_meta(config.data_dir)
     source = {}
     for name, value in meta.get("source", {}).items():
@@ -158,7 +154,7 @@ def describe_run(
         flops_per_token=model.flops_per_token(config.block_size),
         device=machine.device_name(),
         dtype=str(dtype).removeprefix("torch."),
-        command=f"{launcher} {shlex.join([program, *sys.argv[1:]])}",
+        command=command_line(machine),
         compiled=compiled,
         world_size=machine.world_size,
         job=os.environ.get("TORCHELASTIC_RUN_ID"),
@@ -167,6 +163,14 @@ def describe_run(
         tokenizer=tokenizer.name,
         data=dict(train_tokens=train_tokens, documents=meta.get("documents"), source=source),
     )
+
+
+def command_line(machine: Runtime) -> str:
+    """The command that started this process, to be pasted."""
+    launcher = "python"
+    if machine.world_size > 1:
+        launcher = f"torchrun --nproc_per_node={machine.local_size}"
+    return f"{launcher} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
 
 
 def read_commit() -> str | None:

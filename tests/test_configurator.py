@@ -68,8 +68,8 @@ def test_flags_become_values(flag, name, value):
     [
         ("--step=4", "--step=4: there is no setting 'step': did you mean steps?"),
         (
-            "--learning-rate=1",
-            "--learning-rate=1: there is no setting 'learning-rate': did you mean learning_rate?",
+            "--learning-rat=1",
+            "--learning-rat=1: there is no setting 'learning_rat': did you mean learning_rate?",
         ),
         ("--steps=2.0", "--steps=2.0: steps takes an int, not 2.0"),
         ("--steps=True", "--steps=True: steps takes an int, not True"),
@@ -161,3 +161,31 @@ def test_bounds_follow_the_default():
     assert out_of_bounds(Bounds(plain=-1.0)) == ["plain is -1.0: it must be at least 0"]
     assert out_of_bounds(Bounds(negative=-5.0)) == []
     assert out_of_bounds(Bounds(share=1.0)) == ["share is 1.0: it must be below 1"]
+
+
+@pytest.mark.parametrize(
+    "argv, changes",
+    [
+        (["--steps", "8"], dict(steps=8)),
+        (["--learning-rate=2"], dict(learning_rate=2.0)),
+        (["--min-lr", "-1"], dict(min_lr=-1.0)),
+        (["--lr", "3e-4"], dict(learning_rate=3e-4)),
+        (["--name", "a b", "--fast", "true"], dict(name="a b", fast=True)),
+        (["--name=a-b", "--note", "c-d=e"], dict(name="a-b", note="c-d=e")),
+    ],
+)
+def test_spaces_hyphens_and_lr_are_understood(argv, changes):
+    assert configure(Toy, argv) == Toy(**changes)
+
+
+def test_a_config_file_is_no_value_and_a_forgotten_dash_is_named(tmp_path):
+    file = write(tmp_path / "one.py", "steps = 6")
+    assert configure(Toy, ["--name=x", file]).steps == 6
+    with pytest.raises(ValueError, match=r"^--fast: settings are written --key=value: did you mea"):
+        configure(Toy, ["--fast", file])
+    with pytest.raises(
+        ValueError, match=r"^steps=4: no such config file: did you mean --steps=4\?"
+    ):
+        configure(Toy, ["steps=4"])
+    with pytest.raises(ValueError, match=r"^--step 4: there is no setting 'step': did you mean st"):
+        configure(Toy, ["--step", "4"])

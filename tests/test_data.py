@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import struct
 import threading
 from pathlib import Path
@@ -378,3 +379,13 @@ def test_a_train_bin_with_llmcs_header_is_a_shard(tmp_path):
     data.write_shard(tmp_path / "train.bin", np.arange(9, dtype=np.uint16))
     [shard] = data.open_shards(tmp_path, "train")
     assert shard.tokens.tolist() == list(range(9))
+
+
+def test_missing_shards_name_the_folders_that_are_there(shards, tmp_path, monkeypatch):
+    for name in ("tale", "other"):
+        (tmp_path / "shards" / name).mkdir(parents=True)
+    for file in shards.iterdir():
+        shutil.copy(file, tmp_path / "shards" / "tale")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"shards/tail \(there are shards/tale\); make"):
+        data.open_shards("shards/tail", "train")

@@ -536,6 +536,14 @@ def test_a_long_prompt_is_cut_and_the_page_is_told_where(page):
     assert (first["prompt"], first["length"], first["start"]) == ([], 1, 0)
 
 
+def test_hyphens_in_the_names_of_options_are_underscores():
+    arguments = sample.parse_arguments(["--max-tokens", "5", "--top-p=0.5", "a-b", "--stop=-x-"])
+    assert (arguments.max_tokens, arguments.top_p) == (5, 0.5)
+    assert (arguments.prompts, arguments.stop) == (["a-b"], ["-x-"])
+    with pytest.raises(ValueError, match="unrecognized arguments: --max-tokns"):
+        sample.parse_arguments(["--max-tokns=5"])
+
+
 def test_the_first_text_of_the_page_has_settings_of_its_own(page):
     settings = page()[2]["settings"]
     assert (settings["temperature"], settings["top_p"]) == (0.8, 0.9)

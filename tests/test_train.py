@@ -349,14 +349,14 @@ def test_a_signal_ends_the_step_saves_and_leads_on(
     """
     straight, stopped = (config(out_dir=str(tmp_path / name), **EVERYTHING) for name in "ab")
     train.train(straight)
-    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+    clip, calls = train.clip_gradients, itertools.count(1)
 
     def interrupted(*arguments):
         if next(calls) == 6:
             signal.raise_signal(number)
         return clip(*arguments)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    monkeypatch.setattr(train, "clip_gradients", interrupted)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as exit_:
         train.main(flags(stopped))
@@ -374,14 +374,40 @@ def test_a_signal_ends_the_step_saves_and_leads_on(
 def test_a_signal_that_is_ignored_stops_nothing(config, monkeypatch, usual_signals, number):
     """As SIGHUP is under nohup."""
     signal.signal(number, signal.SIG_IGN)
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = train.clip_gradients
 
     def interrupted(*arguments):
         signal.raise_signal(number)
         return clip(*arguments)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    monkeypatch.setattr(train, "clip_gradients", interrupted)
     assert train.train(config(max_steps=2)) == dict(step=2, val_loss=None, stopped=None)
+
+
+def test_a_stopped_run_leaves_its_report_and_the_next_command_stands_there(
+    config, monkeypatch, capsys, usual_signals
+):
+    run = config(report=True, log_every=1, checkpoint_every=12)
+    log = train.Log.__call__
+
+    def interrupted(self, kind, step, **values):
+        log(self, kind, step, **values)
+        if kind == "train" and step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.Log, "__call__", interrupted)
+    assert train.train(run)["stopped"] == signal.SIGTERM
+    assert "5 of 12" in (Path(run.out_dir) / "report.md").read_text()
+    assert (Path(run.out_dir) / "loss.png").exists()
+    monkeypatch.undo()
+    train.train(run)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", "config/mine.py", "--name=a b"])
+    train.train(run)
+    command = "python train.py config/mine.py '--name=a b'"
+    said = capsys.readouterr().out
+    assert f"to train longer:    {command} --max_steps=24 --resume_anyway=True" in said
+    assert f"to start over:      {command} --resume=never" in said
 
 
 def test_a_finished_run_says_so_goes_on_or_is_moved_aside(config, tmp_path, capsys):
