@@ -37,7 +37,7 @@ import train
 from model import GPT, SIZES, GPTConfig
 from parts import auto, data, inference, loss, runtime
 from parts.auto import Arithmetic, prepare_for_inference
-from parts.console import OptionParser, command, path_option
+from parts.console import OptionParser, command, path_option, print_note
 from parts.documents import identify, read_documents
 from parts.files import check_is_file
 from parts.json_files import read_json
@@ -92,7 +92,7 @@ def measure_in_rounds(runs: Mapping[str, Callable[[], dict]], rounds: int, basel
                 row = None
                 message = f"{type(error).__name__}: {first_line(str(error))}"
             measured[name].append(row)
-            print(f"{name:32} {message}", file=sys.stderr)
+            print_note(f"{name:32} {message}")
 
     rows: dict[str, Any] = {}  # None where a run failed
     ratios = {}
@@ -175,7 +175,11 @@ def time_tiktoken(files: list[Path]) -> float:
 def read_texts(files: list[Path]) -> list[str]:
     """The text of the files, in the segments that a worker tokenises."""
     texts = []
-    for piece in split_into_pieces(read_documents(map(identify, files))):
+    inputs = [identify(file) for file in files]
+    for file in inputs:
+        if file.kind == "binary":
+            raise ValueError(f"{file.path}: binary ({file.about}), not text")
+    for piece in split_into_pieces(read_documents(iter(inputs))):
         for segment in piece:
             texts.append(segment.text.decode(errors="replace"))
     return texts
@@ -192,7 +196,7 @@ def bench_hellaswag(arguments: argparse.Namespace, machine: Runtime) -> dict:
     model = GPT(GPTConfig()).to(machine.device).eval()
     tasks = hellaswag.examples(arguments.data, arguments.limit)
     prepared = prepare_for_inference(copy.deepcopy(model), machine, arguments.dtype, rows=1024)
-    print(prepared.note, file=sys.stderr)
+    print_note(prepared.note)
     # About 40 tasks are enough for the slow way.
     subset = tasks[:: max(1, len(tasks) // 40)]
     rendered = [hellaswag.render(task, tokenizer, 1024) for task in subset]
@@ -259,7 +263,7 @@ def bench_sample(arguments: argparse.Namespace, machine: Runtime) -> dict:
     B = arguments.batch
     n_new = arguments.max_tokens
     prepared = prepare_for_inference(GPT(GPTConfig()).eval(), machine, arguments.dtype, rows=B)
-    print(prepared.note, file=sys.stderr)
+    print_note(prepared.note)
     theirs: Any = (
         build_transformers_gpt2(1024, SIZES["gpt2"])
         .to(machine.device, prepared.packing.dtype)
@@ -394,7 +398,7 @@ def choose_as_train_does(arguments: argparse.Namespace, machine: Runtime) -> Ari
     vocab_size = 257 if arguments.size == "quickstart" else 50257
     model = GPT(GPTConfig(vocab_size=vocab_size, block_size=T, **shape))
     arithmetic, why = auto.choose_arithmetic(config, model, machine, saved={})
-    print(why, file=sys.stderr)
+    print_note(why)
     arguments.dtype = arithmetic.dtype
     return arithmetic
 
@@ -958,9 +962,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_counts(arguments: argparse.Namespace) -> None:
+    """ValueError if a number is too small to measure anything."""
+    smallest = dict.fromkeys(("rounds", "batch", "max_tokens", "prompt_tokens", "steps"), 1)
+    smallest |= dict.fromkeys(("batch_size", "block_size", "gpus", "gpus_per_node"), 1)
+    smallest |= dict.fromkeys(("tokens", "batch_tokens"), 1)
+    smallest |= dict.fromkeys(("workers", "limit", "network"), 0)
+    for name, least in smallest.items():
+        value = getattr(arguments, name, least)
+        if value < least:
+            raise ValueError(f"--{name} {value}: must be {least} or more")
+
+
 @command("bench.py")
 def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
+    check_counts(arguments)
     machine = runtime.start(getattr(arguments, "device", "cpu"))
     measured = arguments.measure(arguments, machine)
     settings = {}

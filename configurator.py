@@ -197,7 +197,9 @@ def run_config_file(path: str, values: dict, mistakes: list[str]) -> dict:
             )
             return {}
         exec(program, namespace)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a file can raise anything, but Ctrl-C is the person's
+        if isinstance(error, KeyboardInterrupt):
+            raise
         where = path
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == path:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import data, hub
-from parts.console import OptionParser, command, path_option
+from parts.console import OptionParser, command, path_option, print_note, printable
 from parts.documents import Document, ReadOptions, identify, read_documents
 from parts.encoding import Replacements, to_utf8
 from parts.files import lock, sha256
@@ -373,7 +373,8 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> No
             if not arguments.max_tokens and not is_last:
                 download = start_download(missing[position + 1])
 
-            bar.write(f"{files[i]['path']} ({i + 1} of {len(files)} files)", sys.stderr)
+            path_shown = printable(files[i]["path"])
+            bar.write(f"{path_shown} ({i + 1} of {len(files)} files)", sys.stderr)
             documents = read_file(path, source, options, replacements)
             bytes_before = bar.n
             pieces = split_into_pieces(documents, progress=bar.update)
@@ -383,7 +384,7 @@ def tokenise_files(arguments: argparse.Namespace, out: Path, source: dict) -> No
             tokens_left -= writers[i].n_tokens
             shutil.rmtree(out / "downloads" / str(i), ignore_errors=True)
     if replacements.total:
-        print(replacements.describe(), file=sys.stderr)
+        print_note(replacements.describe())
 
 
 def count_parts(arguments: argparse.Namespace, out: Path, source: dict) -> str:

@@ -48,8 +48,8 @@ from typing import Any, NamedTuple
 from model import GPT, GPTConfig, open_model
 from parts import hub, runtime
 from parts.auto import WEIGHTS, prepare_for_inference
-from parts.console import OptionParser, command, path_option
-from parts.files import check_is_file, write_whole
+from parts.console import OptionParser, command, path_option, print_note
+from parts.files import check_is_file, delete_leftovers, lock, write_whole
 from parts.json_files import parse_json
 from parts.metrics import PUBLISHED
 from parts.runtime import Runtime
@@ -154,16 +154,25 @@ def fetch() -> Path:
     """
     if FILE.is_file():
         return FILE
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs that start together fetch them once.
+    with lock(FILE.with_suffix(".lock")):
+        if not FILE.is_file():
+            delete_leftovers(FILE)
+            write_whole(FILE, download())
+    return FILE
+
+
+def download() -> bytes:
+    """The tasks from either source. Raises ValueError if that fails."""
     try:
         with urllib.request.urlopen(URL, timeout=30) as response:
             content = response.read()
         if hashlib.sha256(content).hexdigest() != SHA256:
             raise OSError("the SHA-256 of what arrived is not that of the official file")
     except (OSError, http.client.HTTPException) as error:
-        content = fetch_from_hub(f"HellaSwag could not be fetched from {URL} ({error})")
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(FILE, content)
-    return FILE
+        return fetch_from_hub(f"HellaSwag could not be fetched from {URL} ({error})")
+    return content
 
 
 def fetch_from_hub(problem: str) -> bytes:
@@ -536,8 +545,8 @@ def main(argv: list[str] | None = None) -> None:
     n_parameters = model.num_params()
     prepared = prepare_for_inference(model, machine, arguments.dtype, rows=1024)
     if machine.is_main:
-        print(f"model: {source}, {n_parameters:,} parameters", file=sys.stderr)
-        print(f"{machine.note}\n{prepared.note}", file=sys.stderr)
+        print_note(f"model: {source}, {n_parameters:,} parameters")
+        print_note(f"{machine.note}\n{prepared.note}")
     start = time.perf_counter()
     result = evaluate(
         prepared.model,

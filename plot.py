@@ -13,11 +13,12 @@ python plot.py --weights out/quickstart
 import io
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from model import GPT
-from parts.console import OptionParser, command, path_option, print_lines
+from parts.console import OptionParser, command, path_option, print_lines, printable
 from parts.files import write_whole
 from parts.metrics import (
     GPT2_LOSS,
@@ -307,14 +308,21 @@ def save(figure, path: Path) -> Path:
 def write_report(run: Path) -> None:
     """Draw the curves of a run and write report.md beside them.
 
-    An error in either is printed as a note, so it cannot make the run fail.
+    An error in either is printed as a note, so it cannot make the run fail. The same command then
+    tries again.
     """
+    is_whole = True
     try:
         draw_curves([run], run)
     except Exception as error:
+        is_whole = False
         print_lines(describe_failure(run, error))
     try:
-        print_lines(f"report: {write_markdown(run)}")
+        report = write_markdown(run)
+        if not is_whole:
+            # Older than the records: see report.is_reported.
+            os.utime(report, (0, 0))
+        print_lines(f"report: {report}")
     except Exception as error:
         print_lines(describe_failure(run, error))
 
@@ -412,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         beside = runs[0] if len(runs) == 1 else runs[0].parent
         files = draw_curves(runs, out or beside)
-    print(*files, sep="\n")
+    print(printable("\n".join(map(str, files))))
     if arguments.report:
         for run in runs:
             write_report(run)

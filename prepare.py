@@ -14,12 +14,19 @@ import argparse
 import hashlib
 import itertools
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from parts.console import OptionParser, command, path_option, plural, printable
+from parts.console import (
+    OptionParser,
+    command,
+    path_option,
+    plural,
+    print_lines,
+    print_note,
+    printable,
+)
 from parts.documents import (
     InputFile,
     ReadOptions,
@@ -183,7 +190,7 @@ def identify_files(
     if binary:
         first = f"{binary[0].path} ({binary[0].about})"
         left_out = plural(len(binary), "file")
-        print(f"left out {left_out} that are not text, first {first}", file=sys.stderr)
+        print_note(f"left out {left_out} that are not text, first {first}")
     if not files:
         raise ValueError(f"{' '.join(arguments.paths)}: no text in it, only binary files")
     check_options_apply(files, options)
@@ -211,18 +218,16 @@ def suggest_options(files: list[InputFile], options: ReadOptions) -> None:
     """Print a line where an option seems to be missing, or applies to a part of the files only."""
     marked = [file for file in files if file.end_of_text_marks > 2]
     if marked and not options.separator:
-        print(
+        print_note(
             f"{marked[0].path}: has {END_OF_TEXT} in its text; if it stands between documents, "
-            f"give --separator '{END_OF_TEXT}'",
-            file=sys.stderr,
+            f"give --separator '{END_OF_TEXT}'"
         )
     rowless = [file for file in files if file.is_named_json]
     if rowless:
         n_files = plural(len(rowless), "JSON file")
-        print(
+        print_note(
             f"{n_files} without rows read as text: {rowless[0].path} first; rows are objects in "
-            "an array, or one a line",
-            file=sys.stderr,
+            "an array, or one a line"
         )
     others = []
     for file in files:
@@ -230,10 +235,10 @@ def suggest_options(files: list[InputFile], options: ReadOptions) -> None:
             others.append(file)
     if options.encoding and others:
         n_others = plural(len(others), "file")
-        print(f"{n_others} read as {others[0].encoding}: {others[0].path} first", file=sys.stderr)
+        print_note(f"{n_others} read as {others[0].encoding}: {others[0].path} first")
     splits = {file.path.parent.parent for file in files if is_saved_split(file.path)}
     for folder in sorted(splits):
-        print(f"{folder}: all its splits are read; name one of its folders", file=sys.stderr)
+        print_note(f"{folder}: all its splits are read; name one of its folders")
 
 
 def describe_source(
@@ -331,7 +336,7 @@ def provide_tokenizer(choice: Tokenizer | int, file: Path, texts: Iterator[bytes
     elif not file.exists():
         sample = sample_texts(texts, SEED)
         write_whole(file, learn_tokenizer(sample, choice).encode())
-        print(f"vocabulary: {describe_tokenizer(read_tokenizer(file), sample)}")
+        print_lines(f"vocabulary: {describe_tokenizer(read_tokenizer(file), sample)}")
     return str(file)
 
 
@@ -405,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
         if not split.tail:
             documents += sum(row["documents"] for row in rows["val"])
         if replacements.total:
-            print(replacements.describe(keeps_bytes), file=sys.stderr)
+            print_note(replacements.describe(keeps_bytes))
         print(f"{arguments.out}: {finish_folder(out, tokenizer, meta['source'], rows, documents)}")
 
 

@@ -28,7 +28,7 @@ import configurator
 from model import GPT, GPTConfig, OpenedModel, open_model
 from parts import page, runtime
 from parts.auto import WEIGHTS, prepare_for_inference
-from parts.console import OptionParser, command, path_option, printable
+from parts.console import OptionParser, command, path_option, print_note, printable
 from parts.encoding import Replacements, check_encoding, decode_text, is_unicode, original_bytes
 from parts.files import check_is_file
 from parts.inference import SETTINGS, Record, Text, check_settings, complete
@@ -46,6 +46,7 @@ UNLIKELY = "38;5;208"
 
 # Samples in one batch. The others wait, so that any number of them fits into memory.
 BATCH = 64
+MOST_SAMPLES = 1_000_000  # of each prompt: their texts are in memory
 
 COMMANDS = """  A line is appended to the text, and the model continues from there.
   /reset              forget the text so far
@@ -143,8 +144,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             if arguments.web:
                 default = page.FIRST_SETTINGS.get(name, default)
             setattr(arguments, name, default)
-    if arguments.samples < 1:
-        parser.error(f"samples must be 1 or more, not {arguments.samples}")
+    if arguments.encoding == "":
+        parser.error("--encoding: must not be empty")
+    if not 1 <= arguments.samples <= MOST_SAMPLES:
+        parser.error(f"samples must be 1 to {MOST_SAMPLES:,}, not {arguments.samples}")
     is_batch = arguments.samples > 1 or arguments.file or arguments.json or arguments.logprobs
     if [arguments.interactive, arguments.web, bool(is_batch)].count(True) > 1:
         parser.error(
@@ -192,7 +195,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
             decode(Path(arguments.file).read_bytes(), arguments.file), arguments.file
         )
     if replacements.total:
-        print(replacements.describe(), file=sys.stderr)
+        print_note(replacements.describe())
     if END_OF_TEXT in prompts:
         print(
             f'the prompt {END_OF_TEXT} is read as letters; an empty one, "", begins a document',
@@ -384,7 +387,7 @@ def write_together(
                 elif name in SETTINGS:
                     settings = change_setting(settings, name, value, line)
                 else:
-                    print(f"{line}: no such command; /help lists them", file=sys.stderr)
+                    print_note(f"{line}: no such command; /help lists them")
                 continue
             reply = Text(tokenizer, story + line, settings["seed"], stops)
             with suppress(KeyboardInterrupt):
@@ -407,7 +410,7 @@ def change_setting(settings: dict, name: str, value: str, line: str) -> dict:
     try:
         return check_settings(settings | {name: configurator.parse(value, None)})
     except ValueError as error:
-        print(f"{line}: {error}", file=sys.stderr)
+        print_note(f"{line}: {error}")
         return settings
 
 
@@ -444,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
     default_prompt = choose_prompt(opened.source)
     rows = min(BATCH, max(1, len(prompts)) * arguments.samples)
     prepared = prepare_for_inference(opened.model, machine, arguments.dtype, rows)
-    print(f"model: {description}\n{machine.note}\n{prepared.note}", file=sys.stderr)
+    print_note(f"model: {description}\n{machine.note}\n{prepared.note}")
     if arguments.interactive:
         write_together(prepared.model, tokenizer, "".join(prompts), arguments.stop, settings)
     elif arguments.web:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from parts import GPT
+from parts.console import print_lines
 from parts.files import delete, delete_leftovers, fsync, sha256
 from parts.json_files import read_json
 from parts.metrics import is_count, read_metrics, select
@@ -187,7 +188,7 @@ def newest_whole(out_dir: Path) -> ResumePoint | None:
         try:
             return ResumePoint(folder, verify(folder))
         except (OSError, ValueError) as error:
-            print(f"WARNING: a damaged checkpoint: {error}")
+            print_lines(f"WARNING: a damaged checkpoint: {error}")
     if folders:
         raise ValueError(f"{out_dir}: no checkpoint is whole; start over with --resume=never")
     return None
@@ -458,7 +459,7 @@ def make_room(out_dir: Path, point: ResumePoint | None) -> None:
         if not any((aside / path.name).exists() for path in moved):
             delete(aside)
         raise
-    print(f"files of the earlier run are moved to {aside}")
+    print_lines(f"files of the earlier run are moved to {aside}")
 
 
 def is_in(out_dir: Path, point: ResumePoint) -> bool:
@@ -536,9 +537,12 @@ class Saver(contextlib.AbstractContextManager):
             names = write(aside, weights, tokenizer.end_of_text, self.snapshot)
             names += save_tokenizer(tokenizer, aside, weights.config.block_size)
             self.snapshot.write_pt(train_state, aside / TRAIN_STATE)
-            with contextlib.suppress(Exception):  # no card is worth a checkpoint
+            try:
                 card = make_card(self.out_dir, state.step, weights.departure)
                 (aside / "README.md").write_text(card, encoding="utf-8", errors="replace")
+            except Exception as error:  # no card is worth a checkpoint
+                delete(aside / "README.md")  # half a card is none
+                self.say(f"NOTE: {folder} has no card ({type(error).__name__}: {error})")
             names.append(TRAIN_STATE)
             sums = {name: sha256(aside / name) for name in names}
             content = dataclasses.asdict(dataclasses.replace(state, sha256=sums))

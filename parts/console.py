@@ -26,6 +26,8 @@ from typing import Any, NoReturn
 # They could move a terminal's cursor or ring its bell. Tab, line feed and carriage return may stay.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
+LONGEST_REASON = 600  # characters of an error's only line
+
 # What torch says when the machine's memory is used up, or when no machine could have as much.
 NO_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
@@ -52,7 +54,12 @@ def command(program: str, save_memory: str = "take less at once") -> Iterator[No
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        yield
+        try:
+            yield
+        except SystemExit as ended:
+            if not ended.code:  # argparse has printed its help
+                sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except BrokenPipeError:
         discard_stdout()
@@ -100,6 +107,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error}; install it: pip install {error.name}"
     reason = str(error) or type(error).__name__
+    if len(reason) > LONGEST_REASON and "\n" not in reason:  # the name of a file is too long
+        reason = f"{reason[:LONGEST_REASON]}..."
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         reason += "; allow more of them: ulimit -n 4096"
     return reason
@@ -184,6 +193,10 @@ class OptionParser(argparse.ArgumentParser):
             return f"{replaced}{equals}{value}"
         return argument
 
+    def print_help(self, file: Any = None) -> None:
+        # argparse's own ignores that the disk under stdout is full.
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         if len(message) > 300:  # it quotes the option
             message = f"{message[:300]}..."
@@ -227,6 +240,12 @@ def print_or_go_on(text: str) -> None:
         with contextlib.suppress(OSError):
             reason = error.strerror or error
             print(f"NOTE: stdout: {reason}; the program goes on without it", file=sys.stderr)
+
+
+def print_note(text: str) -> None:
+    """Print lines to stderr, beside a command's output. Nothing ends if nobody can read them."""
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -276,6 +295,7 @@ class Console(contextlib.AbstractContextManager):
         self.bar.unpause()
         if not self.is_main:
             return
+        text = printable(text)
         if not self.live:
             print_or_go_on(text)
             return

@@ -8,11 +8,11 @@ if __name__ == "__main__":
 import codecs
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from parts import GPT, GPTConfig, matvec
+from parts.console import print_note
 from parts.runtime import changing_shapes
 from parts.standin import differ, exact_arithmetic, make_standin, random_ids
 from parts.tokenizer import Tokenizer
@@ -364,7 +364,7 @@ def choose_method(cls: Any, config: GPTConfig, pads: bool, graph: bool) -> Metho
             break
         objections.append(objection)
     if objections:
-        print(describe_fallback(wanted, method, objections[0]), file=sys.stderr)
+        print_note(describe_fallback(wanted, method, objections[0]))
     return method
 
 

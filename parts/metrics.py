@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from parts import data
-from parts.files import write_whole
+from parts.files import check_is_file, write_whole
 from parts.json_files import parse_json
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
@@ -204,6 +204,7 @@ def read_metrics(path: Path) -> list[dict]:
 def read_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
+    check_is_file(path)
     return path.read_text(encoding="utf-8", errors="replace").split("\n")
 
 

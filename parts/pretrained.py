@@ -20,12 +20,13 @@ import json
 import math
 import os
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from parts import GPT, GPTConfig, hub
+from parts.console import print_note
+from parts.json_files import parse_json
 from parts.snapshot import Snapshot
 from parts.standin import TOLERANCE, exact_arithmetic, make_standin
 
@@ -269,6 +270,8 @@ def read(name: str | Path) -> Stored:
         config.pop("tied", None)
         for key in weights:
             if is_conv1d(key):
+                if weights[key].dim() != 2:
+                    raise ValueError(f"{path}: {key} is {tuple(weights[key].shape)}, no matrix")
                 weights[key] = weights[key].t()
     # Trained further in transformers, where a GPT-2 always has biases.
     if any(tensor.any() for key, tensor in weights.items() if key.endswith("bias")):
@@ -327,10 +330,9 @@ def drop_extras(
         elif name in expected or not is_constant(name, tensor):
             kept[name] = tensor
     if other_heads and os.environ.get("RANK", "0") == "0":
-        print(
+        print_note(
             f"NOTE: {path}: {other_heads[0]} is no part of the language model; "
-            f"left out ({len(other_heads)} such tensors)",
-            file=sys.stderr,
+            f"left out ({len(other_heads)} such tensors)"
         )
     return kept
 
@@ -368,7 +370,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict, Path]:
     """
     file = folder / ADAPTER_CONFIG
     try:
-        base_name = json.loads(file.read_text())["base_model_name_or_path"]
+        base_name = parse_json(file.read_bytes(), allow_nan=True)["base_model_name_or_path"]
         base = locate(base_name)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -453,7 +455,7 @@ def read_config(file: Path) -> dict:
     ValueError for what GPT-2 can be told to do differently and model.py does not do.
     """
     try:
-        hf = json.loads(file.read_text())
+        hf = parse_json(file.read_bytes(), allow_nan=True)
         config = {name: hf[theirs] for name, theirs in SHAPE.items()}
         for size in config.values():
             if type(size) is not int or size < 1:
@@ -581,7 +583,7 @@ def is_llmc(file: Path) -> bool:
 
 
 def read_llmc(file: Path) -> tuple[dict, dict]:
-    """Config and tensors of llm.c's gpt2_124M.bin or model_*.bin, mapped into memory.
+    """Config and tensors of llm.c's gpt2_124M.bin or model_*.bin.
 
     See write_model in llm.c's train_gpt2.py. Behind the header are the numbers alone: both
     embeddings; then, one kind of parameter after the other, that of every layer; then the last
@@ -590,7 +592,7 @@ def read_llmc(file: Path) -> tuple[dict, dict]:
     size = file.stat().st_size
     if size < LLMC_HEADER:
         raise ValueError(f"{file}: damaged, or half copied: it ends within llm.c's header")
-    header = torch.from_file(str(file), size=8, dtype=torch.int32).tolist()
+    header = read_numbers(file, 0, 8, torch.int32).tolist()
     _, version, T, V, n_layer, n_head, C, rows = header
     if version not in LLMC_DTYPES:
         raise ValueError(
@@ -613,8 +615,7 @@ def read_llmc(file: Path) -> tuple[dict, dict]:
             for layer in range(n_layer):
                 names.append(f"transformer.h.{layer}.{part}.{kind}")
     names += ["transformer.ln_f.weight", "transformer.ln_f.bias"]
-    content = torch.from_file(str(file), size=expected // dtype.itemsize, dtype=dtype)
-    numbers = content[LLMC_HEADER // dtype.itemsize :]
+    numbers = read_numbers(file, LLMC_HEADER, n_numbers, dtype)
     tensors = {}
     for name, flat in zip(names, numbers.split([math.prod(shapes[name]) for name in names])):
         tensors[name] = flat.view(shapes[name])
@@ -622,11 +623,26 @@ def read_llmc(file: Path) -> tuple[dict, dict]:
     return config, tensors
 
 
+def read_numbers(file: Path, start: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """The n numbers that begin at byte `start`. ValueError if the file ends before them.
+
+    They are read, not mapped: if another program cut a mapped file, the next look at what is gone
+    would end this process without a word.
+    """
+    numbers = torch.empty(n, dtype=dtype)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        n_bytes = stream.readinto(numbers.view(torch.uint8).numpy().data)
+    if n_bytes != n * dtype.itemsize:
+        raise ValueError(f"{file}: was cut while it was read")
+    return numbers
+
+
 def read_own(folder: Path) -> Stored:
     """A model that is not a GPT-2, as `write` has written it."""
     file = folder / OWN_CONFIG
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_bytes(), allow_nan=True)
         if content["format"] != OWN_FORMAT:
             raise ValueError(f"format {content['format']}; this reads {OWN_FORMAT}")
         config = dict(content["config"])
@@ -686,6 +702,8 @@ def load(model: GPT, stored: Stored) -> None:
                 f"{stored.path}: {name} is {tuple(value.shape)}, "
                 f"in model.py it is {tuple(rows.shape)}; {own_model(stored)}"
             )
+        if not value.is_floating_point():
+            raise ValueError(f"{stored.path}: {name} holds {value.dtype}, which are no weights")
         rows.copy_(value)
 
     if not stored.is_gpt2:
@@ -696,10 +714,9 @@ def load(model: GPT, stored: Stored) -> None:
     if departure and os.environ.get("RANK", "0") == "0":
         left_out = f"; {len(extra)} of its tensors are left out" if extra else ""
         new = f"; {missing[0]} and the like keep their initial values" if missing else ""
-        print(
+        print_note(
             f"NOTE: {stored.path} is a GPT-2, and model.py is not one ({departure}): "
-            f"it computes something else with these weights{left_out}{new}",
-            file=sys.stderr,
+            f"it computes something else with these weights{left_out}{new}"
         )
 
 

@@ -47,7 +47,8 @@ def write_markdown(folder: Path) -> Path:
 
 def is_reported(folder: Path) -> bool:
     """Whether report.md was written after the last record. A report that its reader has edited
-    since then counts too, and so does a folder without records: there is nothing to report.
+    since then counts too, and so does a folder without records: there is nothing to report. One
+    whose pictures could not be drawn has an old date.
     """
     metrics = folder / "metrics.jsonl"
     report = folder / "report.md"

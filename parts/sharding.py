@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 from parts import data
+from parts.console import print_lines, print_note
 from parts.documents import (
     BLANK_LINE,
     DEFAULT_OPTIONS,
@@ -325,7 +326,7 @@ class ShardWriter:
             self.rows = rows
             self.rest = rest
         except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-            print(f"NOTE: {self.record}: {error}; its shards are made again", file=sys.stderr)
+            print_note(f"NOTE: {self.record}: {error}; its shards are made again")
 
     def save_record(self) -> None:
         state = {
@@ -497,7 +498,7 @@ def lock_shard_folder(
                 "choose another --out or delete that folder"
             )
         if lost:
-            print(f"{lost[0]}: gone, or not whole; it is made again")
+            print_lines(f"{lost[0]}: gone, or not whole; it is made again")
             meta = {"source": recorded, "complete": False}
             write_meta(out, meta)
             for path in lost:
@@ -620,8 +621,9 @@ def check_shard_options(parser: argparse.ArgumentParser, arguments: argparse.Nam
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= most:
             parser.error(f"--{name}={value}: must be at least 1 and at most {most:,}")
-    if arguments.separator == "":
-        parser.error("--separator: must not be empty")
+    for name in ("separator", "encoding"):
+        if getattr(arguments, name) == "":
+            parser.error(f"--{name}: must not be empty")
 
 
 def choose_read_options(arguments: argparse.Namespace, **more) -> ReadOptions:

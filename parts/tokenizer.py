@@ -23,7 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from parts.console import print_note
 from parts.encoding import to_utf8
+from parts.json_files import parse_json
 
 import numpy as np
 
@@ -501,7 +503,7 @@ def name_by_content(kind: str, size: int, content: str) -> str:
 
 def join_merges(content: str) -> str:
     """tokenizer.json with merges as "a b", which versions of `tokenizers` below 0.20 read too."""
-    file = json.loads(content)
+    file = parse_json(content)
     file["model"]["merges"] = [" ".join(merge) for merge in file["model"]["merges"]]
     return json.dumps(file, indent=2, ensure_ascii=False)
 
@@ -891,7 +893,7 @@ def parse_tokenizer(content: str) -> Tokenizer:
 
     ValueError, LookupError, TypeError or AttributeError if it is damaged or of another kind.
     """
-    return interpret(json.loads(content), config={}, rows=None)
+    return interpret(parse_json(content), config={}, rows=None)
 
 
 def interpret(file: dict, config: dict, rows: int | None) -> Tokenizer:
@@ -1001,7 +1003,7 @@ def split_merges(text: str) -> list[tuple[str, str]]:
 def read_vocab_and_merges(folder: Path, config: dict, rows: int | None) -> Tokenizer:
     """The tokenizer of vocab.json and merges.txt, as transformers' GPT2Tokenizer reads them."""
     description = Description(
-        vocab=json.loads((folder / "vocab.json").read_text(encoding="utf-8")),
+        vocab=parse_json((folder / "vocab.json").read_text(encoding="utf-8")),
         merges=split_merges((folder / "merges.txt").read_text(encoding="utf-8")),
         pre_tokenizer=dict(
             GPT2_PRE_TOKENIZER, add_prefix_space=bool(config.get("add_prefix_space", False))
@@ -1027,7 +1029,7 @@ def read_object(file: Path) -> dict:
     """A JSON object; {} if the file is missing."""
     if not file.exists():
         return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = parse_json(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is no JSON object")
     return content
@@ -1044,7 +1046,7 @@ def tokenizer_of_folder(folder: Path, rows: int | None = None) -> Tokenizer | No
         config = read_object(folder / "special_tokens_map.json")
         config.update(read_object(folder / "tokenizer_config.json"))
         if file.exists():
-            return interpret(json.loads(file.read_text(encoding="utf-8")), config, rows)
+            return interpret(parse_json(file.read_text(encoding="utf-8")), config, rows)
         file = folder / "merges.txt"
         if file.exists() and (folder / "vocab.json").exists():
             return read_vocab_and_merges(folder, config, rows)
@@ -1130,7 +1132,7 @@ def tokenizer_of_model(
 def note(text: str) -> None:
     """Print a line to stderr, once among several processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"NOTE: {text}", file=sys.stderr)
+        print_note(f"NOTE: {text}")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> list[str]:

@@ -27,7 +27,9 @@ from parts.tokenizer import get_tokenizer
 
 import numpy as np
 import pytest
+import torch
 from conftest import TOY_MODEL, clean_environment, flags, make_toy
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -471,6 +473,191 @@ def test_a_pipe_is_not_waited_for(capsys, tmp_path):
     assert "a pipe or a device" in refuse(capsys, bench.main, "show", tmp_path / "pipe.jsonl")
 
 
+# ---- Folders of models ---------------------------------------------------------------------------
+
+# Values of config.json that no GPT-2 has, or that the weights beside it contradict.
+CONFIG_VALUES = {
+    "n_layer": [0, -1, "2", 2.5, None, True, 10**9, [], 3],
+    "n_head": [0, 3, "2", None, 10**9, -2],
+    "n_embd": [0, 33, "x", None, 64, -32],
+    "n_positions": [0, -5, "x", None, 10**12, 8],
+    "vocab_size": [0, -1, "x", None, 256, 300, 10**12],
+    "activation_function": ["relu", 5, []],
+}
+
+
+def wrong_configs() -> list:
+    parameters = []
+    for name, values in CONFIG_VALUES.items():
+        for value in values:
+            parameters.append(pytest.param(name, value, id=f"{name}={value!r}"))
+    return parameters
+
+
+@pytest.fixture
+def own_model_folder(model_folder, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(model_folder, tmp_path / "spoiled"))
+
+
+def sample_from(capsys, folder: Path) -> str:
+    return refuse(capsys, sample.main, "--model", folder, "-p", "a", "-m", "2")
+
+
+@pytest.mark.parametrize("name, value", wrong_configs())
+def test_a_config_json_that_fits_no_gpt2(capsys, own_model_folder, name, value):
+    file = own_model_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    line = sample_from(capsys, own_model_folder)
+    assert str(own_model_folder) in line or "n_head" in line
+
+
+@pytest.mark.parametrize("content", [content for content, _ in NO_JSON.values()], ids=NO_JSON)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.json"])
+def test_json_in_a_models_folder_that_is_none(capsys, own_model_folder, name, content):
+    if name == "tokenizer.json":
+        (own_model_folder / "vocab.json").unlink()
+        (own_model_folder / "merges.txt").unlink()
+    write(own_model_folder / name, content)
+    assert str(own_model_folder) in sample_from(capsys, own_model_folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"a\n", b"a b c\n", b"#version\na a\na a\n"])
+def test_merges_that_are_none(capsys, own_model_folder, content):
+    write(own_model_folder / "merges.txt", content)
+    assert str(own_model_folder) in sample_from(capsys, own_model_folder)
+
+
+BYTES_OF_WEIGHTS = {
+    "empty": lambda good: b"",
+    "seven bytes": lambda good: good[:7],
+    "the header": lambda good: good[:200],
+    "an end missing": lambda good: good[:-100],
+    "bytes too many": lambda good: good + b"x" * 1000,
+    "a huge header": lambda good: struct.pack("<Q", 2**60) + b"{}",
+    "a negative header": lambda good: b"\xff" * 8 + good[8:],
+    "no JSON": lambda good: struct.pack("<Q", 4) + b"abcd",
+    "deep JSON": lambda good: struct.pack("<Q", 20_000) + b"[" * 20_000,
+    "text": lambda good: b"hello",
+    "a program": lambda good: b"\x7fELF" * 100,
+}
+
+
+@pytest.mark.parametrize("damage", BYTES_OF_WEIGHTS.values(), ids=BYTES_OF_WEIGHTS)
+def test_a_file_of_weights_that_is_none(capsys, own_model_folder, damage):
+    file = own_model_folder / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    assert "model.safetensors" in sample_from(capsys, own_model_folder)
+
+
+TENSORS = {
+    "bytes": lambda tensor: tensor.to(torch.int8),
+    "booleans": lambda tensor: tensor.bool(),
+    "integers": lambda tensor: tensor.to(torch.int64),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "flat": lambda tensor: tensor.flatten(),
+    "one number": lambda tensor: torch.zeros(()),
+    "no number": lambda tensor: torch.zeros(0),
+    "a dimension more": lambda tensor: tensor[None],
+    "NaN": lambda tensor: torch.full_like(tensor, math.nan),
+    "infinite": lambda tensor: torch.full_like(tensor, math.inf),
+}
+
+
+@pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
+def test_tensors_that_are_no_weights(capsys, own_model_folder, change):
+    file = own_model_folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: change(tensor).contiguous() for name, tensor in tensors.items()}, file)
+    sample_from(capsys, own_model_folder)
+
+
+# ---- Other names and numbers ---------------------------------------------------------------------
+
+A_LONG_NAME = "x" * 5000
+OTHER_ARGUMENTS = [
+    *((sample, ["--model", name]) for name in ("a\0b", A_LONG_NAME, "/", "~nobody_here/x")),
+    *((sample, ["--file", name]) for name in ("a\0b", A_LONG_NAME, "/dev/zero")),
+    (sample, ["-n", 10**9]),
+    (sample, ["--encoding", ""]),
+    (sample, ["--encoding", "no-such"]),
+    (sample, ["--temperature", "1e400"]),
+    (sample, ["--seed", 2**64]),
+    (sample, ["--repetition_penalty", "nan"]),
+    *((hellaswag, ["--data", name]) for name in ("a\0b", A_LONG_NAME, "/dev/zero", "t.txt")),
+    (hellaswag, ["--limit", "1e3"]),
+    (hellaswag, ["--style", ""]),
+    (hellaswag, ["--json=5"]),
+    *((plot, [name]) for name in ("a\0b", A_LONG_NAME, "t.txt", "/dev/null")),
+    *((plot, ["--weights", name]) for name in ("a\0b", "t.txt", "/")),
+    (plot, ["--report"]),
+    (plot, ["--out"]),
+    *((bench, ["show", name]) for name in ("a\0b", A_LONG_NAME, "t.txt")),
+    *((bench, ["tokenize", name]) for name in ("a\0b", "/dev/zero", "binary.txt")),
+    *((bench, ["tokenize", "t.txt", "--workers", number]) for number in (-1, "x")),
+    *((bench, ["tokenize", "t.txt", "--rounds", number]) for number in (0, -1, "x")),
+    *((bench, ["train", "--rounds", number]) for number in (0, -1, "x")),
+    *((bench, ["train", "--steps", number]) for number in (0, -1, "x")),
+    *((bench, ["sample", "--max_tokens", number]) for number in (0, -1, "x")),
+    *((bench, ["sample", "--batch", number]) for number in (0, -1, "x")),
+    *((bench, ["hellaswag", "--limit", number]) for number in (-1, "x")),
+    *((bench, ["memory", "--gpus", number]) for number in (0, -1, "x")),
+    *((bench, ["plan", "--gpus", number]) for number in (0, -1, "x")),
+    *((bench, ["plan", "--tokens", number]) for number in (0, -1, "x")),
+    (bench, ["show", "--json"]),
+    *((prepare, [name, "--out", "made"]) for name in ("a\0b", A_LONG_NAME, "/dev/zero")),
+    *((prepare, ["t.txt", "--out", name]) for name in ("a\0b", A_LONG_NAME, "/dev/null", ".")),
+    *((prepare, ["t.txt", "--out", "made", "--encoding", name]) for name in ("", "no", "base64")),
+    *((prepare, ["t.txt", "--out", "made", "--separator", name]) for name in ("",)),
+    *(
+        (prepare, ["t.txt", "--out", "made", "--tokenizer", name])
+        for name in ("a\0b", A_LONG_NAME, "-5", "257.5", "70000", "t.txt")
+    ),
+    *((fineweb, ["--part", part]) for part in ("1/0", "2/1", "-1/2", "1/2/3", "1/2 ")),
+    *((fineweb, ["--out", name]) for name in ("a\0b", "t.txt")),
+    (fineweb, ["--max_tokens", "1e9"]),
+    (fineweb, ["--workers", -1]),
+]
+
+
+@pytest.mark.parametrize(
+    "module, arguments",
+    OTHER_ARGUMENTS,
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else value.__name__,
+)
+def test_other_names_and_numbers(capsys, tmp_path, monkeypatch, module, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write(tmp_path / "t.txt", "word " * 1000)
+    write(tmp_path / "binary.txt", b"\x7fELF\0\0" * 100)
+    refuse(capsys, module.main, *arguments)
+
+
+RAISED = [
+    *("raise GeneratorExit", "raise BaseException('a\\nb\\x1b')", "raise Exception", "1 / 0"),
+    *("def f(): return f()\nf()", "n_layer = n_layer.x", "import no.such", "assert False"),
+    *("n_layer = 1 + 2j", "n_layer = float('nan')", "n_layer = 10**400", "learning_rate = 1e999"),
+    *("n_layer = None", "n_layer = True", "out_dir = 5", "bias = 'True'", "n_layer, n_head = 1"),
+    *("x = yield", "return", "await x", "n_layer = 3;;", "exec('n_layer=')", "open('/nowhere/x')"),
+    *("sample_prompt = b'x'", "class A: pass\nn_layer = A()", "from train import nothing"),
+]
+
+
+@pytest.mark.parametrize("content", RAISED)
+def test_config_files_that_raise(capsys, tmp_path, content):
+    line = refuse(capsys, train.main, write(tmp_path / "mine.py", content + "\n"))
+    assert any(name in line for name in ("mine.py", "n_layer", "learning_rate")), line
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with names")
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_a_metrics_file_that_is_none(capsys, config, tmp_path, make):
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / "metrics.jsonl")
+    assert "metrics.jsonl: a " in refuse(capsys, train.main, *flags(config()))
+    assert "metrics.jsonl: a " in refuse(capsys, plot.main, tmp_path / "run")
+
+
 # ---- hellaswag.py --------------------------------------------------------------------------------
 
 
@@ -869,7 +1056,8 @@ def test_closed_streams(tmp_path, closed):
 
 
 @pytest.mark.parametrize(
-    "command", ["train.py --help", "bench.py show $ROOT/results/cpu/ladder.json"]
+    "command",
+    ["train.py --help", "sample.py --help", "bench.py show $ROOT/results/cpu/ladder.json"],
 )
 def test_a_full_disk_under_the_output(tmp_path, command):
     if not os.path.exists("/dev/full"):

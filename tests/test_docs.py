@@ -609,6 +609,19 @@ def test_readme_counts_what_train_loads():
     assert int(n_lines.replace(",", "")) == pytest.approx(count_lines(files), rel=0.03)
 
 
+def test_each_row_of_survival_names_tests_that_exist():
+    existing = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        existing |= set(re.findall(r"^def test_(\w+)", read(path), re.MULTILINE))
+    table = read(ROOT / "docs" / "survival.md").split("tests: `test_` and |")[1].split("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) > 20
+    for row in rows:
+        names = re.findall(r"`(\w+)`", re.split(r"(?<!\\)\|", row)[4])
+        assert names, row
+        assert set(names) <= existing, row
+
+
 def test_readme_names_every_file():
     section = read(README).partition("\n## Files\n")[2].partition("\n## ")[0]
     table = "\n".join(re.findall(r"^\| (.+?) \|", section, re.MULTILINE))

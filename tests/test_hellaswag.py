@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -475,6 +476,21 @@ def server(monkeypatch, tmp_path):
 def test_the_file_is_fetched_once(server):
     assert hellaswag.examples() == TASKS
     assert hellaswag.examples(limit=5) == TASKS[:5] and server.asked == 1
+
+
+def test_what_a_kill_left_of_the_file_is_deleted(server):
+    hellaswag.FILE.parent.mkdir()
+    leftover = hellaswag.FILE.with_name("hellaswag_val.jsonl.0123abcd.tmp")
+    leftover.write_text("half of it")
+    hellaswag.examples()
+    assert hellaswag.FILE.exists() and not leftover.exists()
+
+
+def test_two_that_start_together_fetch_the_file_once(server):
+    with ThreadPoolExecutor(2) as pool:
+        for tasks in pool.map(lambda _: hellaswag.examples(), range(2)):
+            assert tasks == TASKS
+    assert server.asked == 1
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,9 @@ PARTS = {
     "standin": "",
     "matvec": "",
     "snapshot": "",
-    "pretrained": "hub snapshot standin",
+    "pretrained": "console hub json_files snapshot standin",
     "encoding": "",
-    "tokenizer": "encoding files",
+    "tokenizer": "console encoding files json_files",
     "documents": "encoding tokenizer",
     "data": "files json_files tokenizer",
     "sharding": "console encoding files tokenizer documents data",
@@ -51,7 +51,8 @@ PARTS = {
     "auto": "matvec console runtime inference",
     "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",
-    "checkpoint": "files json_files runtime zero snapshot pretrained tokenizer metrics report",
+    "checkpoint": "console files json_files runtime zero snapshot pretrained tokenizer metrics "
+    "report",
     "look": "inference runtime",
     "page": "json_files tokenizer runtime pretrained inference look metrics",
 }

@@ -4,6 +4,7 @@ do not fit.
 
 import dataclasses
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -354,6 +355,21 @@ def test_llmcs_checkpoints_are_read(tmp_path, version):
     assert torch.equal(again(x), ours(x))
     again.save_pretrained(tmp_path / "copy")
     assert torch.equal(GPT.from_pretrained(tmp_path / "copy").eval()(x), ours(x))
+
+
+def test_an_llmc_file_that_is_cut_while_it_is_read(tmp_path, toy, monkeypatch):
+    """Its numbers are read: a look into a mapped file that was cut would be SIGBUS."""
+    file = tmp_path / "model.bin"
+    llmc(toy, file, 3)
+    shapes = pretrained.parameter_shapes
+
+    def cut(config: dict) -> dict:
+        os.truncate(file, 5000)
+        return shapes(config)
+
+    monkeypatch.setattr(pretrained, "parameter_shapes", cut)
+    with pytest.raises(ValueError, match=r"model\.bin: was cut while it was read"):
+        pretrained.read_llmc(file)
 
 
 @pytest.mark.parametrize(

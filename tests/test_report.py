@@ -200,8 +200,43 @@ def test_a_report_or_card_that_fails_does_not_fail_the_run(config, monkeypatch, 
     monkeypatch.setattr(reports, "summarize", lambda *_: 1 / 0)
     c = config(report=True, checkpoint_every=12)
     assert train.train(c)["step"] == 12
-    assert "is not whole (ZeroDivisionError: division by zero)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "is not whole (ZeroDivisionError: division by zero)" in out
+    assert "NOTE: " in out and "has no card (ZeroDivisionError: division by zero)" in out
     assert checkpoints(c.out_dir) and not (checkpoints(c.out_dir)[-1] / "README.md").exists()
+
+
+def test_half_a_card_is_deleted_and_pictures_that_failed_are_drawn_by_the_same_command(
+    config, monkeypatch, capsys
+):
+    """As on a disk that was full for a moment."""
+    write_text = Path.write_text
+
+    def write_half(path: Path, text: str, **options) -> int:
+        if path.name == "README.md":
+            write_text(path, text[:10])
+            raise OSError(28, "No space left on device", str(path))
+        return write_text(path, text, **options)
+
+    def draw_nothing(*_):
+        raise OSError(28, "No space left on device")
+
+    c = config(report=True, checkpoint_every=12)
+    folder = Path(c.out_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_half)
+        patch.setattr(plot, "draw_curves", draw_nothing)
+        assert train.train(c)["step"] == 12
+    assert (folder / "report.md").exists() and not (folder / "loss.svg").exists()
+    assert not (folder / "step_0000012" / "README.md").exists()
+    assert "NOTE: " in capsys.readouterr().out
+
+    assert train.train(c)["step"] == 12
+    assert (folder / "loss.svg").exists() and (folder / "training.png").exists()
+    assert "loss.svg" in (folder / "report.md").read_text()
+    (folder / "report.md").write_text("my own notes")
+    train.train(c)
+    assert (folder / "report.md").read_text() == "my own notes"
 
 
 def test_the_bars_time_left_is_trainings(monkeypatch):

@@ -607,10 +607,10 @@ def test_a_damaged_vocabulary_is_one_line(trained, tmp_path, capsys):
     for content in (whole[:5000], "[]", "{}", "\0" * 100):
         (trained.shards / "tokenizer.json").write_text(content, encoding="utf-8")
         line = fails(capsys, train.main, *train_again)
-        assert "tokenizer.json: damaged, or no tokenizer (" in line
+        assert re.search(r"tokenizer\.json: (damaged, or no tokenizer|cannot be used) \(", line)
         (trained.checkpoint / "tokenizer.json").write_text(content, encoding="utf-8")
         line = fails(capsys, sample.main, "--model", str(trained.checkpoint))
-        assert "tokenizer.json: damaged" in line
+        assert re.search(r"tokenizer\.json: (damaged|cannot be used)", line)
         with pytest.raises(ValueError, match=r"tokenizer.json is not as it was written"):
             checkpoint.verify(trained.checkpoint)
 
