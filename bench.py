@@ -965,9 +965,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_counts(arguments: argparse.Namespace) -> None:
     """ValueError if a number is too small to measure anything."""
     smallest = dict.fromkeys(("rounds", "batch", "max_tokens", "prompt_tokens", "steps"), 1)
-    smallest |= dict.fromkeys(("batch_size", "block_size", "gpus", "gpus_per_node"), 1)
-    smallest |= dict.fromkeys(("tokens", "batch_tokens"), 1)
-    smallest |= dict.fromkeys(("workers", "limit", "network"), 0)
+    smallest |= dict.fromkeys(("workers", "limit"), 0)
     for name, least in smallest.items():
         value = getattr(arguments, name, least)
         if value < least:
