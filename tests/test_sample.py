@@ -298,7 +298,7 @@ BAD_OPTIONS = dict.fromkeys(EXCLUDE_EACH_OTHER, "exclude each other") | {
     "--temperature nan": "temperature must be 0 or more",
     "--top_p 1.5": "top_p must be at most 1",
     "--repetition_penalty 0": "repetition_penalty must be 0.01 or more",
-    "-n 0": "samples must be 1 or more, not 0",
+    "-n 0": "samples must be 1 to 1,000,000, not 0",
 }
 
 
