@@ -150,12 +150,17 @@ def split_arguments(argv: list[str], names: Any) -> tuple[list[str], list[Flag]]
         if not typed.startswith("-"):
             files.append(typed)
             continue
+        if not typed.startswith("--"):
+            flags.append(Flag(typed, typed.partition("=")[0], None))
+            continue
         name, equals, text = typed.removeprefix("--").partition("=")
-        name = name.replace("-", "_") if typed.startswith("--") else name
+        name = name.replace("-", "_")
         if name not in names:
             name = SHORT_NAMES.get(name, name)
-        value: str | None = text if equals and typed.startswith("--") else None
-        if not equals and typed.startswith("--") and rest and is_value(rest[0]):
+        value: str | None = None
+        if equals:
+            value = text
+        elif rest and is_value(rest[0]):
             value = rest.pop(0)
             typed = f"{typed} {value}"
         flags.append(Flag(typed, name, value))

@@ -33,9 +33,12 @@ from parts.metrics import (
 )
 from parts.pretrained import resolve
 from parts.report import write_markdown
+from parts.tokenizer import tokenizer_of_model
 
 import numpy as np
 
+# HellaSwag's score of one who guesses: each task has four endings.
+CHANCE = 0.25
 HOW_TO_READ = (
     "Trained: smooth curves, a band along the diagonal, groups of tokens. "
     "Untrained: noise, a bare diagonal."
@@ -120,7 +123,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def compare_in_bits(runs: list[Run]) -> list[Run]:
     """The same runs, with losses in bits a byte if their tokenizers differ: losses a token cannot
-    be compared then. They stay in nats a token if a run has not recorded its bits a byte.
+    be compared then. ValueError if a run has not recorded its bits a byte.
     """
     tokenizers = {select(run.records, "run")[-1].get("tokenizer") for run in runs}
     if len(tokenizers) == 1:
@@ -129,7 +132,10 @@ def compare_in_bits(runs: list[Run]) -> list[Run]:
     for run in runs:
         val = select(run.records, "val", "loss", "val_bpb")
         if not val or val[-1]["loss"] == 0:
-            return runs
+            raise ValueError(
+                f"{run.name}: its tokens are not those of the others, and it has recorded no bits "
+                "a byte, so their losses cannot be compared: draw it alone"
+            )
         bits_per_nat = val[-1]["val_bpb"] / val[-1]["loss"]
         converted.append(run._replace(bits_per_nat=bits_per_nat, is_fineweb=False))
     return converted
@@ -193,7 +199,10 @@ def draw_losses(runs: list[Run]):
         draw_reference(top, GPT2_LOSS, "GPT-2 124M")
         dashes = dict(color=GREY, ls="--", lw=1)
         top.plot(LLMC_TOKENS, LLMC_LOSSES, **dashes, label="llm.c's GPT-2 124M: validation")
-    top.set_ylabel("loss, bits per byte" if runs[0].bits_per_nat else "loss, nats per token")
+    unit = "nats per token"
+    if runs[0].bits_per_nat:
+        unit = "bits per byte"
+    top.set_ylabel(f"loss, {unit}")
     cut_off_start(top, runs)
 
     if bottom is not None:
@@ -208,6 +217,7 @@ def draw_losses(runs: list[Run]):
         for acc_norm in sorted(published):
             draw_reference(bottom, acc_norm, "GPT-2 124M")
         draw_reference(bottom, GPT3_HELLASWAG, "GPT-3 124M")
+        draw_reference(bottom, CHANCE, "guessing")
     finish(figure, runs)
     return figure
 
@@ -236,6 +246,7 @@ def draw_training(runs: list[Run]):
     rate, norm, speed = figure.subplots(3, sharex=True)
     for run in runs:
         draw_noisy(rate, run, "lr", run.name)
+        draw_muon_rate(rate, run)
         draw_noisy(norm, run, "grad_norm")
         draw_noisy(speed, run, "tokens_per_s")
     rate.set_ylabel("learning rate")
@@ -264,6 +275,20 @@ def draw_noisy(axes, run: Run, key: str, label: str | None = None) -> None:
     axes.plot(tokens, values, "o", ms=2.2, mew=0, **dots)
     line = values if key == "lr" else smooth(values)
     axes.plot(tokens, line, **run.look, label=label)
+
+
+def draw_muon_rate(axes, run: Run) -> None:
+    """The learning rate of the blocks' matrices, if Muon updates them: it has the same schedule."""
+    settings = select(run.records, "run")[-1]["settings"]
+    own_rate = settings.get("muon_learning_rate")
+    base_rate = settings.get("learning_rate")
+    tokens, rates = run.curve("train", "lr")
+    if settings.get("optimizer") != "muon" or not own_rate or not base_rate or not len(rates):
+        return
+    look = run.look | dict(lw=2.4, alpha=0.5)
+    axes.plot(
+        tokens, rates * own_rate / base_rate, **look, label=f"{run.name}: Muon's, of matrices"
+    )
 
 
 def draw_reference(axes, value: float, name: str) -> None:
@@ -298,7 +323,9 @@ def save(figure, path: Path) -> Path:
     """Write a picture, whole or not at all. The same input gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # matplotlib puts the date and its own version into an .svg, unless told not to.
-    metadata = dict(Date=None, Creator=None) if path.suffix == ".svg" else None
+    metadata: dict | None = None
+    if path.suffix == ".svg":
+        metadata = dict(Date=None, Creator=None)
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix.removeprefix("."), dpi=200, metadata=metadata)
     write_whole(path, picture.getvalue())
@@ -354,6 +381,7 @@ def draw_weights(name: str, out: Path | None) -> list[Path]:
         draw_channels(axes["a"], positions)
         draw_similarity(axes["b"], positions, "Positions")
         image = draw_similarity(axes["c"], tokens[:256], "The first 256 tokens")
+        label_tokens(axes["c"], source, model.config.vocab_size)
         figure.colorbar(
             image,
             ax=[axes["b"], axes["c"]],
@@ -394,6 +422,52 @@ def draw_similarity(axes, rows: np.ndarray, title: str):
     axes.set_title(title)
     axes.grid(False)
     return image
+
+
+def label_tokens(axes, source: Path, vocab_size: int) -> None:
+    """Name the groups that the first 256 tokens have along the axes, if the model's tokenizer lies
+    beside it and they are single bytes, as in GPT-2 and in vocabularies learned here.
+    """
+    try:
+        tokenizer = tokenizer_of_model(source, vocab_size)
+    except (OSError, ValueError):
+        return
+    groups: list[list[int]] = []  # ids in a row
+    names: list[str] = []  # of the groups
+    for token in range(min(256, vocab_size)):
+        name = name_byte(tokenizer.decode_bytes([token]))
+        if not names or names[-1] != name:
+            names.append(name)
+            groups.append([])
+        groups[-1].append(token)
+    named = [(group, name) for group, name in zip(groups, names) if name and len(group) >= 8]
+    middles = [sum(group) / len(group) for group, _ in named]
+    labels = [name for _, name in named]
+    if not named:
+        return
+    axes.set_xticks([])
+    axes.set_yticks(middles, labels)
+    axes.tick_params(length=0, labelsize=7)
+
+
+def name_byte(content: bytes) -> str:
+    """The kind of character that a token of one byte is; empty for any other, and for signs."""
+    if len(content) != 1:
+        return ""
+    byte = content[0]
+    if content.isdigit():
+        return "0 to 9"
+    if content.isupper():
+        return "A to Z"
+    if content.islower():
+        return "a to z"
+    if byte >= 0xF5 or byte in (0xC0, 0xC1):
+        return "never seen"  # no UTF-8 has them
+    if byte >= 0x80:
+        return "parts of characters"
+    if byte < 0x20 or byte == 0x7F:
+        return "control"
+    return ""
 
 
 @command("plot.py")

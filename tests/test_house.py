@@ -23,7 +23,7 @@ TOP = {
     "hellaswag": "model auto console files hub json_files metrics runtime standin tokenizer",
     "sample": "configurator model auto console encoding files inference json_files page "
     "pretrained runtime tokenizer",
-    "plot": "model console files metrics pretrained report",
+    "plot": "model console files metrics pretrained report tokenizer",
     "train": "configurator model hellaswag plot auto checkpoint console data files inference "
     "metrics optimizer pretrained report runtime standin tokenizer zero",
     "bench": "model train hellaswag auto console data documents files inference json_files loss "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import plot
 from model import GPT, GPTConfig
+from parts.tokenizer import get_tokenizer, save_tokenizer
 
 import numpy as np
 import pytest
@@ -45,8 +46,10 @@ def test_runs_with_other_vocabularies_are_compared_in_bits_per_byte(tmp_path):
     assert line(axes, f"{one}: validation, last 0.750")[:, 1].tolist() == [1.0, 0.75]
     assert line(axes, f"{two}: validation, last 1.250")[:, 1].tolist() == [2.5, 1.25]
     unknown = write(tmp_path / "c", started(tokenizer="gpt2"), *records)  # an older run
-    for folders in ((one,), (one, one), (unknown, two)):
+    for folders in ((one,), (one, one), (unknown,)):
         assert loss_axes(*folders)[0].get_ylabel() == "loss, nats per token"
+    with pytest.raises(ValueError, match=r"c: its tokens are not those of .* draw it alone"):
+        loss_axes(unknown, two)
 
 
 def trained(step: int, loss: float | None = 2.0, **values) -> dict:
@@ -169,7 +172,7 @@ def test_published_losses_are_drawn_only_where_they_can_be_compared(tmp_path, fa
     ]
     assert levels == [
         [3.292] * comparable,
-        [0.2955, 0.337],
+        [0.2955, 0.337, 0.25],  # and one who guesses
     ]  # horizontal lines through the whole picture
     assert [text.get_text() for text in axes[0].texts] == ["GPT-2 124M\n3.292"] * comparable
     assert any("llm.c" in str(drawn.get_label()) for drawn in axes[0].lines) == comparable
@@ -227,6 +230,40 @@ def test_training_has_a_panel_for_each_quantity(tmp_path):
         assert dots(axes).tolist() == [
             [1000 * (step + 1), each[key]] for step, each in enumerate(values)
         ]
+
+
+def test_muons_rate_is_drawn_beside_adamws(tmp_path):
+    rates = dict(learning_rate=1e-2, muon_learning_rate=3e-2)
+    records = [trained(step, lr=1e-2 / (step + 1)) for step in range(5)]
+    for optimizer in ("muon", "adamw"):
+        start = started()
+        start["settings"] |= dict(optimizer=optimizer, **rates)
+        folder = write(tmp_path / optimizer, start, *records)
+        axes = plot.draw_training(plot.read_runs([folder])).axes[0]
+        drawn = [each for each in axes.lines if "Muon's" in str(each.get_label())]
+        assert len(drawn) == (optimizer == "muon")
+        for each in drawn:
+            expected = [3e-2 / (step + 1) for step in range(5)]
+            assert each.get_ydata().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bytes"])
+def test_the_first_tokens_have_names(tmp_path, kind):
+    """GPT-2's first 256 tokens are its bytes, those that can be printed first."""
+    from matplotlib.figure import Figure
+
+    tokenizer = get_tokenizer(kind)
+    save_tokenizer(tokenizer, tmp_path, 32)
+    axes = Figure().subplots()
+    plot.label_tokens(axes, tmp_path, tokenizer.vocab_size)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    places = dict(zip(labels, axes.get_yticks()))
+    for name, first in (("0 to 9", "0"), ("A to Z", "A"), ("a to z", "a")):
+        [first_id] = tokenizer.encode(first).tolist()
+        length = 10 if first == "0" else 26
+        assert places[name] == first_id + (length - 1) / 2
+    assert {"never seen", "control", "parts of characters"} <= set(labels)
+    plot.label_tokens(Figure().subplots(), tmp_path / "nothing", 300)  # no labels
 
 
 def test_pictures_are_transparent_and_the_same_input_gives_the_same_bytes(tmp_path, capsys):
