@@ -18,11 +18,12 @@ import argparse
 import functools
 import json
 import math
+import shutil
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import configurator
 from model import GPT, GPTConfig, OpenedModel, open_model
@@ -48,10 +49,15 @@ UNLIKELY = "38;5;208"
 BATCH = 64
 MOST_SAMPLES = 1_000_000  # of each prompt: their texts are in memory
 
-COMMANDS = """  A line is appended to the text, and the model continues from there.
-  /reset              forget the text so far
-  Ctrl-C ends an answer, Ctrl-D the program
-"""
+COMMANDS = {
+    "undo": "take back the last line and its answer",
+    "retry": "another answer to the last line",
+    "text": "show the text so far",
+    "save": "write the text to a file: /save FILE",
+    "reset": "forget the text so far",
+    "help": "show this, and the values of the settings",
+    "quit": "end the program; so does Ctrl-D",
+}
 
 
 # ---- Options, prompts, a model -------------------------------------------------------------------
@@ -375,19 +381,31 @@ def write_together(
         import readline  # noqa: F401 (arrow keys and a history in input())
     print("/help lists the commands; Ctrl-D ends", file=sys.stderr)
     show(story)
+    turns: list[Turn] = []
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("> ")
-            if line.startswith("/"):
-                name, _, value = line.removeprefix("/").strip().partition(" ")
+            name, _, value = line.removeprefix("/").strip().partition(" ")
+            if not line.startswith("/"):
+                turns.append(Turn(story, line))
+                move_to_text(line)
+            elif name == "quit":
+                break
+            elif name == "retry" and turns:
+                story, line = turns[-1]
+                show(line, BOLD)
+            elif name in ("undo", "retry") and not turns:
+                print_note(f"{line}: there is no answer yet")
+                continue
+            elif name == "undo":
+                story = turns.pop().before
+                show(story)
+                continue
+            else:
                 if name == "reset":
                     story = ""
-                elif name == "help":
-                    print_help()
-                elif name in SETTINGS:
-                    settings = change_setting(settings, name, value, line)
-                else:
-                    print_note(f"{line}: no such command; /help lists them")
+                    turns.clear()
+                settings = obey(name, value, line, story, settings)
                 continue
             reply = Text(tokenizer, story + line, settings["seed"], stops)
             with suppress(KeyboardInterrupt):
@@ -399,19 +417,72 @@ def write_together(
     print()
 
 
-def print_help() -> None:
-    print(COMMANDS, file=sys.stderr, end="")
+class Turn(NamedTuple):
+    """A line of the person's, which the model has answered."""
+
+    before: str  # the text before it
+    line: str
+
+
+def move_to_text(line: str) -> None:
+    """On a terminal, show the line in bold in place of what was typed, without its prompt and its
+    end: the answer continues it there.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    columns = shutil.get_terminal_size().columns
+    rows = math.ceil((len("> ") + len(line)) / columns)
+    print(f"\033[{rows}A\r\033[J", end="")
+    show(line, BOLD)
+
+
+def obey(name: str, value: str, line: str, story: str, settings: dict) -> dict:
+    """Carry out a command that changes no text; return the settings, which it may change."""
+    if name == "text":
+        show(story)
+    elif name == "save":
+        save_story(value, line, story)
+    elif name == "help":
+        print_help(settings)
+    elif name in SETTINGS and value:
+        return change_setting(settings, name, value, line)
+    elif name in SETTINGS:
+        print_note(f"{name} is {settings[name]}")
+    elif name != "reset":
+        known = [*COMMANDS, *SETTINGS]
+        similar = [other for other in known if name and other.startswith(name)]
+        hint = configurator.nearest((similar or [name])[0], known)
+        print_note(f"{line}: no such command{hint or '; /help lists them'}")
+    return settings
+
+
+def save_story(value: str, line: str, story: str) -> None:
+    try:
+        path = Path(path_option(value))
+        path.write_text(story, encoding="utf-8")
+        print_note(f"{path}: {len(story):,} characters")
+    except (OSError, argparse.ArgumentTypeError) as error:
+        print_note(f"{line}: {error}")
+
+
+def print_help(settings: dict) -> None:
+    print("  A line is appended to the text, and the model continues from there.", file=sys.stderr)
+    for name, about in COMMANDS.items():
+        print(f"  /{name:19}{about}", file=sys.stderr)
     for name, setting in SETTINGS.items():
-        print(f"  /{name:19}{setting.about}", file=sys.stderr)
+        print(f"  /{name:19}{setting.about} (now {settings[name]})", file=sys.stderr)
+    print("  Ctrl-C ends an answer; an empty line asks for more", file=sys.stderr)
 
 
 def change_setting(settings: dict, name: str, value: str, line: str) -> dict:
     """The settings with another value; if it is wrong, say so and return them as they are."""
     try:
-        return check_settings(settings | {name: configurator.parse(value, None)})
+        changed = check_settings(settings | {name: configurator.parse(value, None)})
     except ValueError as error:
         print_note(f"{line}: {error}")
         return settings
+    print_note(f"{name} is {changed[name]}")
+    return changed
 
 
 # ---- A page --------------------------------------------------------------------------------------

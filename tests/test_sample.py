@@ -452,7 +452,33 @@ def test_writing_together(toy, capsys, monkeypatch):
     assert mistakes[2] == "/hi: no such command; /help lists them"
     type_in(monkeypatch, "/help")
     help_lines = run(capsys, "--model", toy, "-i")[1]
-    assert set(re.findall(r"^  /(\w+)", help_lines, re.M)) == {*SETTINGS, "reset"}
+    assert set(re.findall(r"^  /(\w+)", help_lines, re.M)) == {*SETTINGS, *sample.COMMANDS}
+    assert "0 always takes the most likely token (now 1.0)" in help_lines
+
+
+def test_an_answer_can_be_taken_back_tried_again_shown_and_saved(
+    toy, capsys, monkeypatch, tmp_path
+):
+    stream = watch(monkeypatch, inference, "stream")
+    file = tmp_path / "story.txt"
+    lines = ["/undo", "ab", "/retry", "cd", "/undo", "/text", f"/save {file}", "/save", "/temp 1"]
+    type_in(monkeypatch, *lines, "/seed", "/tempratur 2", "/seed 9", "/quit", "never read")
+    out, err = run(capsys, "--model", toy, "-i", "-m", "5", "--seed", "7")
+    prompts = [bytes(call.args[1][0]) for call in stream.call_args_list]
+    assert prompts[:2] == [b"ab", b"ab"] and prompts[2].endswith(b"\ncd") and len(prompts) == 3
+    assert [call.args[3] for call in stream.call_args_list] == [[7], [8], [9]]
+    story = file.read_text()
+    assert story.startswith("ab") and "cd" not in story and story.endswith("\n")
+    assert out.count(printable(story)) == 3  # as it was written, taken back to, and shown
+    assert err.splitlines()[-7:] == [
+        "/undo: there is no answer yet",
+        f"{file}: {len(story)} characters",
+        "/save: is empty; an unset variable?",
+        "/temp 1: no such command: did you mean temperature?",
+        "seed is 10",
+        "/tempratur 2: no such command: did you mean temperature?",
+        "seed is 9",
+    ]
 
 
 def test_writing_together_continues_past_the_window(toy, capsys, monkeypatch):
