@@ -325,7 +325,10 @@ def write(
             show(batch[0].prompt, BOLD)
         for shown in complete(model, batch, settings, logprobs or as_json):
             if stream:
-                show(shown[0])
+                style = ""
+                if logprobs and batch[0].record:
+                    style = choose_style(batch[0].record[-1].token.logprob)
+                show(shown[0], style)
         seconds = time.perf_counter() - start
         for number, text in enumerate(batch, start=first):
             if as_json:
@@ -357,17 +360,31 @@ def as_object(text: Text, seconds: float, logprobs: bool) -> dict:
 
 
 def show_record(record: Record) -> None:
-    """Print a token's log-probability, its text, and the most likely tokens in its place."""
-    token, likely = record
-    style = BOLD
-    if token.logprob > math.log(0.5):
-        style = LIKELY
-    elif token.logprob < math.log(0.05):
-        style = UNLIKELY
-    show(f"{token.logprob:7.3f}  ")
-    show(f"{token.text!r:12}", style)
-    alternatives = "  ".join(f"{other.text!r} {other.logprob:.2f}" for other in likely)
-    show(f" of {alternatives}\n")
+    """Print a token's log-probability, its text, and the most likely tokens in its place, as many
+    as fit into the line.
+    """
+    token = record.token
+    beginning = f"{token.logprob:7.3f}  "
+    name = f"{token.text!r:12}"
+    alternatives = " of"
+    width = shutil.get_terminal_size().columns - len(beginning) - len(name)
+    for other in record.likely:
+        longer = f"{alternatives} {other.text!r} {other.logprob:.2f}"
+        if len(longer) > width:
+            break
+        alternatives = f"{longer} "
+    show(beginning)
+    show(name, choose_style(token.logprob))
+    show(alternatives.rstrip() + "\n")
+
+
+def choose_style(logprob: float) -> str:
+    """How a token of this log-probability looks on a terminal."""
+    if logprob > math.log(0.5):
+        return LIKELY
+    if logprob < math.log(0.05):
+        return UNLIKELY
+    return BOLD
 
 
 # ---- Line by line --------------------------------------------------------------------------------
