@@ -175,6 +175,7 @@ def test_a_shared_optimizer_equals_a_whole_one(config, tmp_path, optimizer):
     )
 
 
+@pytest.mark.torture
 def test_two_compiled_ranks_equal_an_eager_one(config, tmp_path):
     """DDP splits what it compiles where its buckets end."""
     settings = dict(batch_size=1, max_steps=4, block_size=16, total_batch_size=64)
@@ -196,6 +197,7 @@ def test_a_mistake_is_said_once(config):
     )
 
 
+@pytest.mark.torture
 def test_what_only_one_rank_sees_is_said_too(config, shards, tmp_path):
     """Rank 1's part of the first step has an id beyond the vocabulary; rank 0 cannot know why its
     partner is gone.

@@ -635,7 +635,10 @@ sys.exit()"""
     assert [json.loads(line) for line in kept.read_text().splitlines()] == [task, task]
 
 
-@pytest.mark.parametrize("silent", ["/revision/", "/tree/", "README.md", "validation-00000"])
+slow_to_give_up = pytest.param("validation-00000", marks=pytest.mark.torture)
+
+
+@pytest.mark.parametrize("silent", ["/revision/", "/tree/", "README.md", slow_to_give_up])
 def test_hellaswags_wait_for_a_hub_that_does_not_answer_ends(hub, tmp_path, silent):
     hub.files = {"README.md": b"", "data/validation-00000-of-00001.parquet": write_parquet(["a"])}
     hub.silent = silent

@@ -48,6 +48,7 @@ def repository(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.torture
 def test_the_notebook_runs_from_top_to_bottom(repository, text_file, tmp_path, monkeypatch):
     """With its cells as they stand, except for the values of the first one: the clone comes from
     here, the model is a toy with GPT-2's vocabulary, and a training step is small.
