@@ -60,6 +60,7 @@ def test_the_ladder_ends_at_the_defaults():
         assert defaults[name] in (value, "auto"), name
 
 
+@pytest.mark.torture
 def test_a_step_against_transformers(capsys):
     result = run(capsys, "train", *TINY)
     ours = result["rows"]["ours"]
@@ -488,6 +489,7 @@ def measure(tmp_path):
     return run
 
 
+@pytest.mark.torture
 @pytest.mark.skipif(sys.platform != "linux", reason="timeout, and GNU's sed")
 def test_a_failed_part_of_measure_sh_spoils_no_other(measure):
     """Each part leaves what it had, the table has all of it, and the same command does the rest."""

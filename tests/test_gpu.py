@@ -138,6 +138,7 @@ def test_metrics_of_a_run(results, folder, run, dtype):
     assert metrics(folder / run, "run")[-1]["dtype"] == dtype
 
 
+@pytest.mark.torture
 def test_a_mac(shards, tmp_path):
     """Training, watching, checkpoints and the commands on mps, which has no float64, no pinned
     memory and no scaler.
