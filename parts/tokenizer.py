@@ -158,7 +158,7 @@ class BytePairTokenizer(Tokenizer):
 
 def encode_quickly(quick: Any, text: str) -> np.ndarray:
     """The ids of a text by fastokens: (number of tokens) uint32."""
-    ids, _ = quick.encode_batch_flat([text], split_special_tokens=True)
+    ids, _ = quick.encode_batch_flat([text])
     return np.frombuffer(ids, dtype="<u4")
 
 
