@@ -4,16 +4,16 @@ Budgets are FLOPs of training, counted and never timed: 6 N + 12 L d T a token, 
 parameters without the positions (the head's matrix is the embeddings', and works). Thus a run that
 another program slows down is the same run.
 
-Every run reads windows of 256 tokens, 16 of them a step: English books, with a vocabulary of 4,096
-tokens learned from them or with GPT-2's. The rates rise over the first twentieth of the steps and
-fall to zero as a cosine.
+Every run reads windows of 256 tokens, 8 of them a step unless its name says otherwise: English
+books, with a vocabulary of 4,096 tokens learned from them or with GPT-2's. The rates rise over the
+first twentieth of the steps and fall to zero as a cosine.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 BLOCK_SIZE = 256
-TOKENS_A_STEP = 16 * BLOCK_SIZE
+SEQUENCES = 8  # a step
 
 # Where the shards are, and the rows of the matrix of embeddings (padded to a multiple of 64).
 VOCABULARIES = {"books_4096": 4_096, "books": 50_304}
@@ -76,6 +76,7 @@ class Run:
     muon_learning_rate: float = 0.0  # of Muon only
     beta2: float = 0.95
     vocabulary: str = "books_4096"
+    sequences: int = SEQUENCES
     seed: int = 1
 
     @property
@@ -83,9 +84,13 @@ class Run:
         return SIZES[self.width]
 
     @property
+    def tokens_a_step(self) -> int:
+        return self.sequences * BLOCK_SIZE
+
+    @property
     def steps(self) -> int:
         rows = VOCABULARIES[self.vocabulary]
-        return round(self.flops / self.size.flops_per_token(rows) / TOKENS_A_STEP)
+        return round(self.flops / self.size.flops_per_token(rows) / self.tokens_a_step)
 
     @property
     def name(self) -> str:
@@ -95,12 +100,13 @@ class Run:
             parts.append(f"muon{self.muon_learning_rate:g}")
         if self.beta2 != 0.95:
             parts.append(f"beta{self.beta2:g}")
+        if self.sequences != SEQUENCES:
+            parts.append(f"batch{self.sequences}")
         parts.append(f"seed{self.seed}")
         return "_".join(parts).replace("+", "")
 
     def arguments(self) -> list[str]:
         """What train.py is called with."""
-        every = max(1, self.steps // 4)
         settings = dict(
             data_dir=f"shards/{self.vocabulary}",
             out_dir=f"out/scaling/{self.name}",
@@ -108,8 +114,8 @@ class Run:
             n_head=self.size.n_head,
             n_embd=self.size.n_embd,
             block_size=BLOCK_SIZE,
-            batch_size=16,
-            total_batch_size=TOKENS_A_STEP,
+            batch_size=self.sequences,
+            total_batch_size=self.tokens_a_step,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             min_lr=0.0,
@@ -119,11 +125,11 @@ class Run:
             seed=self.seed,
             dtype="bf16",
             log_every=10,
-            eval_every=every,
-            eval_tokens=262_144,
+            eval_every=self.steps,
+            eval_tokens=131_072,
             hellaswag_every=0,
             sample_every=0,
-            checkpoint_every=max(50, every),
+            checkpoint_every=max(100, self.steps // 10),
             keep_checkpoints=1,
             report=False,
         )
@@ -133,19 +139,22 @@ class Run:
 
 
 def tuning_runs() -> list[Run]:
-    """The search for the rates, at two widths: they are carried to the others by a rule."""
+    """The search for the rates, at two widths and two lengths; a rule carries them on."""
     runs = []
     for rate in (2e-3, 4e-3, 8e-3, 1.6e-2):
         runs.append(Run("tune", 96, "adamw", 3e12, rate))
-    runs.append(Run("tune", 96, "adamw", 3e12, 8e-3, beta2=0.99))
-    for muon_rate in (1e-2, 2e-2, 4e-2):
-        runs.append(Run("tune", 96, "muon", 3e12, 1e-2, muon_rate))
-    for rate in (5e-3, 2e-2):
-        runs.append(Run("tune", 96, "muon", 3e12, rate, 2e-2))
-    for rate in (1e-3, 2e-3, 4e-3, 8e-3):
+    for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 1e-2), (2e-2, 2e-2), (2e-2, 4e-2), (4e-2, 2e-2)):
+        runs.append(Run("tune", 96, "muon", 3e12, rate, muon_rate))
+    for sequences in (4, 16):
+        runs.append(Run("tune", 96, "muon", 3e12, 2e-2, 2e-2, sequences=sequences))
+    for rate in (1e-3, 2e-3, 4e-3):
         runs.append(Run("tune", 192, "adamw", 1e13, rate))
-    for muon_rate in (5e-3, 1e-2, 2e-2):
-        runs.append(Run("tune", 192, "muon", 1e13, 1e-2, muon_rate))
+    for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 2e-2), (2e-2, 1e-2)):
+        runs.append(Run("tune", 192, "muon", 1e13, rate, muon_rate))
+    for rate in (4e-3, 8e-3):
+        runs.append(Run("tune", 96, "adamw", 3e13, rate))
+    for rate, muon_rate in ((1e-2, 1e-2), (1e-2, 2e-2), (2e-2, 2e-2)):
+        runs.append(Run("tune", 96, "muon", 3e13, rate, muon_rate))
     return runs
 
 

@@ -6,12 +6,15 @@
 
 Killed at any time, the same command goes on: train.py resumes the run that was under way. A run
 that is over has a line in out/scaling/runs.jsonl, so that the working tree stays clean and each
-line tells the commit that it was made with.
+line tells the commit that it was made with. Two of it at a time share the runs.
 """
 
+import fcntl
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from grid import VOCABULARIES, Run, all_runs
@@ -104,6 +107,19 @@ def summarise(run: Run, metrics: Path) -> dict:
     )
 
 
+@contextmanager
+def claim(run: Run) -> Iterator[bool]:
+    """Whether the run is ours to make: no other process, of this machine, is making it."""
+    NEW.parent.mkdir(parents=True, exist_ok=True)
+    with (NEW.parent / f"{run.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield run.name not in read_records()
+
+
 def make(run: Run) -> None:
     """Train, and add the run's line."""
     command = [sys.executable, "train.py", *run.arguments()]
@@ -122,8 +138,9 @@ def main() -> None:
         return collect()
     make_shards(texts)
     for run in all_runs():
-        if run.name not in read_records():
-            make(run)
+        with claim(run) as ours:
+            if ours:
+                make(run)
 
 
 if __name__ == "__main__":
