@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from grid import BLOCK_SIZE, SIZES, VOCABULARIES, Size
+from grid import BLOCK_SIZE, SIZES, VOCABULARIES, Size, grid_runs
 
 HERE = Path(__file__).parent
 HUBER_DELTA = 1e-3
@@ -70,11 +70,12 @@ def make_point(record: dict) -> Point:
     )
 
 
-def group_points(records: list[dict], group: str = "grid") -> dict[tuple[str, str], list[Point]]:
-    """The runs of a group by (vocabulary, optimizer)."""
+def group_points(records: list[dict]) -> dict[tuple[str, str], list[Point]]:
+    """The runs of the grid by (vocabulary, optimizer)."""
+    names = {run.name for run in grid_runs()}
     points = defaultdict(list)
     for record in records:
-        if record["group"] == group:
+        if record["name"] in names:
             points[record["vocabulary"], record["optimizer"]].append(make_point(record))
     return dict(points)
 

@@ -47,28 +47,28 @@ SIZES = {
     512: Size(10, 8, 512),
 }
 
-# Budget in FLOPs -> widths. Around the best size, and two more where it costs little.
+# Budget in FLOPs -> widths around the best one.
 ISO_FLOP = {
     3e12: (64, 96, 128),
     1e13: (64, 96, 128, 192),
-    3e13: (64, 96, 128, 192, 256, 384),
-    1e14: (96, 128, 192, 256, 384, 512),
-    3e14: (128, 192, 256, 384, 512),
+    3e13: (96, 128, 192, 256),
+    1e14: (128, 192, 256, 384),
 }
 # The same with GPT-2's vocabulary, whose embeddings are most of a small model.
 ISO_FLOP_GPT2 = {
     1e13: (64, 96, 128),
-    3e13: (64, 128, 192),
-    1e14: (96, 192, 256),
-    3e14: (192, 256, 384),
+    3e13: (64, 96, 128, 192),
+    1e14: (96, 128, 192, 256),
 }
+# Text that is read so many times, at this width and budget.
+REPEATED = (128, 3e13)
+EPOCHS = (4, 16)
 
 
 @dataclass(frozen=True)
 class Run:
     """One run of train.py; its name says what it is."""
 
-    group: str  # tune: the search for the rates; grid: what the law is fitted to
     width: int
     optimizer: str
     flops: float
@@ -77,6 +77,7 @@ class Run:
     beta2: float = 0.95
     vocabulary: str = "books_4096"
     sequences: int = SEQUENCES
+    epochs: int = 1  # how often the run reads its text; 1 is a text that is longer than the run
     seed: int = 1
 
     @property
@@ -93,8 +94,20 @@ class Run:
         return round(self.flops / self.size.flops_per_token(rows) / self.tokens_a_step)
 
     @property
+    def data_dir(self) -> str:
+        """A folder of shards. Where text repeats, its first tokens: as many as an epoch has."""
+        if self.epochs == 1:
+            return f"shards/{self.vocabulary}"
+        return f"shards/{self.vocabulary}_first_{self.epoch_tokens}"
+
+    @property
+    def epoch_tokens(self) -> int:
+        """A whole number of steps."""
+        return self.steps // self.epochs * self.tokens_a_step
+
+    @property
     def name(self) -> str:
-        parts = [self.group, self.vocabulary, str(self.width), f"{self.flops:.0e}", self.optimizer]
+        parts = [self.vocabulary, str(self.width), f"{self.flops:.0e}", self.optimizer]
         parts.append(f"lr{self.learning_rate:g}")
         if self.optimizer == "muon":
             parts.append(f"muon{self.muon_learning_rate:g}")
@@ -102,13 +115,15 @@ class Run:
             parts.append(f"beta{self.beta2:g}")
         if self.sequences != SEQUENCES:
             parts.append(f"batch{self.sequences}")
+        if self.epochs != 1:
+            parts.append(f"epochs{self.epochs}")
         parts.append(f"seed{self.seed}")
         return "_".join(parts).replace("+", "")
 
     def arguments(self) -> list[str]:
         """What train.py is called with."""
         settings = dict(
-            data_dir=f"shards/{self.vocabulary}",
+            data_dir=self.data_dir,
             out_dir=f"out/scaling/{self.name}",
             n_layer=self.size.n_layer,
             n_head=self.size.n_head,
@@ -142,22 +157,60 @@ def tuning_runs() -> list[Run]:
     """The search for the rates, at two widths and two lengths; a rule carries them on."""
     runs = []
     for rate in (2e-3, 4e-3, 8e-3, 1.6e-2):
-        runs.append(Run("tune", 96, "adamw", 3e12, rate))
+        runs.append(Run(96, "adamw", 3e12, rate))
     for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 1e-2), (2e-2, 2e-2), (2e-2, 4e-2), (4e-2, 2e-2)):
-        runs.append(Run("tune", 96, "muon", 3e12, rate, muon_rate))
+        runs.append(Run(96, "muon", 3e12, rate, muon_rate))
     for sequences in (4, 16):
-        runs.append(Run("tune", 96, "muon", 3e12, 2e-2, 2e-2, sequences=sequences))
+        runs.append(Run(96, "muon", 3e12, 2e-2, 2e-2, sequences=sequences))
     for rate in (1e-3, 2e-3, 4e-3):
-        runs.append(Run("tune", 192, "adamw", 1e13, rate))
+        runs.append(Run(192, "adamw", 1e13, rate))
     for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 2e-2), (2e-2, 1e-2)):
-        runs.append(Run("tune", 192, "muon", 1e13, rate, muon_rate))
+        runs.append(Run(192, "muon", 1e13, rate, muon_rate))
     for rate in (4e-3, 8e-3):
-        runs.append(Run("tune", 96, "adamw", 3e13, rate))
-    for rate, muon_rate in ((1e-2, 1e-2), (1e-2, 2e-2), (2e-2, 2e-2)):
-        runs.append(Run("tune", 96, "muon", 3e13, rate, muon_rate))
+        runs.append(Run(96, "adamw", 3e13, rate))
+    for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 2e-2)):
+        runs.append(Run(96, "muon", 3e13, rate, muon_rate))
+    return runs
+
+
+def rates(optimizer: str, width: int) -> tuple[float, float]:
+    """The rule that carries the rates from the widths of the search to the others: the learning
+    rate, and that of Muon's matrices.
+    """
+    if optimizer == "muon":
+        return 2e-2, 2e-2
+    return 4e-3 * 96 / width, 0.0
+
+
+def make_grid_run(width: int, optimizer: str, flops: float, **others) -> Run:
+    rate, muon_rate = rates(optimizer, width)
+    return Run(width, optimizer, flops, rate, muon_rate, **others)
+
+
+def grid_runs() -> list[Run]:
+    """What the law is fitted to: all sizes of a budget, Muon and AdamW, both vocabularies."""
+    runs = []
+    for flops, widths in ISO_FLOP.items():
+        for width in widths:
+            for optimizer in ("muon", "adamw"):
+                runs.append(make_grid_run(width, optimizer, flops))
+        for width in ISO_FLOP_GPT2.get(flops, ()):
+            runs.append(make_grid_run(width, "muon", flops, vocabulary="books"))
+    return runs
+
+
+def other_runs() -> list[Run]:
+    """A second seed, and text that repeats."""
+    runs = []
+    for optimizer in ("muon", "adamw"):
+        runs.append(make_grid_run(128, optimizer, 1e13, seed=2))
+    width, flops = REPEATED
+    for epochs in EPOCHS:
+        runs.append(make_grid_run(width, "muon", flops, epochs=epochs))
     return runs
 
 
 def all_runs() -> list[Run]:
-    """In the order in which they are made: the cheap ones first."""
-    return tuning_runs()
+    """Each once, in the order in which they are made: the cheap ones first."""
+    runs = dict.fromkeys(tuning_runs() + grid_runs() + other_runs())
+    return sorted(runs, key=lambda run: run.flops)

@@ -11,6 +11,7 @@ line tells the commit that it was made with. Two of it at a time share the runs.
 
 import fcntl
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from grid import VOCABULARIES, Run, all_runs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from parts.data import open_shards, read_meta, write_shard  # noqa: E402
+
 COLLECTED = HERE / "runs.jsonl"
 NEW = ROOT / "out" / "scaling" / "runs.jsonl"
 
@@ -63,6 +68,24 @@ def make_shards(texts: list[str]) -> None:
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
+def cut_shards(run: Run) -> None:
+    """The first tokens of the books as a folder of its own, with the same validation text."""
+    source = ROOT / "shards" / run.vocabulary
+    folder = ROOT / run.data_dir
+    if (folder / "meta.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    [whole] = open_shards(source, "train")
+    row = write_shard(folder / "books_train_000001.bin", whole.tokens[: run.epoch_tokens + 1])
+    for file in [*source.glob("*_val_*.bin"), source / "tokenizer.json"]:
+        if file.exists():
+            shutil.copy(file, folder)
+    meta = read_meta(source)
+    meta["shards"]["train"] = [row]
+    meta["tokens"]["train"] = row["tokens"]
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
 def summarise(run: Run, metrics: Path) -> dict:
     """A run's line for runs.jsonl: its shape, its validations and ten of its training losses."""
     validations = []
@@ -81,7 +104,6 @@ def summarise(run: Run, metrics: Path) -> dict:
     every = max(1, len(losses) // 10)
     return dict(
         name=run.name,
-        group=run.group,
         vocabulary=run.vocabulary,
         n_layer=settings["n_layer"],
         n_head=settings["n_head"],
@@ -91,6 +113,7 @@ def summarise(run: Run, metrics: Path) -> dict:
         muon_learning_rate=run.muon_learning_rate or None,
         beta2=settings["beta2"],
         seed=settings["seed"],
+        epochs=run.epochs,
         budget=run.flops,
         steps=settings["max_steps"],
         tokens=settings["max_steps"] * settings["total_batch_size"],
@@ -122,6 +145,8 @@ def claim(run: Run) -> Iterator[bool]:
 
 def make(run: Run) -> None:
     """Train, and add the run's line."""
+    if run.epochs > 1:
+        cut_shards(run)
     command = [sys.executable, "train.py", *run.arguments()]
     print("$", " ".join(command), flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
