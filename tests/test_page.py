@@ -695,6 +695,23 @@ def test_it_fits_a_telephone_and_every_part_has_a_name(page):
     assert parts.count() > 20 and all(parts.nth(i).evaluate(named) for i in range(parts.count()))
 
 
+def test_forced_colours_keep_what_is_told_by_colour_and_nothing_blinks(page):
+    """Windows' contrast themes take all backgrounds away, except where the page says that a
+    background is the message.
+    """
+    page.emulate_media(forced_colors="active", reduced_motion="reduce")
+    ask(page, "3")
+    shows(page, "3456789012")
+    point_at(page, 2)
+    for part in ("#tip .fill", ".legend b", WRITTEN):
+        read = "element => getComputedStyle(element).forcedColorAdjust"
+        assert page.locator(part).first.evaluate(read) == "none", part
+    page.evaluate("document.getElementById('out').classList.add('writing')")
+    assert page.evaluate("document.getAnimations().length") == 0
+    page.emulate_media(forced_colors="none", reduced_motion="no-preference")
+    assert page.evaluate("document.getAnimations().length") == 1
+
+
 # ---- What the model saw, and how it learned ------------------------------------------------------
 
 
