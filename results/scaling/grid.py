@@ -156,13 +156,13 @@ class Run:
 def tuning_runs() -> list[Run]:
     """The search for the rates, at two widths and two lengths; a rule carries them on."""
     runs = []
-    for rate in (2e-3, 4e-3, 8e-3, 1.6e-2):
+    for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2):
         runs.append(Run(96, "adamw", 3e12, rate))
     for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 1e-2), (2e-2, 2e-2), (2e-2, 4e-2), (4e-2, 2e-2)):
         runs.append(Run(96, "muon", 3e12, rate, muon_rate))
     for sequences in (4, 16):
         runs.append(Run(96, "muon", 3e12, 2e-2, 2e-2, sequences=sequences))
-    for rate in (1e-3, 2e-3, 4e-3):
+    for rate in (5e-4, 1e-3, 2e-3, 4e-3):
         runs.append(Run(192, "adamw", 1e13, rate))
     for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 2e-2), (2e-2, 1e-2)):
         runs.append(Run(192, "muon", 1e13, rate, muon_rate))
