@@ -4,16 +4,15 @@ Budgets are FLOPs of training, counted and never timed: 6 N + 12 L d T a token, 
 parameters without the positions (the head's matrix is the embeddings', and works). Thus a run that
 another program slows down is the same run.
 
-Every run reads windows of 256 tokens, 8 of them a step unless its name says otherwise: English
-books, with a vocabulary of 4,096 tokens learned from them or with GPT-2's. The rates rise over the
-first twentieth of the steps and fall to zero as a cosine.
+Every run reads windows of 256 tokens, 8 of them a step, from 2e13 FLOPs on 16 (or as its name
+says): English books, with a vocabulary of 4,096 tokens learned from them or with GPT-2's. The rates
+rise over the first twentieth of the steps and fall to zero as a cosine.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 BLOCK_SIZE = 256
-SEQUENCES = 8  # a step
 
 # Where the shards are, and the rows of the matrix of embeddings (padded to a multiple of 64).
 VOCABULARIES = {"books_4096": 4_096, "books": 50_304}
@@ -57,7 +56,7 @@ ISO_FLOP = {
 # The same with GPT-2's vocabulary, whose embeddings are most of a small model.
 ISO_FLOP_GPT2 = {
     1e13: (64, 96, 128),
-    3e13: (64, 96, 128, 192),
+    3e13: (64, 128, 192),
     1e14: (96, 128, 192, 256),
 }
 # Text that is read so many times, at this width and budget.
@@ -76,13 +75,19 @@ class Run:
     muon_learning_rate: float = 0.0  # of Muon only
     beta2: float = 0.95
     vocabulary: str = "books_4096"
-    sequences: int = SEQUENCES
+    batch: int = 0  # sequences a step; 0: what the budget says
     epochs: int = 1  # how often the run reads its text; 1 is a text that is longer than the run
     seed: int = 1
 
     @property
     def size(self) -> Size:
         return SIZES[self.width]
+
+    @property
+    def sequences(self) -> int:
+        if self.batch:
+            return self.batch
+        return 8 if self.flops < 2e13 else 16
 
     @property
     def tokens_a_step(self) -> int:
@@ -108,13 +113,13 @@ class Run:
     @property
     def name(self) -> str:
         parts = [self.vocabulary, str(self.width), f"{self.flops:.0e}", self.optimizer]
-        parts.append(f"lr{self.learning_rate:g}")
+        parts.append(f"lr{self.learning_rate:.2g}")
         if self.optimizer == "muon":
             parts.append(f"muon{self.muon_learning_rate:g}")
         if self.beta2 != 0.95:
             parts.append(f"beta{self.beta2:g}")
-        if self.sequences != SEQUENCES:
-            parts.append(f"batch{self.sequences}")
+        if self.batch:
+            parts.append(f"batch{self.batch}")
         if self.epochs != 1:
             parts.append(f"epochs{self.epochs}")
         parts.append(f"seed{self.seed}")
@@ -160,8 +165,8 @@ def tuning_runs() -> list[Run]:
         runs.append(Run(96, "adamw", 3e12, rate))
     for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 1e-2), (2e-2, 2e-2), (2e-2, 4e-2), (4e-2, 2e-2)):
         runs.append(Run(96, "muon", 3e12, rate, muon_rate))
-    for sequences in (4, 16):
-        runs.append(Run(96, "muon", 3e12, 2e-2, 2e-2, sequences=sequences))
+    for batch in (4, 16):
+        runs.append(Run(96, "muon", 3e12, 2e-2, 2e-2, batch=batch))
     for rate in (5e-4, 1e-3, 2e-3, 4e-3):
         runs.append(Run(192, "adamw", 1e13, rate))
     for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 2e-2), (2e-2, 1e-2)):
@@ -179,7 +184,7 @@ def rates(optimizer: str, width: int) -> tuple[float, float]:
     """
     if optimizer == "muon":
         return 2e-2, 2e-2
-    return 4e-3 * 96 / width, 0.0
+    return min(8e-3, 4e-3 * (96 / width) ** 2), 0.0
 
 
 def make_grid_run(width: int, optimizer: str, flops: float, **others) -> Run:
@@ -201,9 +206,7 @@ def grid_runs() -> list[Run]:
 
 def other_runs() -> list[Run]:
     """A second seed, and text that repeats."""
-    runs = []
-    for optimizer in ("muon", "adamw"):
-        runs.append(make_grid_run(128, optimizer, 1e13, seed=2))
+    runs = [make_grid_run(128, "muon", 1e13, seed=2)]
     width, flops = REPEATED
     for epochs in EPOCHS:
         runs.append(make_grid_run(width, "muon", flops, epochs=epochs))
