@@ -115,7 +115,7 @@ class Run:
         parts = [self.vocabulary, str(self.width), f"{self.flops:.0e}", self.optimizer]
         parts.append(f"lr{self.learning_rate:.2g}")
         if self.optimizer == "muon":
-            parts.append(f"muon{self.muon_learning_rate:g}")
+            parts.append(f"muon{self.muon_learning_rate:.2g}")
         if self.beta2 != 0.95:
             parts.append(f"beta{self.beta2:g}")
         if self.batch:
@@ -183,7 +183,7 @@ def rates(optimizer: str, width: int) -> tuple[float, float]:
     rate, and that of Muon's matrices.
     """
     if optimizer == "muon":
-        return 2e-2, 2e-2
+        return 2e-2, min(2e-2, 2e-2 * (96 / width) ** 0.5)
     return min(8e-3, 4e-3 * (96 / width) ** 2), 0.0
 
 
