@@ -50,13 +50,13 @@ SIZES = {
 ISO_FLOP = {
     3e12: (64, 96, 128),
     1e13: (64, 96, 128, 192),
-    3e13: (96, 128, 192, 256),
+    3e13: (64, 96, 128, 192),
     1e14: (128, 192, 256, 384),
 }
 # The same with GPT-2's vocabulary, whose embeddings are most of a small model.
 ISO_FLOP_GPT2 = {
     1e13: (64, 96, 128),
-    3e13: (64, 128, 192),
+    3e13: (64, 128),
     1e14: (96, 128, 192, 256),
 }
 # Text that is read so many times, at this width and budget.
@@ -159,7 +159,7 @@ class Run:
 
 
 def tuning_runs() -> list[Run]:
-    """The search for the rates, at two widths and two lengths; a rule carries them on."""
+    """The search for the rates, at two widths; a rule carries them to the others."""
     runs = []
     for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2):
         runs.append(Run(96, "adamw", 3e12, rate))
@@ -171,10 +171,6 @@ def tuning_runs() -> list[Run]:
         runs.append(Run(192, "adamw", 1e13, rate))
     for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 2e-2), (2e-2, 1e-2)):
         runs.append(Run(192, "muon", 1e13, rate, muon_rate))
-    for rate in (4e-3, 8e-3):
-        runs.append(Run(96, "adamw", 3e13, rate))
-    for rate, muon_rate in ((1e-2, 2e-2), (2e-2, 2e-2)):
-        runs.append(Run(96, "muon", 3e13, rate, muon_rate))
     return runs
 
 
@@ -205,15 +201,26 @@ def grid_runs() -> list[Run]:
 
 
 def other_runs() -> list[Run]:
-    """A second seed, and text that repeats."""
+    """A second seed, text that repeats, and the rule for the rates at the largest width of 3e13
+    FLOPs, against half and twice its rates.
+    """
     runs = [make_grid_run(128, "muon", 1e13, seed=2)]
     width, flops = REPEATED
     for epochs in EPOCHS:
         runs.append(make_grid_run(width, "muon", flops, epochs=epochs))
+    for factor in (0.5, 2):
+        for optimizer in ("muon", "adamw"):
+            rate, muon_rate = rates(optimizer, 192)
+            runs.append(Run(192, optimizer, 3e13, factor * rate, factor * muon_rate))
     return runs
+
+
+def last_run() -> Run:
+    """The largest, whose loss the law predicts before it is made."""
+    return make_grid_run(256, "muon", 3e14)
 
 
 def all_runs() -> list[Run]:
     """Each once, in the order in which they are made: the cheap ones first."""
-    runs = dict.fromkeys(tuning_runs() + grid_runs() + other_runs())
+    runs = dict.fromkeys(tuning_runs() + grid_runs() + other_runs() + [last_run()])
     return sorted(runs, key=lambda run: run.flops)
