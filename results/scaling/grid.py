@@ -51,13 +51,13 @@ ISO_FLOP = {
     3e12: (64, 96, 128),
     1e13: (64, 96, 128, 192),
     3e13: (64, 96, 128, 192),
-    1e14: (128, 192, 256, 384),
+    1e14: (128, 192, 256),
 }
 # The same with GPT-2's vocabulary, whose embeddings are most of a small model.
 ISO_FLOP_GPT2 = {
     1e13: (64, 96, 128),
     3e13: (64, 128),
-    1e14: (96, 128, 192, 256),
+    1e14: (96, 192),
 }
 # Text that is read so many times, at this width and budget.
 REPEATED = (128, 3e13)
@@ -200,14 +200,15 @@ def grid_runs() -> list[Run]:
     return runs
 
 
-def other_runs() -> list[Run]:
-    """A second seed, text that repeats, and the rule for the rates at the largest width of 3e13
-    FLOPs, against half and twice its rates.
-    """
-    runs = [make_grid_run(128, "muon", 1e13, seed=2)]
+def repeated_runs() -> list[Run]:
+    """Text that is read several times, where another run reads as much new text once."""
     width, flops = REPEATED
-    for epochs in EPOCHS:
-        runs.append(make_grid_run(width, "muon", flops, epochs=epochs))
+    return [make_grid_run(width, "muon", flops, epochs=epochs) for epochs in EPOCHS]
+
+
+def checking_runs() -> list[Run]:
+    """A second seed, and half and twice the rates that the rule carries to the largest width."""
+    runs = [make_grid_run(128, "muon", 1e13, seed=2)]
     for factor in (0.5, 2):
         for optimizer in ("muon", "adamw"):
             rate, muon_rate = rates(optimizer, 192)
@@ -221,6 +222,16 @@ def last_run() -> Run:
 
 
 def all_runs() -> list[Run]:
-    """Each once, in the order in which they are made: the cheap ones first."""
-    runs = dict.fromkeys(tuning_runs() + grid_runs() + other_runs() + [last_run()])
-    return sorted(runs, key=lambda run: run.flops)
+    """Each once, in the order in which they are made: the cheap ones first, and AdamW's last.
+
+    The largest is predicted from runs of up to a tenth of its budget; what lies between is made
+    after it.
+    """
+    runs = tuning_runs() + grid_runs() + repeated_runs() + [last_run()] + checking_runs()
+    return sorted(dict.fromkeys(runs), key=turn)
+
+
+def turn(run: Run) -> tuple:
+    is_check = run in checking_runs()
+    lies_between = last_run().flops / 10 < run.flops < last_run().flops
+    return is_check or lies_between, run.flops, run.optimizer == "adamw"
