@@ -35,8 +35,9 @@ class Size(NamedTuple):
         return 6 * counted + attention
 
 
-# 0.1M to 31M parameters in the blocks, each 2.3 to 3.3 times the one before.
+# 0.03M to 31M parameters in the blocks, each 2 to 4 times the one before.
 SIZES = {
+    32: Size(2, 1, 32),
     64: Size(2, 2, 64),
     96: Size(3, 2, 96),
     128: Size(4, 2, 128),
@@ -48,8 +49,8 @@ SIZES = {
 
 # Budget in FLOPs -> widths around the best one.
 ISO_FLOP = {
-    3e12: (64, 96, 128),
-    1e13: (64, 96, 128, 192),
+    3e12: (32, 64, 96, 128),
+    1e13: (32, 64, 96, 128, 192),
     3e13: (64, 96, 128, 192),
     1e14: (128, 192, 256),
 }
