@@ -31,7 +31,7 @@ import hellaswag
 import plot
 from configurator import FIXED, FREE, setting
 from model import GPT, GPTConfig, open_model
-from parts import auto, checkpoint, data, inference, pretrained, runtime, standin
+from parts import auto, checkpoint, data, dial, inference, pretrained, runtime, standin
 from parts.checkpoint import ResumePoint, RunState, Saver
 from parts.console import Console, StopSignal, command, print_lines, printable, profiler
 from parts.files import lock
@@ -68,6 +68,9 @@ class TrainConfig(GPTConfig):
     # Resume even if settings that change the losses differ from the checkpoint's.
     resume_anyway: bool = setting(False, resume=FREE)
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
+    # How long training may take. The law of docs/scaling.md then chooses the model's size, the
+    # batch, the rates and the steps; 0: they are as they are set.
+    hours: float = setting(0.0, resume=FIXED)
 
     # ---- The model ----
     vocab_size: int = dataclasses.field(init=False, default=50257)  # the tokenizer's
@@ -174,6 +177,8 @@ class TrainConfig(GPTConfig):
             )
         if self.optimizer == "muon" and not self.learning_rate:
             mistakes.append("with muon, learning_rate must be above 0")
+        if self.hours and self.init_from != "scratch":
+            mistakes.append("hours is for a model from scratch; init_from has a size already")
         return mistakes
 
 
@@ -192,6 +197,9 @@ def train(config: TrainConfig) -> dict:
     machine = runtime.start(config.device, config.tf32)
     say = print_lines if machine.is_main else lambda text: None
     out_dir = Path(config.out_dir)
+
+    if config.hours:
+        config = machine.broadcast(settings_by_hours(config, machine, say))
 
     # ---- 2. New, resumed or finished? ------------------------------------------------------------
     restarts = machine.max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -348,6 +356,9 @@ def train(config: TrainConfig) -> dict:
         compiled=arithmetic.compile,
         train_tokens=windows.n_tokens,
     )
+    if config.hours:
+        facts["expected_bpb"] = dial.expect(config, raw_model, tokenizer)
+        say(f"expected: {facts['expected_bpb']} bits a byte of the validation text")
     log("run", start_step, **facts)
     clock = StepClock()
     loader = data.BatchLoader(
@@ -548,6 +559,9 @@ def train(config: TrainConfig) -> dict:
         if val_loss is not None:
             result += f", val loss {val_loss:.4f}"
         say(f"{result}{checkpoint.best_note(out_dir)}; metrics in {out_dir}/metrics.jsonl")
+        if config.hours and val_loss is not None:
+            bits = val_loss * validation.bits_per_nat
+            say(f"hours: expected {facts['expected_bpb']} bits a byte, came to {bits:.3f}")
     return dict(step=step, val_loss=val_loss, stopped=stopping or None)
 
 
@@ -605,6 +619,35 @@ class StepClock:
         per_step = self.train_seconds / self.n_steps, self.waited_seconds / self.n_steps
         self.reset()
         return per_step
+
+
+def settings_by_hours(
+    config: TrainConfig, machine: Runtime, say: Callable[[str], None]
+) -> TrainConfig:
+    """The settings that config.hours stands for: a resumed run's own, or the law's.
+
+    ValueError if some of them were set by hand too, or the time is too short.
+    """
+    typed = dial.typed(config)
+    saved = checkpoint.saved_settings(config)
+    if saved.get("hours"):
+        kept = {name: saved[name] for name in dial.CHOSEN if name not in typed}
+        return dataclasses.replace(config, **kept)
+    if typed:
+        raise ValueError(
+            f"hours chooses {', '.join(typed)}: leave them out, or hours, and set all by hand"
+        )
+    if machine.world_size > 1:
+        raise ValueError("hours is for one process: its law was measured with small models")
+    tokenizer = data.tokenizer_of_shards(config.data_dir)
+    text = dial.study_text(config.data_dir, tokenizer)
+
+    def build(config: TrainConfig) -> GPT:
+        return GPT(model_config(config, tokenizer.vocab_size))
+
+    config = dial.choose(config, machine, text, build, say)
+    say(f"hours: the same by hand: {dial.as_command(config)}")
+    return config
 
 
 def sequences_per_process(config: TrainConfig, world_size: int) -> int:

@@ -19,6 +19,7 @@ data          shards, windows, batches, and their loader
 sharding      documents -> tokens -> shards, on all cores
 inference     KV cache, packed weights, the one-token graph, sampling
 auto          what "auto" means on this machine, for training and for inference
+dial          a run's settings from the hours it may take
 metrics       a run's records, and the published figures they are compared with
 report        report.md and model cards
 checkpoint    a run's folder and its checkpoints: chosen, written, checked, pruned

@@ -75,7 +75,7 @@ MOMENTS = {
 
 
 # Settings that came after the first checkpoints, whose runs were as with today's defaults.
-CAME_LATER = ("exact_gelu", "muon_learning_rate", "muon_momentum", "checkpoint_first")
+CAME_LATER = ("exact_gelu", "muon_learning_rate", "muon_momentum", "checkpoint_first", "hours")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +192,22 @@ def newest_whole(out_dir: Path) -> ResumePoint | None:
     if folders:
         raise ValueError(f"{out_dir}: no checkpoint is whole; start over with --resume=never")
     return None
+
+
+def saved_settings(config) -> dict:
+    """The settings of the checkpoint that config.resume stands for; {} if there is none.
+
+    Damaged ones are passed over in silence: `find_resume_point` speaks of them.
+    """
+    folders = []
+    if config.resume == "auto":
+        folders = checkpoints(Path(config.out_dir))
+    elif config.resume != "never":
+        folders = [Path(config.resume)]
+    for folder in reversed(folders):
+        with contextlib.suppress(ValueError):
+            return read_state(folder).settings
+    return {}
 
 
 def best(out_dir: Path) -> ResumePoint | None:

@@ -158,6 +158,9 @@ def summarize(records: list[dict], n_steps: int) -> dict[str, str]:
     if val:
         rows["validation, bits a byte"] = f"{val[-1]['val_bpb']:.4f} ({run.get('tokenizer')})"
 
+    if run.get("expected_bpb"):
+        rows["expected, bits a byte"] = f"{run['expected_bpb']} (docs/scaling.md)"
+
     scores = select(records, "hellaswag", "acc_norm")
     if scores:
         published = published_score(scores[-1])

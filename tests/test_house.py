@@ -24,7 +24,7 @@ TOP = {
     "sample": "configurator model auto console encoding files inference json_files page "
     "pretrained runtime tokenizer",
     "plot": "model console files metrics pretrained report tokenizer",
-    "train": "configurator model hellaswag plot auto checkpoint console data files inference "
+    "train": "configurator model hellaswag plot auto checkpoint console data dial files inference "
     "metrics optimizer pretrained report runtime standin tokenizer zero",
     "bench": "model train hellaswag auto console data documents files inference json_files loss "
     "metrics runtime sharding tokenizer zero",
@@ -49,6 +49,7 @@ PARTS = {
     "sharding": "console encoding files tokenizer documents data",
     "inference": "matvec standin tokenizer console runtime",
     "auto": "matvec console runtime inference",
+    "dial": "auto data optimizer runtime tokenizer",
     "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",
     "checkpoint": "console files json_files runtime zero snapshot pretrained tokenizer metrics "

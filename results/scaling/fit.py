@@ -1,17 +1,18 @@
-"""The law of the scaling study, from runs.jsonl alone.
+"""The law of the scaling study, from runs.jsonl and texts.json alone.
 
     python results/scaling/fit.py      # prints the tables, writes law.json and the pictures
 
-For each vocabulary and optimizer, the last validation loss L of a run with N parameters and D
-tokens is fitted by the form of Hoffmann and others (2022, arXiv 2203.15556),
+For each optimizer, the last validation loss of a run with N parameters that has read D bytes of
+text is fitted by the form of Hoffmann and others (2022, arXiv 2203.15556),
 
     L(N, D) = E + A / N^alpha + B / D^beta
 
-in nats a token, by minimising the Huber loss (delta 1e-3) of the difference in log L with L-BFGS
-from many starts, as they do. Errors are the 10th and the 90th percentile of 100 fits to runs drawn
-with replacement.
+in bits a byte, over both vocabularies, by minimising the Huber loss (delta 1e-3) of the difference
+in log L with L-BFGS from many starts, as they do. Errors are the 10th and the 90th percentile of
+50 fits to runs drawn with replacement.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -23,15 +24,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from grid import BLOCK_SIZE, SIZES, VOCABULARIES, Size, grid_runs
+from draw import NAMES, draw_frontier, draw_parabolas
+from grid import (
+    BLOCK_SIZE,
+    REPEATED,
+    SIZES,
+    VOCABULARIES,
+    Run,
+    Size,
+    grid_runs,
+    last_run,
+    make_grid_run,
+    repeated_runs,
+)
 
 HERE = Path(__file__).parent
 HUBER_DELTA = 1e-3
-N_BOOTSTRAPS = 100
-PUBLISHED = {
-    "Kaplan 2020": "N grows as C^0.73 (without embeddings)",
-    "Hoffmann 2022": "N grows as C^0.50, about 20 tokens a parameter (with embeddings)",
-}
+N_BOOTSTRAPS = 50
 
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -46,17 +55,22 @@ class Point(NamedTuple):
     blocks: float  # parameters in the blocks, as Kaplan counts
     parameters: float  # with the embeddings, without the positions, as train.py's FLOPs count them
     tokens: float
-    loss: float  # nats a token
-    bits_per_byte: float
+    n_bytes: float  # of text
+    bits: float  # a byte
 
 
-def read_records(file: Path = HERE / "runs.jsonl") -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def read_records(file: Path = HERE / "runs.jsonl") -> dict[str, dict]:
+    """The runs by name."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return {record["name"]: record for record in records}
+
+
+TEXTS = json.loads((HERE / "texts.json").read_text())
 
 
 def make_point(record: dict) -> Point:
     size = Size(record["n_layer"], record["n_head"], record["n_embd"])
-    _, loss, bits_per_byte = record["validations"][-1]
+    _, _, bits = record["validations"][-1]
     embeddings = record["embedding_rows"] * size.n_embd + 2 * size.n_embd
     return Point(
         width=size.n_embd,
@@ -65,19 +79,19 @@ def make_point(record: dict) -> Point:
         blocks=size.block_parameters,
         parameters=size.block_parameters + embeddings,
         tokens=record["tokens"],
-        loss=loss,
-        bits_per_byte=bits_per_byte,
+        n_bytes=record["tokens"] * TEXTS[record["vocabulary"]]["bytes_per_token"],
+        bits=bits,
     )
 
 
-def group_points(records: list[dict]) -> dict[tuple[str, str], list[Point]]:
-    """The runs of the grid by (vocabulary, optimizer)."""
-    names = {run.name for run in grid_runs()}
-    points = defaultdict(list)
-    for record in records:
-        if record["name"] in names:
-            points[record["vocabulary"], record["optimizer"]].append(make_point(record))
-    return dict(points)
+def grid_points(records: dict[str, dict], optimizer: str, vocabulary: str = "") -> list[Point]:
+    """The runs of the grid with this optimizer, and this vocabulary if one is given."""
+    points = []
+    for run in grid_runs():
+        wanted = run.optimizer == optimizer and vocabulary in ("", run.vocabulary)
+        if wanted and run.name in records:
+            points.append(make_point(records[run.name]))
+    return points
 
 
 # ---- The form ------------------------------------------------------------------------------------
@@ -90,28 +104,31 @@ class Law(NamedTuple):
     B: float
     beta: float
 
-    def loss(self, parameters, tokens):
-        """Nats a token; for numbers or arrays."""
-        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+    def bits(self, parameters, n_bytes):
+        """Bits a byte; for numbers or arrays."""
+        return self.E + self.A / parameters**self.alpha + self.B / n_bytes**self.beta
 
 
 def fit_law(points: list[Point], starts: list[Law] | None = None) -> Law:
     """The law with the smallest Huber loss, from the best of many starts."""
     sizes = torch.tensor([point.parameters for point in points], dtype=torch.float64)
-    tokens = torch.tensor([point.tokens for point in points], dtype=torch.float64)
-    targets = torch.tensor([point.loss for point in points], dtype=torch.float64).log()
+    n_bytes = torch.tensor([point.n_bytes for point in points], dtype=torch.float64)
+    targets = torch.tensor([point.bits for point in points], dtype=torch.float64).log()
     if starts is None:
         starts = []
-        for floor, exponent, at_once in itertools.product((0.5, 1.5, 2.5), (0.3, 0.6), (2, 6)):
+        for floor, exponent, at_once in itertools.product(
+            (0.1, 0.5, 1.5), (0.1, 0.3, 0.6), (0.5, 2)
+        ):
             A = at_once * 1e6**exponent
             starts.append(Law(floor, A, exponent, A, exponent))
 
     def objective(free: torch.Tensor) -> torch.Tensor:
-        log_E, log_A, log_B, alpha, beta = free
+        log_E, log_A, log_B, log_alpha, log_beta = free
+        alpha, beta = log_alpha.exp(), log_beta.exp()  # positive
         terms = [
             log_E.expand_as(sizes),
             log_A - alpha * sizes.log(),
-            log_B - beta * tokens.log(),
+            log_B - beta * n_bytes.log(),
         ]
         difference = torch.logsumexp(torch.stack(terms), 0) - targets
         zeros = torch.zeros_like(difference)
@@ -121,14 +138,14 @@ def fit_law(points: list[Point], starts: list[Law] | None = None) -> Law:
     best = math.inf
     law = starts[0]
     for start in starts:
-        logs = [math.log(start.E), math.log(start.A), math.log(start.B)]
-        free = torch.tensor([*logs, start.alpha, start.beta], dtype=torch.float64)
+        numbers = [start.E, start.A, start.B, start.alpha, start.beta]
+        free = torch.tensor(numbers, dtype=torch.float64).log()
         minimise(objective, free)
         reached = objective(free).item()
         if reached < best:
             best = reached
-            log_E, log_A, log_B, alpha, beta = free.tolist()
-            law = Law(math.exp(log_E), math.exp(log_A), alpha, math.exp(log_B), beta)
+            E, A, B, alpha, beta = free.exp().tolist()
+            law = Law(E, A, alpha, B, beta)
     return law
 
 
@@ -137,7 +154,7 @@ def minimise(objective: Callable[[torch.Tensor], torch.Tensor], free: torch.Tens
     free.requires_grad_(True)
     search = torch.optim.LBFGS(
         [free],
-        max_iter=2_000,
+        max_iter=300,
         tolerance_grad=1e-10,
         tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
@@ -178,48 +195,49 @@ class Shape(NamedTuple):
     width: float
     parameters: float
     blocks: float
-    flops_per_token: float
+    flops_per_byte: float
 
 
-def make_shapes(rows: int) -> list[Shape]:
-    """The grid's family of shapes in steps of 1 % of the width, from 48 to 1,024."""
+def make_shapes(vocabulary: str) -> list[Shape]:
+    """The grid's family of shapes in steps of 1 % of the width, from 24 to 1,024."""
     known_widths = np.log(list(SIZES))
     known_layers = np.log([size.n_layer for size in SIZES.values()])
-    slope = (known_layers[-1] - known_layers[0]) / (known_widths[-1] - known_widths[0])
+    slope = (known_layers[-1] - known_layers[1]) / (known_widths[-1] - known_widths[1])
     shapes = []
-    for log_width in np.arange(math.log(48), math.log(1_024), 0.01):
+    for log_width in np.arange(math.log(24), math.log(1_024), 0.01):
         log_layers = np.interp(log_width, known_widths, known_layers)
         if log_width > known_widths[-1]:
             log_layers = known_layers[-1] + slope * (log_width - known_widths[-1])
         width = math.exp(log_width)
         layers = math.exp(log_layers)
         blocks = layers * (12 * width**2 + 13 * width)
-        parameters = blocks + 2 * width + rows * width
-        attention = 12 * layers * width * BLOCK_SIZE
-        shapes.append(Shape(width, parameters, blocks, 6 * parameters + attention))
+        parameters = blocks + 2 * width + VOCABULARIES[vocabulary] * width
+        flops_per_token = 6 * parameters + 12 * layers * width * BLOCK_SIZE
+        flops_per_byte = flops_per_token / TEXTS[vocabulary]["bytes_per_token"]
+        shapes.append(Shape(width, parameters, blocks, flops_per_byte))
     return shapes
 
 
 def best_shape(law: Law, shapes: list[Shape], budget: float) -> tuple[Shape, float]:
     """The shape with the smallest loss for so many FLOPs, and that loss."""
-    losses = [law.loss(shape.parameters, budget / shape.flops_per_token) for shape in shapes]
+    losses = [law.bits(shape.parameters, budget / shape.flops_per_byte) for shape in shapes]
     best = int(np.argmin(losses))
     return shapes[best], losses[best]
 
 
-def parabola(points: list[Point], x: str) -> tuple[float, float] | None:
-    """The size with the smallest loss among runs of one budget, and that loss, by a parabola over
-    the logarithm of the size; None if they do not enclose a minimum.
+def parabola(points: list[Point], x: str) -> float | None:
+    """The size with the smallest loss among runs of one budget, by a parabola over the logarithm of
+    the size; None if they do not enclose a minimum.
     """
     if len(points) < 3:
         return None
     logs = np.log([getattr(point, x) for point in points])
-    losses = [point.loss for point in points]
-    a, b, c = np.polyfit(logs, losses, 2)
+    losses = [point.bits for point in points]
+    a, b, _ = np.polyfit(logs, losses, 2)
     vertex = -b / (2 * a)
     if a <= 0 or not logs.min() < vertex < logs.max():
         return None
-    return math.exp(vertex), c - b**2 / (4 * a)
+    return math.exp(vertex)
 
 
 # ---- Muon against AdamW --------------------------------------------------------------------------
@@ -234,14 +252,14 @@ def shares_of_tokens(adamw: list[Point], muon: list[Point]) -> dict[int, list[tu
     """
     shares = defaultdict(list)
     for width in SIZES:
-        line = sorted((point.tokens, point.loss) for point in muon if point.width == width)
+        line = sorted((point.tokens, point.bits) for point in muon if point.width == width)
         if len(line) < 2:
             continue
         log_tokens = np.log([tokens for tokens, _ in line])
         losses = np.array([loss for _, loss in line])
         for point in sorted(adamw, key=lambda point: point.budget):
-            if point.width == width and losses.min() <= point.loss <= losses.max():
-                crossing = np.interp(-point.loss, -losses, log_tokens)
+            if point.width == width and losses.min() <= point.bits <= losses.max():
+                crossing = np.interp(-point.bits, -losses, log_tokens)
                 shares[width].append((point.budget, math.exp(crossing) / point.tokens))
     return dict(shares)
 
@@ -253,30 +271,31 @@ def print_row(*cells) -> None:
     print("| " + " | ".join(str(cell) for cell in cells) + " |")
 
 
-def report_law(vocabulary: str, optimizer: str, points: list[Point]) -> dict:
-    """Print a law and its frontier; what law.json keeps of it."""
+def report_law(records: dict[str, dict]) -> tuple[Law, list[Law]]:
+    """Print Muon's law, how far the runs lie from it, and its frontier."""
+    points = grid_points(records, "muon")
     law = fit_law(points)
-    laws = bootstrap(points, law)
-    errors = [law.loss(point.parameters, point.tokens) - point.loss for point in points]
-    rms = math.sqrt(sum(error**2 for error in errors) / len(errors))
-    print(f"\n### {vocabulary}, {optimizer}: {len(points)} runs\n")
+    others = bootstrap(points, law)
+    errors = [law.bits(point.parameters, point.n_bytes) / point.bits - 1 for point in points]
+    rms = 100 * math.sqrt(sum(error**2 for error in errors) / len(errors))
+    print(f"\n### Muon's law, from {len(points)} runs\n")
     print_row("", *Law._fields)
     print("|" + "---|" * 6)
-    print_row("fit", *(f"{value:.4g}" for value in law))
+    print_row("fit", *(f"{value:.3g}" for value in law))
     percentiles = []
     for field in Law._fields:
-        percentiles.append(spread([getattr(other, field) for other in laws]))
+        percentiles.append(spread([getattr(other, field) for other in others]))
     print_row("10 % to 90 %", *percentiles)
-    print(f"\nThe runs lie {rms:.3f} nats (root mean square) from it.\n")
+    print(f"\nThe runs lie {rms:.1f} % (root mean square) from it.\n")
 
-    shapes = make_shapes(VOCABULARIES[vocabulary])
-    print_row("FLOPs", "width", "parameters in blocks", "in all", "tokens", "a parameter", "loss")
+    shapes = make_shapes("books_4096")
+    bytes_per_token = TEXTS["books_4096"]["bytes_per_token"]
+    print_row("FLOPs", "width", "in blocks", "in all", "tokens", "a parameter", "bits a byte")
     print("|" + "---|" * 7)
-    budgets = (3e12, 1e13, 3e13, 1e14, 3e14, 1e15, 3e15)
-    for budget in budgets:
-        shape, loss = best_shape(law, shapes, budget)
-        tokens = budget / shape.flops_per_token
-        others = [best_shape(other, shapes, budget)[1] for other in laws]
+    for budget in (3e12, 1e13, 3e13, 1e14, 3e14, 1e15):
+        shape, bits = best_shape(law, shapes, budget)
+        tokens = budget / shape.flops_per_byte / bytes_per_token
+        bands = [best_shape(other, shapes, budget)[1] for other in others]
         print_row(
             f"{budget:.0e}",
             f"{shape.width:.0f}",
@@ -284,54 +303,170 @@ def report_law(vocabulary: str, optimizer: str, points: list[Point]) -> dict:
             f"{shape.parameters / 1e6:.2f}M",
             f"{tokens / 1e6:.1f}M",
             f"{tokens / shape.parameters:.0f}",
-            f"{loss:.3f} ({spread(others)})",
+            f"{bits:.3f} ({spread(bands)})",
         )
+    return law, others
+
+
+def report_minima(records: dict[str, dict], optimizer: str) -> None:
+    """The best sizes by parabolas, without the law, counted in both ways."""
+    points = grid_points(records, optimizer, "books_4096")
     for x, who in (("blocks", "Kaplan"), ("parameters", "Hoffmann")):
         minima = []
         for budget in sorted({point.budget for point in points}):
-            minimum = parabola([point for point in points if point.budget == budget], x)
-            if minimum:
-                minima.append((budget, minimum[0]))
+            size = parabola([point for point in points if point.budget == budget], x)
+            if size:
+                minima.append((budget, size))
+        sizes = ", ".join(f"{size / 1e6:.2f}M at {budget:.0e}" for budget, size in minima)
+        line = f"\n{NAMES[optimizer]}, minima of the parabolas, counted as {who} does: {sizes}"
         if len(minima) >= 2:
             logs = np.log(minima)
             slope = np.polyfit(logs[:, 0], logs[:, 1], 1)[0]
-            sizes = ", ".join(f"{size / 1e6:.2f}M at {budget:.0e}" for budget, size in minima)
-            print(
-                f"\nMinima of the parabolas, counted as {who}: {sizes}; N grows as C^{slope:.2f}."
-            )
-    return dict(
-        vocabulary=vocabulary,
-        optimizer=optimizer,
-        runs=len(points),
-        **law._asdict(),
-        rms_nats=rms,
-        bootstraps=[list(other) for other in laws],
-    )
+            line += f"; N grows as C^{slope:.2f}"
+        print(line)
 
 
-def report_muon(points: dict[tuple[str, str], list[Point]]) -> None:
-    for vocabulary in VOCABULARIES:
-        adamw = points.get((vocabulary, "adamw"), [])
-        muon = points.get((vocabulary, "muon"), [])
-        shares = shares_of_tokens(adamw, muon)
-        if not shares:
-            continue
-        print(f"\n### {vocabulary}: of AdamW's tokens, Muon needs for the same loss\n")
-        print_row("width", "FLOPs of AdamW: share")
-        print("|---|---|")
-        for width, row in shares.items():
-            cells = ", ".join(f"{budget:.0e}: {share:.2f}" for budget, share in row)
-            print_row(width, cells)
+def report_muon(records: dict[str, dict]) -> None:
+    adamw = grid_points(records, "adamw", "books_4096")
+    muon = grid_points(records, "muon", "books_4096")
+    print("\n### Of AdamW's tokens, Muon needs for the same loss\n")
+    print_row("width", "FLOPs of AdamW: share")
+    print("|---|---|")
+    for width, row in shares_of_tokens(adamw, muon).items():
+        print_row(width, ", ".join(f"{budget:.0e}: {share:.2f}" for budget, share in row))
+    print("\n### The losses of both, bits a byte\n")
+    print_row("FLOPs", "width", "Muon", "AdamW")
+    print("|" + "---|" * 4)
+    for point in sorted(adamw, key=lambda point: (point.budget, point.width)):
+        for other in muon:
+            if (other.budget, other.width) == (point.budget, point.width):
+                bits = (f"{other.bits:.3f}", f"{point.bits:.3f}")
+                print_row(f"{point.budget:.0e}", point.width, *bits)
+
+
+def fit_useful_repeats(law: Law, records: dict[str, dict]) -> float:
+    """After how many repetitions text teaches almost nothing new: R of Muennighoff and others
+    (2023, arXiv 2305.16264).
+
+    A run that reads U bytes over and over, 1 + r times, counts as U (1 + R (1 - exp(-r / R))). R
+    is where the law, shifted to go through the run that reads as much once, comes nearest to the
+    runs on text that repeats.
+    """
+    width, budget = REPEATED
+    once = make_grid_run(width, "muon", budget)
+    first = make_point(records[once.name])
+    runs = [run for run in repeated_runs() if run.name in records]
+    shift = first.bits / law.bits(first.parameters, first.n_bytes)
+
+    def expected(run: Run, R: float) -> float:
+        epoch = first.n_bytes / run.epochs
+        return shift * law.bits(first.parameters, useful(epoch, run.epochs, R))
+
+    def error(R: float) -> float:
+        total = 0.0
+        for run in runs:
+            total += math.log(expected(run, R) / make_point(records[run.name]).bits) ** 2
+        return total
+
+    best = min(np.geomspace(0.3, 300, 700).tolist(), key=error)
+    print("\n### Text that repeats\n")
+    print_row("epochs", "tokens of text", "bits a byte", "worth as many new tokens", "the law")
+    print("|" + "---|" * 5)
+    for run in [once, *runs]:
+        worth = useful(run.epoch_tokens, run.epochs, best)
+        print_row(
+            run.epochs,
+            f"{run.epoch_tokens / 1e6:.2f}M",
+            f"{make_point(records[run.name]).bits:.3f}",
+            f"{worth / 1e6:.2f}M",
+            f"{expected(run, best):.3f}",
+        )
+    print(f"\nR = {best:.1f}")
+    return best
+
+
+def useful(epoch: float, epochs: int, R: float) -> float:
+    return epoch * (1 + R * (1 - math.exp(-(epochs - 1) / R)))
+
+
+def draw(records: dict[str, dict], law: Law, others: list[Law]) -> None:
+    """The pictures, of the vocabulary that was learned from the books."""
+    shapes = make_shapes("books_4096")
+    points_of = {name: grid_points(records, name, "books_4096") for name in NAMES}
+    lines = functools.partial(line_of_budget, law, shapes, points_of["muon"])
+    draw_parabolas(points_of, dict(muon=lines))
+
+    budgets = np.geomspace(2e12, 1e15, 40)
+    bits = [best_shape(law, shapes, budget)[1] for budget in budgets]
+    bands = [[best_shape(other, shapes, budget)[1] for budget in budgets] for other in others]
+    low, high = np.percentile(bands, [10, 90], axis=0)
+    lowest = {}
+    for optimizer, points in points_of.items():
+        known = sorted({point.budget for point in points})
+        best = [min(point.bits for point in points if point.budget == budget) for budget in known]
+        lowest[optimizer] = (known, best)
+    last = None
+    if last_run().name in records:
+        last = (last_run().flops, make_point(records[last_run().name]).bits)
+    draw_frontier((budgets, bits, low, high), lowest, last)
+
+
+def line_of_budget(law: Law, shapes: list[Shape], points: list[Point], budget: float):
+    """Parameters and the law's bits a byte over the sizes of a budget's runs, and a little more."""
+    sizes = [point.parameters for point in points if point.budget == budget]
+    xs, ys = [], []
+    for shape in shapes:
+        if min(sizes) / 1.3 < shape.parameters < max(sizes) * 1.3:
+            xs.append(shape.parameters)
+            ys.append(law.bits(shape.parameters, budget / shape.flops_per_byte))
+    return xs, ys
+
+
+def report_expected(name: str, others: list[Law], law: Law, parameters: float, n_bytes: float):
+    """What the law says of a run that it was not fitted to."""
+    expected = spread([other.bits(parameters, n_bytes) for other in others])
+    print(f"\n{name}: {law.bits(parameters, n_bytes):.3f} bits a byte ({expected}).")
+
+
+def report_outside(records: dict[str, dict], law: Law, others: list[Law]) -> None:
+    """Runs that the law was not fitted to."""
+    print("\n### Outside the grid\n")
+    run = last_run()
+    parameters = run.size.block_parameters + (VOCABULARIES[run.vocabulary] + 2) * run.width
+    tokens = run.steps * run.tokens_a_step
+    n_bytes = tokens * TEXTS[run.vocabulary]["bytes_per_token"]
+    report_expected(run.name, others, law, parameters, n_bytes)
+    if run.name in records:
+        print(f"It came to {make_point(records[run.name]).bits:.3f}.")
+
+    # The run of config/books.py, made before: its last validation.
+    for line in (HERE.parent / "books" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "val":
+            books = record["val_bpb"]
+    size = SIZES[256]
+    parameters = size.block_parameters + (VOCABULARIES["books"] + 2) * size.n_embd
+    n_bytes = 3_000 * 4_096 * TEXTS["books"]["bytes_per_token"]
+    report_expected("results/books, 1.4e15 FLOPs", others, law, parameters, n_bytes)
+    print(f"It came to {books:.3f}.")
+
+    parameters = 12 * (12 * 768**2 + 13 * 768) + (50_304 + 2) * 768
+    n_bytes = 1e10 * TEXTS["books"]["bytes_per_token"]
+    report_expected("124M parameters on 10B tokens of such books", others, law, parameters, n_bytes)
 
 
 def main() -> None:
-    points = group_points(read_records())
-    laws = []
-    for (vocabulary, optimizer), runs in sorted(points.items()):
-        if len(runs) >= 8:
-            laws.append(report_law(vocabulary, optimizer, runs))
-    report_muon(points)
-    (HERE / "law.json").write_text(json.dumps(laws, indent=1) + "\n")
+    records = read_records()
+    law, others = report_law(records)
+    for optimizer in NAMES:
+        report_minima(records, optimizer)
+    report_muon(records)
+    dial = dict(law=law._asdict(), useful_repeats=fit_useful_repeats(law, records))
+    dial["xz_bits"] = TEXTS["books_4096"]["xz_bits"]
+    report_outside(records, law, others)
+    stored = dict(dial=dial, bootstraps=[list(other) for other in others])
+    (HERE / "law.json").write_text(json.dumps(stored, indent=1) + "\n")
+    draw(records, law, others)
 
 
 if __name__ == "__main__":

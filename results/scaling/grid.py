@@ -219,14 +219,13 @@ def checking_runs() -> list[Run]:
 
 def last_run() -> Run:
     """The largest, whose loss the law predicts before it is made."""
-    return make_grid_run(256, "muon", 3e14)
+    return make_grid_run(192, "muon", 1e14)
 
 
 def all_runs() -> list[Run]:
     """Each once, in the order in which they are made: the cheap ones first, and AdamW's last.
 
-    The largest is predicted from runs of up to a tenth of its budget; what lies between is made
-    after it.
+    The largest is predicted from runs of up to a third of its budget.
     """
     runs = tuning_runs() + grid_runs() + repeated_runs() + [last_run()] + checking_runs()
     return sorted(dict.fromkeys(runs), key=turn)
@@ -234,5 +233,5 @@ def all_runs() -> list[Run]:
 
 def turn(run: Run) -> tuple:
     is_check = run in checking_runs()
-    lies_between = last_run().flops / 10 < run.flops < last_run().flops
-    return is_check or lies_between, run.flops, run.optimizer == "adamw"
+    is_late = run.flops >= last_run().flops and run != last_run()
+    return is_check or is_late, run.flops, run.optimizer == "adamw"

@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from parts.data import open_shards, read_meta, write_shard  # noqa: E402
+from parts import dial  # noqa: E402
+from parts.data import open_shards, read_meta, tokenizer_of_shards, write_shard  # noqa: E402
 
 COLLECTED = HERE / "runs.jsonl"
 NEW = ROOT / "out" / "scaling" / "runs.jsonl"
@@ -53,6 +54,7 @@ def list_runs() -> None:
 def collect() -> None:
     lines = [json.dumps(record) + "\n" for record in read_records().values()]
     COLLECTED.write_text("".join(lines))
+    shutil.copy(NEW.parent / "texts.json", HERE)
     print(f"{len(lines)} runs in {COLLECTED}")
 
 
@@ -66,6 +68,20 @@ def make_shards(texts: list[str]) -> None:
         tokenizer = str(rows) if name.endswith(str(rows)) else "gpt2"
         command = ["prepare.py", *texts, "--out", f"shards/{name}", "--tokenizer", tokenizer]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def study_texts() -> None:
+    """What the law's text is to parts/dial.py, for fit.py."""
+    facts = {}
+    for name in VOCABULARIES:
+        folder = ROOT / "shards" / name
+        tokenizer = tokenizer_of_shards(folder)
+        text = dial.study_text(str(folder), tokenizer)
+        ids = open_shards(folder, "train")[0].tokens[1 : dial.MEGABYTE]
+        content = tokenizer.decode(ids.tolist()).encode()
+        xz_bits = {size: dial.xz_bits(content[:size]) for size in dial.LAW_XZ_BITS}
+        facts[name] = dict(bytes_per_token=text.bytes_per_token, xz_bits=xz_bits)
+    (NEW.parent / "texts.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def cut_shards(run: Run) -> None:
@@ -162,6 +178,7 @@ def main() -> None:
     if texts == ["--collect"]:
         return collect()
     make_shards(texts)
+    study_texts()
     for run in all_runs():
         with claim(run) as ours:
             if ours:

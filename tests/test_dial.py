@@ -1,0 +1,205 @@
+"""The dial: which settings the hours choose, and what a run with them is."""
+
+import importlib
+import itertools
+import json
+import lzma
+import math
+import shlex
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import train
+from parts import data, dial, runtime
+
+import pytest
+import torch
+from conftest import flags, losses, metrics, weights
+
+STUDY = Path(__file__).parent.parent / "results" / "scaling"
+
+# Tiny ones, so that a run takes a second.
+SHAPES = ((1, 1, 16), (1, 2, 32), (2, 2, 64))
+MILLISECONDS = {16: 100, 32: 200, 64: 900}
+
+
+@pytest.fixture
+def hours(config, monkeypatch):
+    """A config of 10 s, on a machine whose speed is known."""
+    monkeypatch.setattr(dial, "SHAPES", SHAPES)
+    monkeypatch.setattr(dial, "SEQUENCES", 2)
+    monkeypatch.setattr(dial, "BLOCK_SIZE", 32)
+    speed(monkeypatch, 1.0)
+    chosen = {name: getattr(train.TrainConfig(), name) for name in dial.CHOSEN}
+    return config(hours=10 / 3600, **chosen)
+
+
+def speed(monkeypatch, factor: float) -> None:
+    """Set the seconds of a step."""
+
+    def time_step(config, model, machine):
+        assert model.config.n_embd == config.n_embd
+        return factor * MILLISECONDS[config.n_embd] / 1000
+
+    monkeypatch.setattr(dial, "time_step", time_step)
+
+
+def options(config) -> list[dial.Option]:
+    """All that the dial would consider."""
+    tokenizer = data.tokenizer_of_shards(config.data_dir)
+    text = dial.study_text(config.data_dir, tokenizer)
+
+    def build(config):
+        return train.GPT(train.model_config(config, tokenizer.vocab_size))
+
+    return list(dial.options(config, runtime.start("cpu"), text, build))
+
+
+def test_the_law_is_that_of_the_measurements():
+    stored = json.loads((STUDY / "law.json").read_text())["dial"]
+    for name, value in stored["law"].items():
+        assert getattr(dial.LAW, name) == pytest.approx(value, rel=1e-3)
+    rounded = {int(size): round(bits, 3) for size, bits in stored["xz_bits"].items()}
+    assert dial.LAW_XZ_BITS == rounded
+    assert dial.USEFUL_REPEATS == round(stored["useful_repeats"], 1)
+
+
+def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    grid = importlib.import_module("grid")
+    assert set(dial.SHAPES) <= set(grid.SIZES.values())
+    monkeypatch.setattr(dial, "time_step", lambda *_: 1.0)
+    chosen = {name: getattr(train.TrainConfig(), name) for name in dial.CHOSEN}
+    for option in options(config(hours=1.0, **chosen)):
+        run = grid.make_grid_run(option.config.n_embd, "muon", 1e14)
+        measured = dict(argument.lstrip("-").split("=") for argument in run.arguments())
+        for name in ("block_size", "batch_size", "total_batch_size", "optimizer", "min_lr"):
+            assert str(getattr(option.config, name)) == measured[name]
+        for name in ("learning_rate", "muon_learning_rate", "muon_momentum"):
+            assert getattr(option.config, name) == float(measured[name])
+        assert option.config.beta2 == float(measured["beta2"])
+
+
+def test_text_that_repeats_is_worth_less_and_at_last_nothing():
+    text = dial.Text(train_tokens=1000, bytes_per_token=1.0, hardness=1.0)
+    assert text.useful(700) == 700 and text.useful(1000) == 1000
+    assert 1900 < text.useful(2000) < 2000
+    limit = 1000 * (1 + dial.USEFUL_REPEATS)
+    assert text.useful(10**9) == pytest.approx(limit)
+    # Of many repetitions, each a small part: the sum of what is left of each.
+    slope = (text.useful(3001) - text.useful(3000)) / 1
+    assert slope == pytest.approx(math.exp(-2 / dial.USEFUL_REPEATS), rel=1e-3)
+
+
+def test_what_the_dial_knows_of_a_text(shards):
+    tokenizer = data.tokenizer_of_shards(shards)
+    text = dial.study_text(str(shards), tokenizer)
+    meta = json.loads((shards / "meta.json").read_text())
+    assert text.train_tokens == meta["tokens"]["train"]
+    assert text.bytes_per_token == pytest.approx(1.0, abs=0.01)  # but for the ends of documents
+    content = b""
+    for shard in data.open_shards(shards, "train"):
+        n = (len(shard.tokens) - 1) // dial.BLOCK_SIZE * dial.BLOCK_SIZE
+        content += tokenizer.decode(shard.tokens[1 : n + 1].tolist()).encode()
+    bits = 8 * len(lzma.compress(content)) / len(content)
+    assert text.hardness == bits / dial.law_xz_bits(len(content))
+
+
+def test_short_text_is_compared_with_as_short_a_piece_of_the_books():
+    table = dial.LAW_XZ_BITS
+    assert dial.law_xz_bits(30_000) == table[30_000]
+    between = dial.law_xz_bits(round(math.sqrt(30_000 * 100_000)))
+    assert between == pytest.approx((table[30_000] + table[100_000]) / 2, rel=1e-4)
+    assert dial.law_xz_bits(10**9) == table[1_000_000]
+
+
+def test_the_lowest_expected_loss_wins(hours, capsys):
+    considered = options(hours)
+    assert [option.config.max_steps for option in considered] == [
+        90,
+        45,
+    ]  # 10 too few for the third
+    best = min(considered, key=lambda option: option.bits)
+    text = dial.study_text(hours.data_dir, data.tokenizer_of_shards(hours.data_dir))
+    for option in considered:
+        tokens = 64 * option.config.max_steps
+        assert option.bits == dial.expected_bits(option.parameters, tokens, text)
+    chosen = train.settings_by_hours(hours, runtime.start("cpu"), print)
+    assert chosen == best.config
+    assert f"{best.bits:.3f} bits a byte expected" in capsys.readouterr().out
+
+
+def test_a_run_by_the_hours_is_the_run_of_the_settings_that_it_prints(
+    hours, tmp_path, monkeypatch, capsys
+):
+    by_hours = losses(hours)
+    printed = capsys.readouterr().out
+    [line] = [line for line in printed.splitlines() if line.startswith("hours: the same by hand")]
+    argv = shlex.split(line.split(": ")[2])
+    assert argv[:2] == ["python", "train.py"]
+    by_hand = replace(hours, hours=0.0)
+    argv = [*flags(by_hand), *argv[2:], f"--out_dir={tmp_path / 'by_hand'}"]
+    by_hand = train.configurator.configure(train.TrainConfig, argv)
+    assert losses(by_hand) == by_hours
+
+    run = metrics(hours.out_dir, "run")[0]
+    assert run["expected_bpb"] in printed.splitlines()[-1]
+    report = replace(hours, report=True)
+    train.train(report)
+    assert run["expected_bpb"] in (Path(hours.out_dir) / "report.md").read_text()
+
+
+def test_a_resumed_run_keeps_its_settings_on_a_faster_machine(hours, tmp_path, monkeypatch):
+    train.train(hours)
+    whole = weights(hours.out_dir)
+    again = replace(hours, out_dir=str(tmp_path / "again"))
+    clip, calls = train.clip_gradients, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == 20:
+            signal.raise_signal(signal.SIGTERM)
+        return clip(*arguments)
+
+    monkeypatch.setattr(train, "clip_gradients", interrupted)
+    assert train.train(again)["stopped"]
+    speed(monkeypatch, 0.1)
+    train.train(again)
+    assert metrics(again.out_dir)[-1]["step"] == metrics(hours.out_dir)[-1]["step"]
+    for name, tensor in weights(again.out_dir).items():
+        assert torch.equal(tensor, whole[name])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(n_embd=96), "hours chooses n_embd: leave them out, or hours, and set all by hand"),
+        (dict(hours=1e-6), "hours=1e-06 is too short for 30 steps of the smallest model"),
+        (dict(hours=-1.0), "hours is -1.0: it must be at least 0"),
+        (dict(init_from="gpt2"), "hours is for a model from scratch; init_from has a size already"),
+    ],
+)
+def test_hours_that_cannot_be(hours, capsys, changes, message):
+    with pytest.raises(SystemExit) as end:
+        train.main(flags(replace(hours, **changes)))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_hours_are_for_one_process(hours):
+    two = replace(runtime.start("cpu"), world_size=2)
+    with pytest.raises(ValueError, match="hours is for one process"):
+        train.settings_by_hours(hours, two, print)
+
+
+def test_a_step_is_timed_and_changes_nothing(hours, monkeypatch):
+    monkeypatch.undo()  # dial's own time_step
+    ticks = itertools.count()
+    monkeypatch.setattr(dial.time, "perf_counter", lambda: 0.25 * next(ticks))
+    config = replace(hours, n_layer=1, n_head=2, n_embd=32, block_size=256, optimizer="muon")
+    torch.manual_seed(0)
+    model = train.GPT(train.model_config(config, 257))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert dial.time_step(config, model, runtime.start("cpu")) == 0.25
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
