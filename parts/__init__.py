@@ -8,6 +8,7 @@ loss          the head's loss without keeping the logits
 optimizer     AdamW, SGD, Muon; which parameter has which rule
 runtime       the machine: device, ranks, collectives
 zero          ZeRO-1: the optimizer's state shared out among the ranks
+compiler      functions in C, compiled where they are first needed
 matvec        a matrix times a few vectors on a CPU, by a kernel in C (matvec.c)
 standin       a small model of the same class: what does this model.py compute?
 snapshot      tensors of one step, written while training goes on

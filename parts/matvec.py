@@ -2,9 +2,8 @@
 
 A new token of each text takes one vector through every matrix, and the time is that of reading the
 weights from memory. torch's products are made for many vectors: with one they reach half of the
-memory's rate, and they have none for weights of 8 bits that is faster. So parts/matvec.c is
-compiled where it is first needed, and kept in the user's cache; where there is no GCC, or the
-kernel's results are wrong, torch does the work.
+memory's rate, and they have none for weights of 8 bits that is faster. So there is parts/matvec.c.
+Where it cannot be compiled, or its results are wrong, torch does the work.
 """
 
 if __name__ == "__main__":
@@ -12,35 +11,24 @@ if __name__ == "__main__":
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import mmap
+from contextlib import suppress
+
+from parts.compiler import load_library
 
 import torch
 import torch.nn.functional as F
 
-SOURCE = Path(__file__).with_name("matvec.c")
-
-# Beyond so many vectors, torch's products are faster.
+# Beyond so many vectors, torch's products are faster. With weights of 8 bits, torch has to make
+# numbers of 32 bits of them first.
 MOST_VECTORS = 4
-
-COMPILE = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-c"]
-# Without -fopenmp: the kernel's threads are then those of the OpenMP that torch has loaded, and
-# not of a second one beside it.
-LINK = ["-shared", "-nostartfiles"]
+MOST_VECTORS_INT8 = 32
 
 
 class Kernel:
     """The compiled parts/matvec.c."""
 
-    def __init__(self, library: Path):
-        """OSError if the library cannot be loaded."""
-        functions = ctypes.CDLL(str(library))
+    def __init__(self, functions: ctypes.CDLL):
         self.functions = {
             torch.bfloat16: functions.multiply_bf16,
             torch.int8: functions.multiply_int8,
@@ -73,53 +61,11 @@ class Kernel:
 @functools.cache
 def load_kernel() -> Kernel | None:
     """The kernel, compiled for this CPU if it was not yet; None where it cannot be had."""
-    compiler = shutil.which("gcc")
-    # Elsewhere torch has another OpenMP.
-    if sys.platform != "linux" or compiler is None:
+    functions = load_library("matvec")
+    if functions is None:
         return None
-    try:
-        library = cache_folder() / f"matvec-{fingerprint()}.so"
-        if not library.exists():
-            compile_kernel(compiler, library)
-        kernel = Kernel(library)
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # Path.home() may not be known
-        return None
+    kernel = Kernel(functions)
     return kernel if is_right(kernel) else None
-
-
-def cache_folder() -> Path:
-    """Where the user's programs keep what they can make again."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "reproduce-gpt2"
-
-
-def fingerprint() -> str:
-    """What the library depends on: its source, how it is compiled, and the CPU, because several
-    machines may share a home folder.
-    """
-    cpu = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("flags", "Features", "model name")):
-            cpu += line
-        if not line:
-            break  # the first CPU is described
-    facts = [SOURCE.read_text(), cpu, *COMPILE, *LINK]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-
-
-def compile_kernel(compiler: str, library: Path) -> None:
-    """Compile the library, which takes half a second. OSError or SubprocessError if it fails."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        object_file = Path(folder) / "matvec.o"
-        linked = Path(folder) / "matvec.so"
-        commands = [
-            [compiler, *COMPILE, str(SOURCE), "-o", str(object_file)],
-            [compiler, *LINK, str(object_file), "-o", str(linked)],
-        ]
-        for command in commands:
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-        os.replace(linked, library)  # two programs may compile it at once
 
 
 def is_right(kernel: Kernel) -> bool:
@@ -142,6 +88,16 @@ def is_right(kernel: Kernel) -> bool:
             if not torch.allclose(result, expected, rtol=1e-4, atol=1e-4):
                 return False
     return True
+
+
+def large_pages(n_bytes: int) -> torch.Tensor:
+    """Zeros (n_bytes) uint8 in pages of 2 MB, where Linux has them: a CPU that reads through pages
+    of 4 kB stops at each of them to look it up.
+    """
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

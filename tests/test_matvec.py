@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from model import GPT
-from parts import matvec, runtime
+from parts import compiler, matvec, runtime
 from parts.auto import Packing, prepare_for_inference
 from parts.inference import generate, pack
 from parts.runtime import Runtime
@@ -74,8 +74,8 @@ def test_a_weight_of_8_bits_is_off_by_half_a_step_at_most():
 @torch.no_grad()
 @pytest.mark.parametrize("name, tolerance", [("bf16", 0.02), ("int8", 0.02)])
 def test_a_few_vectors_or_many_give_about_the_exact_logits(name, tolerance):
-    """A prompt of 16 tokens takes torch's product, a single one the kernel."""
-    x = ids(1, 16)
+    """A batch takes torch's product, a single token the kernel."""
+    x = ids(3, 16)
     exact = make_toy()(x)
     packed = Packing(name, few_vectors=True).pack(make_toy())
     assert packed.lm_head.kernel is not None
@@ -104,7 +104,7 @@ def test_a_kernel_that_cannot_be_had_is_not_used(monkeypatch, tmp_path, fault):
     matvec.load_kernel.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if fault == "compiler":
-        monkeypatch.setattr(matvec, "COMPILE", ["--no-such-option"])
+        monkeypatch.setattr(compiler, "COMPILE", ["--no-such-option"])
     elif fault == "cache":
         (tmp_path / "cache").write_text("not a folder")
     else:
