@@ -13,12 +13,13 @@ matvec        a matrix times a few vectors on a CPU, by a kernel in C (matvec.c)
 standin       a small model of the same class: what does this model.py compute?
 snapshot      tensors of one step, written while training goes on
 pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own; is it a GPT-2?
+decode        a token through a whole GPT-2 on a CPU, by a function in C (decode.c)
 encoding      text in any encoding -> UTF-8, and what of it cannot be decoded
 tokenizer     GPT-2's, bytes, and byte-level BPEs learned from text
 documents     files of any kind -> documents
 data          shards, windows, batches, and their loader
 sharding      documents -> tokens -> shards, on all cores
-inference     KV cache, packed weights, the one-token graph, sampling
+inference     KV cache, packed weights, the one-token step as a whole, sampling
 auto          what "auto" means on this machine, for training and for inference
 dial          a run's settings from the hours it may take
 metrics       a run's records, and the published figures they are compared with

@@ -1,18 +1,21 @@
-"""Inference: a model continues token ids, with a KV cache, packed weights, and a CUDA graph for the
-one-token step.
+"""Inference: a model continues token ids, with a KV cache, packed weights, and the step of one
+token as a whole: a CUDA graph, or on a CPU a function in C.
 """
 
 if __name__ == "__main__":
     raise SystemExit("parts/inference.py is no command: README.md lists the commands")
 
 import codecs
+import copy
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from parts import GPT, GPTConfig, matvec
+from parts import GPT, GPTConfig, decode, matvec
 from parts.console import print_note
+from parts.pretrained import compare_with_gpt2
 from parts.runtime import changing_shapes
 from parts.standin import differ, exact_arithmetic, make_standin, random_ids
 from parts.tokenizer import Tokenizer
@@ -437,6 +440,82 @@ def follow(model: GPT, rows: list[list[int]], method: Method) -> torch.Tensor:
     return torch.stack([first, step(tokens[:, :1]), step(tokens[:, 1:])])
 
 
+# ---- A token in C --------------------------------------------------------------------------------
+# parts/decode.c computes a GPT-2, and model.py may compute something else. Numbers decide here too.
+
+
+def make_decoder(model: GPT, cache: KVCache) -> decode.Decoder | None:
+    """The step of one token a row in C behind this cache; None where the model has to do it."""
+    functions = decode.load_functions()
+    if functions is None or not is_as_made(model):
+        return None
+    try:
+        return decode.Decoder(functions, model.config, decode.collect_tensors(model), cache)
+    except ValueError:  # these are not the tensors of a GPT-2
+        return None
+
+
+def is_as_made(model: GPT) -> bool:
+    """Whether the model has the modules that its class makes, packed or not: nothing was put in
+    their places, and nothing listens to them.
+    """
+    cls: Any = type(model)
+    expected = {}
+    for name, module in make_standin(cls, model.config).named_modules():
+        expected[without_numbers(name)] = type(module)
+    for name, module in model.named_modules():
+        kind = expected.get(without_numbers(name), nn.Module)
+        is_the_same = type(module) is kind
+        is_packed_one = isinstance(module, PackedLinear) and issubclass(kind, nn.Linear)
+        if not is_the_same and not is_packed_one:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+    return True
+
+
+def without_numbers(name: str) -> str:
+    """A module's name without that of its block: a stand-in has fewer of them."""
+    return re.sub(r"\d+", "", name)
+
+
+@functools.cache
+def computes_gpt2(cls: Any, config: GPTConfig, weights: torch.dtype) -> bool:
+    """Whether models of this class and config are GPT-2s, in parts/decode.c too.
+
+    The first is asked in float64 and without a cache. Then a stand-in in float32, with its matrices
+    in the dtype `weights`, goes through decode.c: with empty columns and onto a prompt.
+    """
+    if config.block_size < 4 or compare_with_gpt2(cls, config, n_tokens=1024):
+        return False
+    model = copy.deepcopy(make_standin(cls, config)).float()
+    if weights != torch.float32:
+        pack(model, weights, few_vectors=True)
+    T = min(config.block_size, 64)
+    first, second = random_ids(model, 2, T)
+    rows = [first[:-1].tolist(), second[: T // 2].tolist()]
+    next_tokens = torch.stack([first[-1:], second[T // 2 :][:1]])  # (B, 1)
+    with exact_arithmetic():
+        cache, _ = prefill(model, rows, max_new_tokens=1)
+        expected = forward_cached(model, next_tokens, cache)
+        cache, _ = prefill(model, rows, max_new_tokens=1)
+        decoder = make_decoder(model, cache)
+        if decoder is None:
+            return False
+        return not differ(decoder(next_tokens), expected, tolerance=1e-4)
+
+
+def may_decode(model: GPT, n_rows: int) -> bool:
+    """Whether new tokens of so many rows may be computed in C."""
+    weight = model.lm_head.weight
+    if n_rows > matvec.MOST_VECTORS or model.training or torch.is_autocast_enabled("cpu"):
+        return False
+    if weight.device.type != "cpu" or weight.dtype not in decode.TYPES:
+        return False
+    cls: Any = type(model)
+    return decode.load_functions() is not None and computes_gpt2(cls, model.config, weight.dtype)
+
+
 class Predictor:
     """The logits of the next token of each row, as fast as this model allows."""
 
@@ -450,7 +529,8 @@ class Predictor:
         cls: Any = type(model)
         self.method = choose_method(cls, model.config, is_ragged(rows), graph)
         self.cache: KVCache | None = None
-        self.graph: TokenGraph | None = None
+        self.decodes = self.method.cache and may_decode(model, len(rows))
+        self.step: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, rows: list[list[int]]) -> torch.Tensor:
         """Rows of token ids, each with one token more than at the last call -> logits (B, V).
@@ -462,8 +542,8 @@ class Predictor:
         # position: then the cache is filled anew.
         if self.cache is not None and self.cache.length < block_size:
             idx = torch.tensor([row[-1:] for row in rows], device=device_of(self.model))
-            if self.graph is not None:
-                return self.graph(idx)
+            if self.step is not None:
+                return self.step(idx)
             return forward_cached(self.model, idx, self.cache)
         windows = [row[-block_size:] for row in rows]
         if not self.method.cache:
@@ -471,7 +551,9 @@ class Predictor:
                 return recompute(self.model, windows, self.method.pads)
         self.cache, logits = prefill(self.model, windows, self.max_new_tokens)
         if self.method.graph:
-            self.graph = TokenGraph(self.model, self.cache)
+            self.step = TokenGraph(self.model, self.cache)
+        elif self.decodes and self.cache.length < block_size:
+            self.step = make_decoder(self.model, self.cache)
         return logits
 
 

@@ -75,12 +75,14 @@ def random_ids(model: GPT, *shape: int) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, shape, generator=generator)
 
 
-def differ(values: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two float64 tensors are more than rounding apart, or of unlike shapes."""
+def differ(values: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether two tensors, of float64 by default, are more than rounding apart, or of unlike
+    shapes.
+    """
     if values.shape != expected.shape:
         return True
     error = (values - expected).abs().max()
-    return not bool(error <= TOLERANCE * expected.abs().max())  # also if one of them is NaN
+    return not bool(error <= tolerance * expected.abs().max())  # also if one of them is NaN
 
 
 @functools.lru_cache(maxsize=8)

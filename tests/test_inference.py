@@ -3,12 +3,14 @@ and a changed model samples what it computes.
 """
 
 from model import GPT, Block, CausalSelfAttention, GPTConfig
+from parts import decode
 from parts.inference import (
     PLAIN,
     KVCache,
     Method,
     TokenGraph,
     choose_method,
+    computes_gpt2,
     forward_cached,
     generate,
     pack,
@@ -18,6 +20,7 @@ from parts.inference import (
     sample,
     stream,
 )
+from parts.pretrained import compare_with_gpt2
 from parts.standin import make_standin
 
 import pytest
@@ -347,8 +350,8 @@ class NoMaskForOne(CausalSelfAttention):
 
 def forget_trials() -> None:
     """Answers are kept by class and config, and here the classes that they are made of change."""
-    choose_method.cache_clear()
-    make_standin.cache_clear()
+    for question in (choose_method, computes_gpt2, compare_with_gpt2, make_standin):
+        question.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -437,7 +440,10 @@ def test_the_unchanged_model_takes_the_fastest_method(pads, graph, dtype, packed
 
 
 def test_a_token_computes_one_token(toy, monkeypatch):
-    """Behind the comparison: a prompt, and then a column for each new token."""
+    """Behind the comparison: a prompt, and then a column for each new token, where the model
+    computes it and not decode.c.
+    """
+    monkeypatch.setattr(decode, "load_functions", lambda: None)
     generate(toy, [[1, 2, 3]], 1)
     shapes = []
     hidden = GPT.hidden

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from model import GPT
-from parts import compiler, matvec, runtime
+from parts import compiler, decode, matvec, runtime
 from parts.auto import Packing, prepare_for_inference
 from parts.inference import generate, pack
 from parts.runtime import Runtime
@@ -28,6 +28,7 @@ def forget_the_kernel():
     """A test that takes something away must not leave the kernel away."""
     yield
     matvec.load_kernel.cache_clear()
+    decode.load_functions.cache_clear()
 
 
 @needs_kernel

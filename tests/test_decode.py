@@ -1,0 +1,268 @@
+"""The token in C: it is the model's token, in each type of weights, and only of a GPT-2."""
+
+import shutil
+import sys
+
+import model as model_file
+from model import MLP, Block
+from parts import decode, inference, matvec
+from parts.compiler import SOURCES
+from parts.inference import computes_gpt2, forward_cached, generate, make_decoder, pack, prefill
+from parts.pretrained import compare_with_gpt2
+from parts.standin import make_standin
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ids, make_toy
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("gcc") is None, reason="it is compiled by GCC on Linux"
+)
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def forget() -> None:
+    """Answers are kept by class and config; here functions and classes change under them."""
+    for question in (computes_gpt2, compare_with_gpt2, make_standin, decode.load_functions):
+        question.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_answers():
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """How many rows each token of a toy had that was computed in C; trials have other sizes."""
+    rows = []
+    call = decode.Decoder.__call__
+
+    def count(self, idx):
+        if self.config.vocab_size == 257:
+            rows.append(len(idx))
+        return call(self, idx)
+
+    monkeypatch.setattr(decode.Decoder, "__call__", count)
+    return rows
+
+
+def make_packed(name: str, **changes):
+    toy = make_toy(**changes)
+    return toy if name == "fp32" else pack(toy, TYPES[name], few_vectors=True)
+
+
+SHAPES = [
+    dict(),
+    dict(bias=False, exact_gelu=True),
+    dict(n_embd=138, n_head=2, n_layer=3),  # heads of 69
+    dict(n_embd=33, n_head=11, n_layer=1, pad_vocab=False),
+    dict(n_embd=64, n_head=1, flash=False, dropout=0.3),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lengths", [(3,), (2, 7, 4), (1, 1, 1, 1)], ids=str)
+def test_a_token_in_c_is_the_models(name, shape, lengths):
+    """One or more rows, of one or several lengths, until the cache is full: logits and cache."""
+    toy = make_packed(name, **shape)
+    rows = [ids(n, seed=n).tolist() for n in lengths]
+    (by_model, _), (in_c, _) = (prefill(toy, rows, 16) for _ in range(2))
+    step = make_decoder(toy, in_c)
+    assert step is not None
+    for column in range(max(lengths), 16):
+        token = ids(len(rows), 1, seed=column)
+        expected = forward_cached(toy, token, by_model)
+        logits = step(token)
+        assert logits.shape == expected.shape and logits.dtype == torch.float32
+        assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    assert in_c.length == 16
+    for layer, filled in by_model.layers.items():
+        for x, y in zip(filled, in_c.layers[layer]):
+            assert torch.allclose(x, y, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError):
+        step(token)  # no column is left
+
+
+@torch.no_grad()
+def test_in_float32_it_is_the_text_without_a_cache(steps):
+    toy = make_toy(n_layer=3, block_size=64)
+    text = ids(1, 40)
+    cache, first = prefill(toy, text[:, :5].tolist(), 59)
+    step = make_decoder(toy, cache)
+    logits = torch.stack([first, *(step(token) for token in text[:, 5:].split(1, dim=1))], dim=1)
+    expected = toy(text)[:, 4:]
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=2e-5 * expected.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TYPES)
+def test_neither_threads_nor_rows_change_a_bit(name):
+    """Seven threads, of which some have no processor, and the row alone or beside others. Texts are
+    long, so that threads meet in the middle of their work.
+    """
+    toy = make_packed(name, n_embd=96, n_head=24, block_size=520)
+    rows = ids(3, 500).tolist()
+    tokens = ids(3, 12, seed=1)
+    results = []
+    for chosen in ([0, 1, 2], [1]):
+        for n_threads in (1, 2, 7):
+            cache, _ = prefill(toy, [rows[b] for b in chosen], 20)
+            # A prompt's products may depend on its batch: start from the same keys.
+            for layer in cache.layers.values():
+                for x in layer:
+                    x.copy_(torch.linspace(-1, 1, x[0].numel()).view_as(x[0]))
+            torch.set_num_threads(n_threads)
+            try:
+                step = make_decoder(toy, cache)
+                logits = [step(token) for token in tokens[chosen].split(1, dim=1)]
+            finally:
+                torch.set_num_threads(1)
+            results.append(torch.stack(logits)[:, chosen.index(1)])
+    for result in results:
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_generation_takes_it(name, steps, monkeypatch):
+    """For up to four texts, up to the window's end; and the greedy texts are those of the model."""
+    toy = make_packed(name)
+    prompts = [[1, 2, 3], [4], [5] * 9, [6]]
+    texts = generate(toy, prompts, 20, temperature=0)
+    assert steps == [4] * 7  # behind the longest prompt, seven columns are left
+    steps.clear()
+    assert generate(toy, prompts[:1], 20, temperature=0)[0][:13] == texts[0][:13]
+    assert steps == [1] * 13
+    steps.clear()
+    generate(toy, [*prompts, [7]], 5)
+    assert steps == []
+    monkeypatch.setattr(decode, "load_functions", lambda: None)
+    assert generate(toy, prompts, 20, temperature=0) == texts
+    assert steps == []
+
+
+def test_it_is_for_inference_in_the_models_own_arithmetic(steps):
+    toy = make_toy()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        generate(toy, [[1]], 5)
+    list(inference.stream(toy.train(), [[1]], 5))
+    generate(toy.double(), [[1]], 5)
+    assert steps == []
+
+
+# ---- What is no GPT-2, or no longer as its class made it -----------------------------------------
+
+
+class Relu(MLP):
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)))
+
+
+class SlightlyScaled(Block):
+    """Off by a hundred-thousandth."""
+
+    def forward(self, x, layout):
+        return super().forward(x, layout) * 1.00001
+
+
+class OtherNorm(Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.ln_2.eps = 1e-3
+
+
+class Loud(model_file.GPT):
+    """Logits of twice the size, where only the head's function changes."""
+
+    def logits(self, x):
+        return 2 * super().logits(x)
+
+
+@pytest.mark.parametrize("change", [Relu, SlightlyScaled, OtherNorm, Loud])
+def test_a_changed_model_computes_its_tokens_itself(change, steps, monkeypatch):
+    [name] = {"GPT", "Block", "MLP"} & {base.__name__ for base in change.__mro__}
+    monkeypatch.setattr(model_file, name, change)
+    toy = make_toy()
+    if name == "GPT":
+        toy.__class__ = change
+    [text] = generate(toy, [[1, 2]], 10, temperature=0)
+    assert steps == []
+    with torch.no_grad():
+        assert text == toy(torch.tensor([[1, 2, *text]]))[0, 1:-1].argmax(dim=-1).tolist()
+
+
+def listen(toy):
+    toy.transformer.h[1].mlp.register_forward_hook(lambda module, inputs, output: output * 0)
+
+
+def replace_activation(toy):
+    toy.transformer.h[1].mlp.gelu = nn.Identity()
+
+
+def untie(toy):
+    toy.lm_head.weight = nn.Parameter(toy.lm_head.weight[:200].detach().clone())
+
+
+def adapt(toy):
+    toy.transformer.h[0].attn.c_attn.down = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("change", [listen, replace_activation, untie, adapt])
+def test_a_model_that_was_changed_after_it_was_made_is_left_to_itself(change, steps):
+    toy = make_toy()
+    change(toy)
+    with torch.no_grad():
+        cache, _ = prefill(toy, [[1, 2]], 3)
+    assert make_decoder(toy, cache) is None
+
+
+@pytest.mark.parametrize("old, new", [("0.044715f", "0.05f"), ("s->pads[row]", "0")])
+def test_a_function_that_gives_other_numbers_is_not_used(old, new, monkeypatch, tmp_path, steps):
+    """The first fault shows when it is loaded, the second where rows differ in length."""
+    for name in ("decode.c", "rows.h"):
+        (tmp_path / name).write_text((SOURCES / name).read_text().replace(old, new))
+    monkeypatch.setattr("parts.compiler.SOURCES", tmp_path)
+    toy = make_toy()
+    prompts = [[1, 2, 3], [4]]
+    texts = generate(toy, prompts, 10, temperature=0)
+    assert steps == [] or new == "0"
+    assert not computes_gpt2(type(toy), toy.config, torch.float32) or not decode.load_functions()
+    monkeypatch.undo()
+    forget()
+    assert generate(toy, prompts, 10, temperature=0) == texts
+
+
+def test_an_id_of_no_token_is_a_mistake_here():
+    toy = make_toy()
+    with torch.no_grad():
+        cache, _ = prefill(toy, [[1, 2]], 3)
+    step = make_decoder(toy, cache)
+    for token in (-1, 257):
+        with pytest.raises(AssertionError):
+            step(torch.tensor([[token]]))
+
+
+def test_damage_behind_the_prompt_is_said():
+    """Token 7 alone is damaged, and comes after the prompt."""
+    toy = make_toy()
+    toy.transformer.wpe.weight.data[4] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(toy, [[1, 2]], 5)
+
+
+def test_large_pages_hold_the_numbers():
+    toy = make_packed("int8")
+    weights = [x.weight for x in toy.modules() if isinstance(x, inference.PackedLinear)]
+    memory = {weight.untyped_storage().data_ptr() for weight in weights}
+    assert len(memory) == 1 and len(weights) == 9
+    plain = make_toy()
+    for linear, packed in zip(
+        (x for x in plain.modules() if isinstance(x, nn.Linear)), weights, strict=True
+    ):
+        assert torch.equal(matvec.quantise(linear.weight.detach())[0], packed)
