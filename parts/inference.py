@@ -566,6 +566,8 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
     logits (B, V), seen (B, V) bool -> (B, V): divided by the penalty where positive, else
     multiplied by it.
     """
+    if penalty == 1:
+        return logits  # not three passes over them
     less_likely = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, less_likely, logits)
 
