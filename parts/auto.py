@@ -20,11 +20,16 @@ from typing import Any, NamedTuple
 from parts import GPT, matvec
 from parts.console import plural
 from parts.inference import pack
-from parts.runtime import DTYPES, Runtime
+from parts.runtime import DTYPES, Runtime, waits_for_cores
 
 import torch
 
 RACE_PAYS = 20  # seconds: a shorter run takes the first candidate
+RACE_SECONDS = 0.15
+PATIENCE = 0.5  # seconds that inference waits for other programs
+# In a race, the share of a turn for which a thread may wait for a core. Without other programs it
+# is below 0.01, beside one a third.
+DISTURBED = 0.1
 MOST_TOKENS = {"cuda": 65_536, "cpu": 8_192, "mps": 8_192}  # in a micro-step; more is not faster
 # The share of a GPU's memory that a step may take. CUDA, NCCL and the gaps between tensors take the
 # rest.
@@ -57,29 +62,65 @@ class Arithmetic:
 # ---- Races ---------------------------------------------------------------------------------------
 
 
+class Race(NamedTuple):
+    """What a race between candidates has shown."""
+
+    times: dict  # candidate -> ms of a turn
+    busy: bool  # other programs were in the way of too many turns
+
+
 class Pick(NamedTuple):
     """The winner of a race between candidates."""
 
     winner: Any
     threads: int | None  # the winner's best number of threads; None if they did not race
-    times: dict  # candidate -> median time in ms
+    times: dict  # candidate -> ms of a turn
     note: str  # the times in words
 
 
-def race(candidates: dict, seconds: float = 0.15) -> dict:
-    """Candidate -> its median time in ms. They take turns, at least three."""
+def race(candidates: dict, patience: float = 0.0) -> Race:
+    """Time the candidates (anything -> a function to call) in turn, for RACE_SECONDS and at least
+    three turns.
+
+    Another program on the same cores makes threads wait for each other, which changes who wins. So
+    turns in which a thread had to wait for a core do not count, and the race goes on until each
+    candidate has three others, for at most so many seconds of patience more. If there are too few
+    even then, all turns count. Whatever disturbs a turn makes it longer: a candidate's time is the
+    lower quartile of its turns.
+    """
     for run in candidates.values():
         run()  # the first call sets up kernels and memory
-    times: dict[Hashable, list[float]] = {candidate: [] for candidate in candidates}
-    end = time.perf_counter() + seconds
-    turns = 0
-    while turns < 3 or time.perf_counter() < end:
+    turns: dict[Hashable, list[float]] = {candidate: [] for candidate in candidates}
+    calm_turns: dict[Hashable, list[float]] = {candidate: [] for candidate in candidates}
+    begin = time.perf_counter()
+    while True:
         for candidate, run in candidates.items():
+            waits = waits_for_cores()
             start = time.perf_counter()
             run()
-            times[candidate].append(1000 * (time.perf_counter() - start))
-        turns += 1
-    return {candidate: statistics.median(each) for candidate, each in times.items()}
+            seconds = time.perf_counter() - start
+            waited = longest_wait(waits, waits_for_cores())
+            turns[candidate].append(1000 * seconds)
+            if waited < DISTURBED * seconds:
+                calm_turns[candidate].append(1000 * seconds)
+        elapsed = time.perf_counter() - begin
+        busy = min(len(calm) for calm in calm_turns.values()) < 3
+        n_turns = min(len(each) for each in turns.values())
+        limit = RACE_SECONDS + patience if busy else RACE_SECONDS
+        if n_turns >= 3 and elapsed >= limit:
+            break
+
+    times = {}
+    for candidate, ms in (turns if busy else calm_turns).items():
+        times[candidate] = statistics.quantiles(ms, n=4)[0]
+    return Race(times, busy)
+
+
+def longest_wait(before: dict[str, float], after: dict[str, float]) -> float:
+    """The seconds between two readings of waits_for_cores in which a thread waited, of the thread
+    that waited the longest.
+    """
+    return max((after[thread] - before.get(thread, 0.0) for thread in after), default=0.0)
 
 
 def fastest(times: dict, margin: float = 1.03) -> Any:
@@ -92,39 +133,57 @@ def fastest(times: dict, margin: float = 1.03) -> Any:
     return best if times[best] * margin < times[first] else first
 
 
-def race_threads(run: Callable[[], object], ms: float) -> dict[int, float]:
-    """Number of threads -> ms of `run`, which takes `ms` with all threads.
+def race_threads(run: Callable[[], object], ms: float, patience: float = 0.0) -> Race:
+    """Race numbers of threads, from all to one, in `run`, which takes `ms` with all threads.
 
     In a small model, synchronising the threads costs more than they save, above all when other
-    programs use the CPU too. Empty where a race cannot pay, and where OMP_NUM_THREADS, which
+    programs use the CPU too. No times where a race cannot pay, and where OMP_NUM_THREADS, which
     torchrun sets as well, leaves nothing to choose.
     """
     most = torch.get_num_threads()
     counts = {max(1, most >> shift) for shift in (0, 2, 4, 6, 8)}
     if "OMP_NUM_THREADS" in os.environ or most * ms > 120 or len(counts) == 1:
-        return {}
+        return Race({}, busy=False)
 
     def run_on(n: int) -> None:
         torch.set_num_threads(n)
         run()
 
     candidates = {n: functools.partial(run_on, n) for n in sorted(counts, reverse=True)}
-    times = race(candidates)
+    result = race(candidates, patience)
     torch.set_num_threads(most)
-    return times
+    return result
 
 
-def pick_fastest(candidates: dict, margin: float = 1.03) -> Pick:
-    """Race the candidates (anything -> a function to call), then the winner's thread counts."""
-    times = race(candidates)
-    winner = fastest(times, margin)
-    thread_times = race_threads(candidates[winner], times[winner])
-    threads = fastest(thread_times) if thread_times else None
+def pick_threads(threads: Race) -> int | None:
+    """The number of threads to take; None if they did not race.
 
-    shown = [f"{ms:.1f}" for ms in sorted(times.values())]
-    for n, ms in thread_times.items():
+    Beside another program, all threads stay unless fewer are faster by half: the program may end
+    long before the work does.
+    """
+    if not threads.times:
+        return None
+    return fastest(threads.times, margin=1.5 if threads.busy else 1.03)
+
+
+def describe_races(candidates: Race, threads: Race) -> str:
+    """The times of two races in words."""
+    shown = [f"{ms:.1f}" for ms in sorted(candidates.times.values())]
+    for n, ms in threads.times.items():
         shown.append(f"{plural(n, 'thread')} {ms:.1f}")
-    return Pick(winner, threads, times, f" (ms a block: {', '.join(shown)})")
+    if candidates.busy or threads.busy:
+        shown.append("beside other programs")
+    return f" (ms a block: {', '.join(shown)})"
+
+
+def pick_fastest(candidates: dict, patience: float = 0.0) -> Pick:
+    """Race the candidates (anything -> a function to call), then the winner's thread counts."""
+    first = race(candidates, patience)
+    winner = fastest(first.times)
+    # Who has waited once in vain does not wait again.
+    left = 0.0 if first.busy else patience
+    second = race_threads(candidates[winner], first.times[winner], left)
+    return Pick(winner, pick_threads(second), first.times, describe_races(first, second))
 
 
 def precisions(setting: str, device: torch.device) -> list[str]:
@@ -175,7 +234,13 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
     pick = Pick(candidates[0], None, {}, "")
     if on_cpu and seconds > RACE_PAYS:
         try:
-            pick = pick_fastest(block_passes(candidates, model, config.block_size))
+            micro_step_tokens = MOST_TOKENS["cpu"]
+            if config.batch_size != "auto":
+                micro_step_tokens = config.batch_size * config.block_size
+            micro_step_tokens = min(micro_step_tokens, config.total_batch_size)
+            passes = block_passes(candidates, model, config.block_size, micro_step_tokens)
+            # The longer the run, the more a choice of a busy moment would cost.
+            pick = pick_fastest(passes, patience=min(10, seconds / 100))
         except Exception as error:  # a changed model.py may not do with one layer
             pick = pick._replace(note=f" (not timed: {type(error).__name__} in one block)")
     chosen = replace(pick.winner, threads=pick.threads)
@@ -186,7 +251,9 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
         if getattr(config, name) == "auto" and saved.get(name) is not None:
             chosen = replace(chosen, **{name: saved[name]})
     if saved.get("threads") is not None:
-        chosen = replace(chosen, threads=saved["threads"])
+        # Two threads add up in another order than one.
+        threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else saved["threads"]
+        chosen = replace(chosen, threads=threads)
     compile_setting = config.compile
     if compile_setting == "auto" and saved.get("compile") is not None:
         compile_setting = saved["compile"]
@@ -199,6 +266,11 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
     kept = Arithmetic(chosen.dtype, chosen.flash, threads=None, compile=False)
     if pick.times and pick.times.get(kept, math.inf) > 1.1 * pick.times[pick.winner]:
         note += f"; kept from the checkpoint, this machine would take {pick.winner}"
+    if pick.threads and chosen.threads != pick.threads:
+        note += (
+            f"; {plural(chosen.threads, 'thread')} as the checkpoint says, this machine would "
+            f"take {pick.threads} now: OMP_NUM_THREADS sets another number"
+        )
     state = "on" if compiles else "off"
     return chosen, f"arithmetic: {chosen}{note}\ncompile: {state} ({compile_note})"
 
@@ -210,23 +282,29 @@ def apply(arithmetic: Arithmetic, model: GPT) -> None:
         torch.set_num_threads(arithmetic.threads)
 
 
-def block_passes(candidates: list[Arithmetic], model: GPT, T: int) -> dict:
-    """Candidate -> a function that does a forward and backward pass of one block in that way.
+def block_passes(candidates: list[Arithmetic], model: GPT, T: int, micro_step_tokens: int) -> dict:
+    """Candidate -> a function that does a forward and backward pass of a thin model in that way.
 
-    The block has the model's shape. The work is about 2.5 GFLOP, some 20 ms on two cores.
+    It has one block of the model's shape, and of the head as large a share. It reads the tokens of
+    a micro-step, or fewer, so that the work is about 5 GFLOP, some 35 ms on two cores. (Without the
+    head, or with half of these tokens, one thread is as fast as two in the quickstart's model,
+    where it takes a third longer in training.)
     """
-    small = type(model)(replace(model.config, n_layer=1, vocab_size=64, recompute=False))
-    small.train()
+    C = model.config.n_embd
+    vocab_size = max(64, model.config.vocab_size // model.config.n_layer)
+    thin = type(model)(replace(model.config, n_layer=1, vocab_size=vocab_size, recompute=False))
+    thin.train()
     T = min(T, model.config.block_size)
-    n_tokens = max(128, int(2.5e9 / (72 * model.config.n_embd**2)))
-    idx = torch.randint(64, (max(1, n_tokens // T), min(T, n_tokens)))
+    n_tokens = max(128, int(5e9 / (72 * C**2 + 6 * C * vocab_size)))
+    n_tokens = min(n_tokens, micro_step_tokens)
+    tokens = torch.randint(vocab_size, (max(1, n_tokens // T), min(T, n_tokens) + 1))
 
     def run(candidate: Arithmetic) -> None:
-        small.use_flash(candidate.flash)
+        thin.use_flash(candidate.flash)
         low_precision = candidate.torch_dtype != torch.float32
         with torch.autocast("cpu", dtype=candidate.torch_dtype, enabled=low_precision):
-            y = small.hidden(idx)
-        y.sum().backward()
+            loss = thin(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
 
     return {candidate: functools.partial(run, candidate) for candidate in candidates}
 
@@ -394,24 +472,49 @@ def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -
     if on_cpu and dtype == "auto" and few_vectors and matvec.load_kernel() is not None:
         # The kernel needs no instructions for bf16.
         names = ["fp32", "bf16"]
-    name = names[0]
+    packing = Packing(names[0], few_vectors)
+    first = None
     note = ""
     if on_cpu and rows * 12 * model.config.n_embd**2 < SMALL:
         torch.set_num_threads(1)
         note = " (a small model: one thread)"
     elif on_cpu and dtype == "auto":
-        candidates = {}
-        for one in names:
-            candidates[one] = pass_through_block(model, Packing(one, few_vectors), rows)
-        with torch.no_grad():
-            # A near tie must not change the text of a seed from one time to the next.
-            pick = pick_fastest(candidates, margin=1.1)
-        name = pick.winner
-        note = pick.note
-        if pick.threads:
-            torch.set_num_threads(pick.threads)
-    packing = Packing(name, few_vectors)
-    return Prepared(packing.pack(model), packing, f"dtype: {name}{note}")
+        first = race_packings(model, names, few_vectors, rows)
+        # A near tie must not change the text of a seed from one time to the next.
+        packing = fastest(first.times, margin=1.1)
+    packed = packing.pack(model)
+    if first is not None:
+        second = race_threads_of_model(packed, rows, first.times[packing], first.busy)
+        threads = pick_threads(second)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        note = describe_races(first, second)
+    return Prepared(packed, packing, f"dtype: {packing.name}{note}")
+
+
+@torch.no_grad()
+def race_packings(model: GPT, names: list[str], few_vectors: bool, rows: int) -> Race:
+    """Race the packings of these names in one block of the model's shape."""
+    candidates = {}
+    for name in names:
+        packing = Packing(name, few_vectors)
+        candidates[packing] = pass_through_block(model, packing, rows)
+    return race(candidates, PATIENCE)
+
+
+@torch.no_grad()
+def race_threads_of_model(packed: GPT, rows: int, ms_of_block: float, busy: bool) -> Race:
+    """Race numbers of threads in the whole packed model. The times are a block's. One block alone
+    would stay in the cache, which more threads read no faster.
+
+    busy: other programs were in the way of the race before, so this one does not wait for them.
+    """
+    n_layer = packed.config.n_layer
+    idx = torch.zeros(rows, 1, dtype=torch.int64)
+    run = functools.partial(packed.hidden, idx)
+    result = race_threads(run, n_layer * ms_of_block, 0.0 if busy else PATIENCE)
+    times = {n: ms / n_layer for n, ms in result.times.items()}
+    return result._replace(times=times)
 
 
 def pass_through_block(model: GPT, packing: Packing, rows: int) -> Callable[[], torch.Tensor]:

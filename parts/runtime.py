@@ -264,6 +264,20 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
     return Runtime(chosen, rank, world_size, local_size, why)
 
 
+def waits_for_cores() -> dict[str, float]:
+    """Thread of this process -> the seconds so far in which it could have run, but other work had
+    its core. Empty where the system, which is not Linux, does not tell.
+    """
+    waits = {}
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            _, waited_ns, _ = file.read_text().split()
+        except (OSError, ValueError):  # the thread has ended, or the kernel does not count
+            continue
+        waits[file.parent.name] = int(waited_ns) / 1e9
+    return waits
+
+
 def physical_memory() -> int | None:
     """The memory of this machine in bytes; None where the system does not say."""
     try:
