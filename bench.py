@@ -8,6 +8,7 @@
     python bench.py choices --size quickstart  # what auto chooses, against the other choices
     python bench.py memory  # which batch of which GPT-2 fits into which GPU, counted
     python bench.py plan --gpus 64 --model gpt2-xl  # time and cost of a run, calculated
+    python bench.py peers --nanogpt nanoGPT  # training and more, beside other programs
     python bench.py show results/cpu/ladder.json  # the table of a result printed with --json
 
 A result has bench, device, torch, settings, rows {name: {column: figure}} and ratios {name: times
@@ -16,6 +17,7 @@ because memory ran out, is null.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -35,7 +37,7 @@ from unittest import mock
 import hellaswag
 import train
 from model import GPT, SIZES, GPTConfig
-from parts import auto, data, inference, loss, runtime
+from parts import auto, data, inference, loss, peers, runtime
 from parts.auto import Arithmetic, prepare_for_inference
 from parts.console import OptionParser, command, path_option, print_note
 from parts.documents import identify, read_documents
@@ -814,6 +816,37 @@ def time_all_reduce(n_bytes: float, n_gpus: int, bytes_per_s: float) -> float:
     return 2 * (n_gpus - 1) * (n_bytes / n_gpus / bytes_per_s + n_buckets * MESSAGE)
 
 
+# ---- peers ---------------------------------------------------------------------------------------
+
+
+def bench_peers(arguments: argparse.Namespace, machine: Runtime) -> dict:
+    """GPT-2 124M on the CPU beside other programs, each in processes of its own: a training step,
+    the start of a new and of a resumed run, memory, greedy generation, HellaSwag, and from text to
+    token files. Programs that are missing are left out, and said.
+    """
+    kinds = arguments.only or list(peers.KINDS)
+    workload = peers.Workload(SHAPES["gpt2"])
+    sources = peers.Sources(
+        nanogpt=arguments.nanogpt or "",
+        build_nanogpt=arguments.build_nanogpt or "",
+        gguf=arguments.gguf or "",
+        python=arguments.python or "",
+    )
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        programs = peers.Peers(
+            Path(folder).resolve(), sources, workload, arguments.text or "", arguments.tasks or ""
+        )
+        programs.prepare()
+        for name, missing in programs.left_out.items():
+            print_note(f"{name}: left out, {missing}")
+        result = programs.measure(kinds, arguments.rounds)
+    # Not the options, which name this machine's folders.
+    settings = workload._asdict() | programs.versions
+    del settings["shape"]
+    return result | {"settings": settings | {"rounds": arguments.rounds}, "ratios": {}}
+
+
 # ---- show, and the table of a result -------------------------------------------------------------
 
 
@@ -941,6 +974,28 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=int, default=10_000_000_000, help="in the run")
     plan.add_argument("--batch_tokens", type=int, default=524_288, help="in a step, on all GPUs")
 
+    beside = add_bench("peers", bench_peers)
+    beside.add_argument("--nanogpt", type=path_option, help="folder of nanoGPT")
+    beside.add_argument("--build_nanogpt", type=path_option, help="folder of build-nanogpt")
+    beside.add_argument("--gguf", type=path_option, help="GPT-2 124M as llama.cpp reads it")
+    beside.add_argument(
+        "--python",
+        type=path_option,
+        help="of an environment with packages that this one lacks: accelerate, ctranslate2, "
+        "llama-cpp-python, optimum-onnx with onnxruntime, optimum-intel with openvino",
+    )
+    beside.add_argument("--text", type=path_option, help=".parquet; none: Python's own library")
+    beside.add_argument(
+        "--tasks", type=path_option, help="of HellaSwag, .jsonl; none: random words"
+    )
+    beside.add_argument("--only", nargs="+", choices=peers.KINDS, help="these; none: all")
+    beside.add_argument(
+        "--folder",
+        type=path_option,
+        help="for what is prepared and measured, so that the same command goes on where it was "
+        "stopped; none: a temporary one",
+    )
+
     show = add_bench("show", bench_show)
     show.add_argument("file", type=path_option, help="what --json printed")
 
@@ -955,9 +1010,9 @@ def build_parser() -> argparse.ArgumentParser:
         dtypes = ["auto", *known]
         bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
         bench.add_argument("--dtype", default="auto", choices=dtypes, help="of matrix products")
-    for bench in (tokenize, score, sample, step, ladder, choices):
+    for bench in (tokenize, score, sample, step, ladder, choices, beside):
         bench.add_argument("--rounds", type=int, default=3, help="how often each run is measured")
-    for bench in (tokenize, score, sample, step, ladder, choices, memory, plan):
+    for bench in (tokenize, score, sample, step, ladder, choices, memory, plan, beside):
         bench.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return parser
 

@@ -27,6 +27,7 @@ report        report.md and model cards
 checkpoint    a run's folder and its checkpoints: chosen, written, checked, pruned
 look          what a model saw: attention, guesses after each block, probabilities
 page          the page of sample.py --web
+peers         other programs beside ours, each in processes of its own
 """
 
 import importlib.util

@@ -426,47 +426,49 @@ def measured(name: str) -> dict:
 
 
 def peers_sentences() -> Iterator[str]:
-    """The rows of README's table of speed, from results/peers/cpu.json."""
+    """The rows of README's tables of speed, from results/peers/cpu.json. The best is bold."""
     rows = measured("peers/cpu.json")
-    ours = rows["ours"]
-    nanogpt = rows["nanoGPT"]
-    bf16 = rows["nanoGPT, bf16"]
-    build = rows["build-nanogpt"]
-    hf = rows["transformers"]
+    trained = ["ours", "nanoGPT", "nanoGPT, bf16", "build-nanogpt", "transformers"]
 
-    def seconds(row: dict) -> str:
-        return f"{row['ms a step'] / 1000:.2f}"
+    def line(label: str, column: str, decimals: int, per: float = 1, best=min) -> str:
+        figures = {name: rows[name][column] / per for name in trained if column in rows[name]}
+        cells = []
+        for name in trained:
+            cell = ""
+            if name in figures:
+                cell = f"{figures[name]:.{decimals}f}"
+                if figures[name] == best(figures.values()):
+                    cell = f"**{cell}**"
+                if column == "GB" and name == "build-nanogpt":
+                    cell += ", no save"
+            cells.append(cell)
+        return f"| {label} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
-    yield (
-        f"| a training step of 1,024 tokens | **{seconds(ours)} s** | {seconds(nanogpt)} | "
-        f"{seconds(bf16)} | {seconds(build)} | {seconds(hf)}, Trainer |"
-    )
-    start = "start s"
-    yield (
-        f"| start of the program to the end of a step | **{ours[start]:.1f} s** | "
-        f"{nanogpt[start]:.1f} | {bf16[start]:.1f} | {build[start]:.1f} | {hf[start]:.1f} |"
-    )
-    resume = "resume s"
-    yield (
-        f"| the same, resumed | **{ours[resume]:.1f} s** | {nanogpt[resume]:.1f} | "
-        f"{bf16[resume]:.1f} | | {hf[resume]:.1f} |"
-    )
-    yield (
-        f"| most memory, with a save | {ours['GB']:.2f} GB | {nanogpt['GB']:.2f} | "
-        f"**{bf16['GB']:.2f}** | {build['GB']:.2f}, no save | {hf['GB']:.2f} |"
-    )
-    rate = "tokens/s"
-    yield (
-        f"| generation, one sample | **{ours[rate]:.0f} tokens/s** | {nanogpt[rate]:.0f} | | | "
-        f"{hf[rate]:.0f}, bf16 |"
-    )
-    tasks = "tasks/s"
-    yield f"| HellaSwag | **{ours[tasks]:.1f} tasks/s** | | | {build[tasks]:.1f} | |"
-    text = "MB/s"
-    yield (
-        f"| text to token files | **{ours[text]:.1f} MB/s** | {nanogpt[text]:.1f} | | "
-        f"{build[text]:.1f} | |"
-    )
+    yield line("a training step of 1,024 tokens, s", "ms a step", 2, per=1000)
+    yield line("start of the program to the end of a step, s", "start s", 1)
+    yield line("the same, resumed, s", "resume s", 1)
+    yield line("most memory, with a save, GB", "GB", 2)
+    yield line("HellaSwag, tasks/s", "tasks/s", 1, best=max)
+    yield line("text to token files, MB/s", "MB/s", 1, best=max)
+
+    rates = {name: row["tokens/s"] for name, row in rows.items() if "tokens/s" in row}
+    for name, rate in rates.items():
+        shown = f"**{rate:.0f}**" if rate == max(rates.values()) else f"{rate:.0f}"
+        yield f"| {GENERATES[name]} | {shown} |"
+
+
+# The programs that generate, and how README names them.
+GENERATES = {
+    "ours": "here, bf16",
+    "ours, int8": "here, `--dtype=int8`",
+    "nanoGPT": "nanoGPT, fp32, without a cache",
+    "transformers": "`transformers`, bf16",
+    "llama.cpp": "llama.cpp, bf16",
+    "CTranslate2": "CTranslate2, fp32",
+    "CTranslate2, int8": "CTranslate2, int8",
+    "ONNX Runtime": "ONNX Runtime, fp32 (optimum)",
+    "OpenVINO": "OpenVINO, as it chooses (optimum)",
+}
 
 
 def readme_sentences() -> Iterator[str]:

@@ -27,7 +27,7 @@ TOP = {
     "train": "configurator model hellaswag plot auto checkpoint console data dial files inference "
     "metrics optimizer pretrained report runtime standin tokenizer zero",
     "bench": "model train hellaswag auto console data documents files inference json_files loss "
-    "metrics runtime sharding tokenizer zero",
+    "metrics peers runtime sharding tokenizer zero",
 }
 PARTS = {
     "files": "",
@@ -58,6 +58,7 @@ PARTS = {
     "report",
     "look": "inference runtime",
     "page": "json_files tokenizer runtime pretrained inference look metrics",
+    "peers": "console data sharding",
 }
 HOUSE = TOP | {f"parts.{name}": allowed for name, allowed in PARTS.items()}
 COMMANDS = ("prepare", "fineweb", "train", "sample", "hellaswag", "plot", "bench")
