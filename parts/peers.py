@@ -503,8 +503,12 @@ class Peers:
                 continue
             folder = self.make_folder(name.replace(", ", "_"))
             python = pythons[package.module]
-            if package.convert and not (folder / "model").is_dir():
-                self.convert(package.convert, folder / "model", python)
+            try:
+                if package.convert and not (folder / "model").is_dir():
+                    self.convert(package.convert, folder / "model", python)
+            except ValueError as error:
+                self.left_out[name] = f"it does not convert the model: {error}"
+                continue
             self.runs[name] = {"generate": self.generating(folder, package.generate, python)}
 
         if "accelerate" not in pythons or "transformers" not in self.runs:
@@ -691,9 +695,10 @@ import importlib.metadata, importlib.util, json, sys
 found = {}
 for module, distribution in json.loads(sys.argv[1]).items():
     try:
-        there = importlib.util.find_spec(module)
-        found |= {module: "?"} if there else {}
-        found |= {module: importlib.metadata.version(distribution)} if there else {}
+        if importlib.util.find_spec(module):
+            found[module] = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        found[module] = getattr(importlib.import_module(module), "__version__", "?")
     except ImportError:
         pass
 print(json.dumps(found))
