@@ -840,9 +840,10 @@ def bench_peers(arguments: argparse.Namespace, machine: Runtime) -> dict:
         programs.prepare()
         for name, missing in programs.left_out.items():
             print_note(f"{name}: left out, {missing}")
+        megabytes = peers.megabytes_of(programs.text)
         result = programs.measure(kinds, arguments.rounds)
     # Not the options, which name this machine's folders.
-    settings = workload._asdict() | programs.versions
+    settings = workload._asdict() | {"megabytes": round(megabytes, 1)} | programs.versions
     del settings["shape"]
     return result | {"settings": settings | {"rounds": arguments.rounds}, "ratios": {}}
 

@@ -108,7 +108,13 @@ def test_who_is_missing_is_left_out_and_said_in_a_line(capsys, watched, installe
     }
     assert result["spread"]["ours"]["tasks/s"] == [4.0, 4.0]
     assert result["settings"] == dict(
-        block_size=32, steps=2, new_tokens=2, tasks=2, rounds=1, transformers="5.0"
+        block_size=32,
+        steps=2,
+        new_tokens=2,
+        tasks=2,
+        megabytes=2.0,
+        transformers="5.0",
+        rounds=1,
     )
     assert bench.format_table(result).splitlines()[2].startswith("ours ")
 
