@@ -267,7 +267,7 @@ class Watched(NamedTuple):
     ms: list[float]  # the times that it printed
     first: float  # seconds from its start to the first of them
     seconds: float  # from its start to its end
-    gb: float  # the most memory
+    gb: float  # the most memory; never less than ours when the process began
 
 
 def watch(
