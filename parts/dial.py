@@ -44,8 +44,10 @@ class Law(NamedTuple):
 
 
 LAW = Law(E=1.027, A=18.37, alpha=0.3249, B=9.508, beta=0.1579)
-# Text that is read a second time is worth a little less, and after so many times almost nothing.
-USEFUL_REPEATS = 15.0
+# Text that is read again is worth less each time: see `Text.useful`.
+USEFUL_REPEATS = 0.6
+# More than so many times teach nothing new, and after 16 a model knows it by heart and is worse.
+MOST_EPOCHS = 4
 # Bytes -> the bits a byte that xz needs for as much of the law's text: more repeats itself more.
 LAW_XZ_BITS = {10_000: 3.798, 30_000: 3.315, 100_000: 3.058, 300_000: 2.706, 1_000_000: 2.47}
 # How far other texts were from what the law expects of them, as a share.
@@ -191,9 +193,20 @@ def choose(
         best = option
     if best is None:
         raise ValueError(
-            f"hours={config.hours} is too short for {FEWEST_STEPS} steps of the smallest model"
+            f"hours={config.hours}, or the text of {text.train_tokens:,} tokens, is too short for "
+            f"{FEWEST_STEPS} steps of the smallest model"
+        )
+    if best.config.max_steps == most_steps(best.config, text):
+        minutes = best.seconds_per_step * best.config.max_steps / 60
+        say(
+            f"hours: the run ends early, after about {minutes:.0f} minutes: it has read the text "
+            f"{MOST_EPOCHS} times, and more of it would make the model worse"
         )
     return best.config
+
+
+def most_steps(config: Any, text: Text) -> int:
+    return MOST_EPOCHS * text.train_tokens // config.total_batch_size
 
 
 def options(
@@ -218,6 +231,7 @@ def options(
         model = build(shaped)
         seconds = time_step(shaped, model, machine)
         steps = int(config.hours * 3600 * TRAINING_SHARE / seconds)
+        steps = min(steps, most_steps(shaped, text))
         if steps < FEWEST_STEPS:
             return
         settings = replace(shaped, **settings_of_length(steps))

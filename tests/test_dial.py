@@ -71,6 +71,7 @@ def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
     assert set(dial.SHAPES) <= set(grid.SIZES.values())
     monkeypatch.setattr(dial, "time_step", lambda *_: 1.0)
     chosen = {name: getattr(train.TrainConfig(), name) for name in dial.CHOSEN}
+    monkeypatch.setattr(dial, "MOST_EPOCHS", 1000)
     for option in options(config(hours=1.0, **chosen)):
         run = grid.make_grid_run(option.config.n_embd, "muon", 1e14)
         measured = dict(argument.lstrip("-").split("=") for argument in run.arguments())
@@ -84,7 +85,7 @@ def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
 def test_text_that_repeats_is_worth_less_and_at_last_nothing():
     text = dial.Text(train_tokens=1000, bytes_per_token=1.0, hardness=1.0)
     assert text.useful(700) == 700 and text.useful(1000) == 1000
-    assert 1900 < text.useful(2000) < 2000
+    assert 1000 < text.useful(2000) < 2000
     limit = 1000 * (1 + dial.USEFUL_REPEATS)
     assert text.useful(10**9) == pytest.approx(limit)
     # Of many repetitions, each a small part: the sum of what is left of each.
@@ -128,6 +129,14 @@ def test_the_lowest_expected_loss_wins(hours, capsys):
     chosen = train.settings_by_hours(hours, runtime.start("cpu"), print)
     assert chosen == best.config
     assert f"{best.bits:.3f} bits a byte expected" in capsys.readouterr().out
+
+
+def test_a_short_text_is_read_four_times_and_no_more(hours, capsys):
+    chosen = train.settings_by_hours(replace(hours, hours=100.0), runtime.start("cpu"), print)
+    train_tokens = json.loads((Path(hours.data_dir) / "meta.json").read_text())["tokens"]["train"]
+    read = chosen.max_steps * chosen.total_batch_size
+    assert 4 * train_tokens - chosen.total_batch_size < read <= 4 * train_tokens
+    assert "it has read the text 4 times" in capsys.readouterr().out
 
 
 def test_a_run_by_the_hours_is_the_run_of_the_settings_that_it_prints(
@@ -174,7 +183,7 @@ def test_a_resumed_run_keeps_its_settings_on_a_faster_machine(hours, tmp_path, m
     "changes, message",
     [
         (dict(n_embd=96), "hours chooses n_embd: leave them out, or hours, and set all by hand"),
-        (dict(hours=1e-6), "hours=1e-06 is too short for 30 steps of the smallest model"),
+        (dict(hours=1e-6), "is too short for 30 steps of the smallest model"),
         (dict(hours=-1.0), "hours is -1.0: it must be at least 0"),
         (dict(init_from="gpt2"), "hours is for a model from scratch; init_from has a size already"),
     ],
