@@ -117,10 +117,8 @@ def test_short_text_is_compared_with_as_short_a_piece_of_the_books():
 
 def test_the_lowest_expected_loss_wins(hours, capsys):
     considered = options(hours)
-    assert [option.config.max_steps for option in considered] == [
-        90,
-        45,
-    ]  # 10 too few for the third
+    # Nine steps of the third are too few.
+    assert [option.config.max_steps for option in considered] == [85, 42]
     best = min(considered, key=lambda option: option.bits)
     text = dial.study_text(hours.data_dir, data.tokenizer_of_shards(hours.data_dir))
     for option in considered:
