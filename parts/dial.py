@@ -202,6 +202,11 @@ def choose(
             f"hours: the run ends early, after about {minutes:.0f} minutes: it has read the text "
             f"{MOST_EPOCHS} times, and more of it would make the model worse"
         )
+    if best.config.n_embd == SHAPES[-1][2]:
+        say(
+            "hours: this is the largest size that the law is used for, and a larger one would "
+            "learn more in the time; config/gpt2_124M.py is the next"
+        )
     return best.config
 
 

@@ -129,6 +129,14 @@ def test_the_lowest_expected_loss_wins(hours, capsys):
     assert f"{best.bits:.3f} bits a byte expected" in capsys.readouterr().out
 
 
+def test_more_time_than_the_law_has_sizes_for_is_said(hours, monkeypatch, capsys):
+    speed(monkeypatch, 0.001)
+    monkeypatch.setattr(dial, "MOST_EPOCHS", 10**6)
+    chosen = train.settings_by_hours(hours, runtime.start("cpu"), print)
+    assert chosen.n_embd == SHAPES[-1][2]
+    assert "hours: this is the largest size" in capsys.readouterr().out
+
+
 def test_a_short_text_is_read_four_times_and_no_more(hours, capsys):
     chosen = train.settings_by_hours(replace(hours, hours=100.0), runtime.start("cpu"), print)
     train_tokens = json.loads((Path(hours.data_dir) / "meta.json").read_text())["tokens"]["train"]
