@@ -91,7 +91,8 @@ def torchrun(
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+# Muon's run has AdamW's groups too.
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.torture), "muon"])
 def test_two_ranks_equal_one(config, tmp_path, optimizer):
     """Law 2 of CONTRIBUTING.md, over processes: losses, validation and weights are equal. And law
     3: the number of ranks changes from 2 to 1.

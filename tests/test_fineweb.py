@@ -396,8 +396,8 @@ def test_kept_downloads_are_used_again_and_checked(hub, tmp_path, reference):
     "format, kills",
     [
         ("parquet", 3),
-        ("csv", 2),
-        ("jsonl.zst", 2),
+        pytest.param("csv", 2, marks=pytest.mark.torture),
+        pytest.param("jsonl.zst", 2, marks=pytest.mark.torture),
         pytest.param("parquet", 12, marks=pytest.mark.torture),
     ],
 )

@@ -200,6 +200,7 @@ def test_the_trial_step_and_training_share_one_compilation(shards):
     assert counter.frame_count == 1
 
 
+@pytest.mark.torture
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="reads torch 2.13's internals")
 def test_the_compiled_head_keeps_two_chunks_of_logits(tmp_path):
     """Of eight chunks, 0.8 GB each, by Inductor's plan for an H100: one is used while the next is
