@@ -127,7 +127,7 @@ def typed(config: Any) -> list[str]:
 
 
 def study_text(data_dir: str, tokenizer: Tokenizer) -> Text:
-    """Look at the first megabyte of the training text."""
+    """Look at the first megabyte of the training text. ValueError if there is none."""
     windows = data.TokenWindows(
         data.open_shards(data_dir, "train"), BLOCK_SIZE, tokenizer.vocab_size
     )
@@ -135,6 +135,8 @@ def study_text(data_dir: str, tokenizer: Tokenizer) -> Text:
     bits_per_nat = windows.bits_per_byte(starts, tokenizer)
     ids = windows.read(starts)[:, 1:].reshape(-1)
     text = tokenizer.decode(ids.tolist()).encode()[:MEGABYTE]
+    if not text:
+        raise ValueError(f"{data_dir}: its first tokens are only ends of documents")
     return Text(
         train_tokens=windows.n_tokens,
         bytes_per_token=1 / (bits_per_nat * math.log(2)),

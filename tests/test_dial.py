@@ -12,6 +12,7 @@ from pathlib import Path
 
 import train
 from parts import data, dial, runtime
+from parts.pretrained import checkpoints
 
 import pytest
 import torch
@@ -183,6 +184,28 @@ def test_a_resumed_run_keeps_its_settings_on_a_faster_machine(hours, tmp_path, m
     assert metrics(again.out_dir)[-1]["step"] == metrics(hours.out_dir)[-1]["step"]
     for name, tensor in weights(again.out_dir).items():
         assert torch.equal(tensor, whole[name])
+
+
+def test_which_checkpoint_gives_the_settings(hours, tmp_path, monkeypatch):
+    train.train(hours)
+    [*_, newest] = checkpoints(hours.out_dir)
+    machine = runtime.start("cpu")
+    steps = json.loads((newest / "settings.json").read_text())["settings"]["max_steps"]
+    speed(monkeypatch, 1.5)
+    elsewhere = replace(hours, out_dir=str(tmp_path / "elsewhere"), resume=str(newest))
+    assert train.settings_by_hours(elsewhere, machine, print).max_steps == steps
+    assert train.settings_by_hours(hours, machine, print).max_steps == steps
+    longer = replace(hours, max_steps=7 * steps)  # as the finished run advises
+    assert train.settings_by_hours(longer, machine, print).max_steps == 7 * steps
+    anew = replace(hours, resume="never")
+    assert train.settings_by_hours(anew, machine, print).max_steps != steps
+
+
+def test_shards_without_any_text(hours, monkeypatch):
+    tokenizer = data.tokenizer_of_shards(hours.data_dir)
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "")
+    with pytest.raises(ValueError, match="its first tokens are only ends of documents"):
+        dial.study_text(hours.data_dir, tokenizer)
 
 
 @pytest.mark.parametrize(
