@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from parts.attention import fused_attention
 from parts.loss import head_loss
 
 import torch
@@ -136,7 +137,7 @@ class CausalSelfAttention(nn.Module):
         # is empty. Behind a filled cache, one token may see all keys (no mask), and several tokens
         # bring a mask.
         is_causal = layout.mask is None and (layout.cache is None or T == k.size(2))
-        attention = F.scaled_dot_product_attention if self.flash else attention_spelled_out
+        attention = fused_attention if self.flash else attention_spelled_out
         dropout = self.dropout if self.training else 0.0
         y = attention(q, k, v, attn_mask=layout.mask, dropout_p=dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again

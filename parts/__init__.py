@@ -10,6 +10,7 @@ runtime       the machine: device, ranks, collectives
 zero          ZeRO-1: the optimizer's state shared out among the ranks
 compiler      functions in C, compiled where they are first needed
 matvec        a matrix times a few vectors on a CPU, by a kernel in C (matvec.c)
+attention     fused attention for training; its backward pass in C (attention.c)
 standin       a small model of the same class: what does this model.py compute?
 snapshot      tensors of one step, written while training goes on
 pretrained    models as files: Hugging Face, nanoGPT, llm.c, our own; is it a GPT-2?

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from parts import GPT, matvec
+from parts import GPT, attention, matvec
 from parts.console import plural
 from parts.inference import pack
 from parts.runtime import DTYPES, Runtime, waits_for_cores
@@ -49,6 +49,8 @@ class Arithmetic:
     # The norm of large gradients on a CPU: see optimizer.clip_gradients. Runs of earlier versions
     # go on without.
     exact_norm: bool = False
+    # Fused attention's backward pass by parts/attention.c; the same for earlier runs.
+    attention_kernel: bool = False
 
     def __str__(self) -> str:
         attention = "fused" if self.flash else "spelled-out"
@@ -229,7 +231,8 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
     candidates = []
     for dtype in precisions(config.dtype, machine.device):
         for flash in flash_choices:
-            candidates.append(Arithmetic(dtype, flash, threads=None, compile=False))
+            candidate = Arithmetic(dtype, flash, threads=None, compile=False)
+            candidates.append(with_attention_kernel(candidate, machine, saved))
 
     pick = Pick(candidates[0], None, {}, "")
     if on_cpu and seconds > RACE_PAYS:
@@ -250,6 +253,7 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
     for name in ("dtype", "flash"):
         if getattr(config, name) == "auto" and saved.get(name) is not None:
             chosen = replace(chosen, **{name: saved[name]})
+    chosen = with_attention_kernel(chosen, machine, saved)
     if saved.get("threads") is not None:
         # Two threads add up in another order than one.
         threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else saved["threads"]
@@ -263,10 +267,15 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
     chosen = replace(chosen, compile=compiles)
 
     note = pick.note
-    kept = Arithmetic(chosen.dtype, chosen.flash, threads=None, compile=False)
+    kept = replace(chosen, threads=None, compile=False, exact_norm=False)
     if pick.times and pick.times.get(kept, math.inf) > 1.1 * pick.times[pick.winner]:
         note += f"; kept from the checkpoint, this machine would take {pick.winner}"
-    if pick.threads and chosen.threads != pick.threads:
+    is_bf16 = chosen.flash and chosen.dtype == "bf16"
+    if saved.get("attention_kernel") and is_bf16 and not chosen.attention_kernel:
+        note += (
+            "; the checkpoint's backward pass of attention cannot be compiled here: torch's differs"
+        )
+    if pick.threads and chosen.threads and chosen.threads != pick.threads:
         note += (
             f"; {plural(chosen.threads, 'thread')} as the checkpoint says, this machine would "
             f"take {pick.threads} now: OMP_NUM_THREADS sets another number"
@@ -278,8 +287,20 @@ def choose_arithmetic(config, model: GPT, machine: Runtime, saved: dict) -> tupl
 def apply(arithmetic: Arithmetic, model: GPT) -> None:
     """Set the model's attention and torch's threads. (Callers use the dtype in autocast.)"""
     model.use_flash(arithmetic.flash)
+    # A process on another machine may have no compiler.
+    attention.use_kernel(arithmetic.attention_kernel and attention.load_kernel() is not None)
     if arithmetic.threads:
         torch.set_num_threads(arithmetic.threads)
+
+
+def with_attention_kernel(arithmetic: Arithmetic, machine: Runtime, saved: dict) -> Arithmetic:
+    """The same with our own backward pass of attention, where it is for that and can be had, and
+    the run did not begin without it.
+    """
+    is_for_it = arithmetic.flash and arithmetic.dtype == "bf16" and machine.device.type == "cpu"
+    wanted = saved.get("attention_kernel", not saved)
+    use = is_for_it and wanted and attention.load_kernel() is not None
+    return replace(arithmetic, attention_kernel=use)
 
 
 def block_passes(candidates: list[Arithmetic], model: GPT, T: int, micro_step_tokens: int) -> dict:
@@ -300,7 +321,7 @@ def block_passes(candidates: list[Arithmetic], model: GPT, T: int, micro_step_to
     tokens = torch.randint(vocab_size, (max(1, n_tokens // T), min(T, n_tokens) + 1))
 
     def run(candidate: Arithmetic) -> None:
-        thin.use_flash(candidate.flash)
+        apply(candidate, thin)
         low_precision = candidate.torch_dtype != torch.float32
         with torch.autocast("cpu", dtype=candidate.torch_dtype, enabled=low_precision):
             loss = thin(tokens[:, :-1], tokens[:, 1:])

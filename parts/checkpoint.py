@@ -150,6 +150,7 @@ def find_problem(state: RunState) -> str:
         "threads": lambda value: type(value) is int and 1 <= value <= 4096,
         "compile": lambda value: type(value) is bool,
         "exact_norm": lambda value: type(value) is bool,
+        "attention_kernel": lambda value: type(value) is bool,
     }
     for name, check in is_right.items():
         value = state.chosen.get(name)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # that are listed above it.
 TOP = {
     "configurator": "",
-    "model": "loss pretrained tokenizer",
+    "model": "attention loss pretrained tokenizer",
     "prepare": "console documents encoding files sharding tokenizer",
     "fineweb": "console data documents encoding files hub sharding tokenizer",
     "hellaswag": "model auto console files hub json_files metrics runtime standin tokenizer",
@@ -40,6 +40,7 @@ PARTS = {
     "zero": "runtime",
     "compiler": "",
     "matvec": "compiler",
+    "attention": "compiler",
     "standin": "",
     "snapshot": "",
     "pretrained": "console hub json_files snapshot standin",
@@ -50,7 +51,7 @@ PARTS = {
     "data": "files json_files tokenizer",
     "sharding": "console encoding files tokenizer documents data",
     "inference": "decode matvec pretrained standin tokenizer console runtime",
-    "auto": "matvec console runtime inference",
+    "auto": "attention matvec console runtime inference",
     "dial": "auto data optimizer runtime tokenizer",
     "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",
