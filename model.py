@@ -201,7 +201,8 @@ class GPT(nn.Module):
 
     transformer: Any  # a ModuleDict, whose entries are attributes
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, initialise: bool = True):
+        """initialise: False leaves the weights as memory holds them, for `pretrained.load`."""
         super().__init__()
         mistakes = config.mistakes()
         if mistakes:
@@ -219,7 +220,8 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         # Weight tying: one matrix reads tokens in and predicts them.
         self.lm_head.weight = self.transformer.wte.weight
-        self.init_weights()
+        if initialise:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -321,7 +323,7 @@ class GPT(nn.Module):
         from parts import pretrained
 
         stored = pretrained.read(name)
-        model = cls(pretrained.make_config(GPTConfig, stored, settings))
+        model = cls(pretrained.make_config(GPTConfig, stored, settings), initialise=False)
         pretrained.load(model, stored)
         return model
 
@@ -352,7 +354,7 @@ def open_model(name: str | Path, **settings) -> OpenedModel:
     tokenizer = tokenizer_of_model(stored.path, vocab_size, stored.tokenizer_folders)
     if tokenizer.vocab_size < vocab_size:
         stored = pretrained.drop_rows(stored, tokenizer.vocab_size)
-    model = GPT(pretrained.make_config(GPTConfig, stored, settings))
+    model = GPT(pretrained.make_config(GPTConfig, stored, settings), initialise=False)
     pretrained.load(model, stored)
     return OpenedModel(model, tokenizer, Path(source))
 

@@ -194,7 +194,7 @@ def train(config: TrainConfig) -> dict:
     of a person, a file or the machine, and when training diverges.
     """
     # ---- 1. The machine --------------------------------------------------------------------------
-    machine = runtime.start(config.device, config.tf32)
+    machine = runtime.start(config.device, config.tf32, large_pages=True)
     say = print_lines if machine.is_main else lambda text: None
     out_dir = Path(config.out_dir)
 

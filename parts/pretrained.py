@@ -676,7 +676,8 @@ def make_config(cls: type, stored: Stored, settings: dict) -> GPTConfig:
 
 @torch.no_grad()
 def load(model: GPT, stored: Stored) -> None:
-    """Copy the stored tensors into a model. ValueError if they do not fit.
+    """Copy the stored tensors into a model, which need not be initialised. ValueError if they do
+    not fit.
 
     Where model.py has been changed, tensors of a GPT-2 that it has no place for are left out, and
     what it has beyond a GPT-2 keeps its initial values: one line on stderr says so.
@@ -690,13 +691,16 @@ def load(model: GPT, stored: Stored) -> None:
         different = f"model.py has no {extra[0]}" if extra else f"{missing[0]} is not in it"
         raise ValueError(f"{stored.path}: {different}; {own_model(stored)}")
 
+    if missing:
+        model.init_weights()
     for name, parameter in parameters.items():
         if name not in stored.weights:
             continue
         value = stored.weights[name]
         rows = parameter
         if name == "transformer.wte.weight":
-            rows = parameter[: len(value)]  # the rows that pad the vocabulary stay zero
+            rows = parameter[: len(value)]
+            parameter[len(value) :] = 0.0  # these pad the vocabulary
         if rows.shape != value.shape:
             raise ValueError(
                 f"{stored.path}: {name} is {tuple(value.shape)}, "

@@ -222,12 +222,13 @@ def changing_shapes(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel(kernels)
 
 
-def start(device: str = "auto", tf32: bool = True) -> Runtime:
+def start(device: str = "auto", tf32: bool = True, large_pages: bool = False) -> Runtime:
     """Choose the device, and join the group if torchrun started this process.
 
     device: "auto", "cpu", "cuda", "cuda:1" or "mps".
     tf32: on a CUDA GPU, multiply float32 matrices with 10 bits of mantissa instead of 23, on its
     tensor cores.
+    large_pages: on a CPU, `use_large_pages`.
     Raises ValueError if the device does not exist or cannot be used.
     """
     # torchrun sets these; without it, the process is alone.
@@ -248,6 +249,8 @@ def start(device: str = "auto", tf32: bool = True) -> Runtime:
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
     elif chosen.type == "cpu":
         keep_freed_memory()
+        if large_pages:
+            use_large_pages()
 
     if world_size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -332,6 +335,50 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, -1)
+
+
+def use_large_pages() -> None:
+    """Let the heap grow in pages of 2 MB from now on, where Linux has them for who asks.
+
+    A CPU remembers where some thousand pages are, and has to look up the others: with 4 kB each,
+    these are a few megabytes, and every tensor of a larger model is looked up page by page.
+
+    The heap is extended by half of the machine's memory at once and marked; what is not touched
+    costs nothing. It stays as it is where the addresses themselves are counted. Afterwards, freed
+    memory has to stay in the heap: `keep_freed_memory`.
+    """
+    MADV_HUGEPAGE = 14  # in Linux' mman.h
+    LARGE_PAGE = 2**21
+    if sys.platform != "linux" or addresses_are_counted():
+        return
+    # musl has no mallopt, and another heap.
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        _ = libc.mallopt
+        libc.malloc.argtypes = [ctypes.c_size_t]
+        libc.malloc.restype = ctypes.c_void_p
+        libc.free.argtypes = [ctypes.c_void_p]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        start = libc.malloc(n_bytes)
+        if start:
+            first = -(-start // LARGE_PAGE) * LARGE_PAGE
+            last = (start + n_bytes) // LARGE_PAGE * LARGE_PAGE
+            libc.madvise(first, last - first, MADV_HUGEPAGE)
+            libc.free(start)
+
+
+def addresses_are_counted() -> bool:
+    """Whether memory that is not touched uses up a limit: `ulimit -v`, or a Linux that lends no
+    more than it has.
+    """
+    import resource
+
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
+        return True
+    never_more = "2"
+    return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == never_more
 
 
 def meeting_place(world_size: int, local_size: int) -> dist.Store:

@@ -36,6 +36,24 @@ def test_save_and_load_is_exact(tmp_path, toy):
         assert torch.equal(one, two), name
 
 
+def test_no_weights_are_drawn_for_what_is_loaded(tmp_path, monkeypatch):
+    """Nothing of what memory held before stays either."""
+    toy = make_toy(vocab_size=9)  # padded to 64 rows
+    toy.save_pretrained(tmp_path)
+    monkeypatch.setattr(GPT, "init_weights", lambda self: pytest.fail("weights were drawn"))
+    stored = pretrained.read(tmp_path)
+    model = GPT(pretrained.make_config(GPTConfig, stored, {}), initialise=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ln_" not in name:
+                parameter.fill_(float("nan"))
+    pretrained.load(model, stored)
+    for (name, one), two in zip(toy.named_parameters(), model.named_parameters()):
+        assert torch.equal(one, two[1]), name
+    idx = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(idx), toy.eval()(idx))
+
+
 def test_loads_the_hubs_old_names(tmp_path, toy):
     """The hub's gpt2 has no leading "transformer." and carries attention's triangle of ones as a
     buffer.

@@ -2,7 +2,10 @@
 
 import ctypes
 import platform
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 from parts import runtime
@@ -10,6 +13,7 @@ from parts.runtime import choose_device
 
 import pytest
 import torch
+from conftest import clean_environment
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -160,6 +164,51 @@ def test_glibc_is_told_to_keep_what_is_freed(monkeypatch):
     # Another C library has no such function.
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: SimpleNamespace())
     runtime.start("cpu")
+
+
+LARGE_PAGES = """
+import resource, sys
+import torch
+from parts import runtime
+if len(sys.argv) > 1:
+    resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))
+runtime.start("cpu", large_pages=True)
+tensors = [torch.ones(2**20) for _ in range(32)]
+for line in open("/proc/self/smaps_rollup"):
+    if line.startswith("AnonHugePages"):
+        print(line.split()[1])
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    or platform.libc_ver()[0] != "glibc",
+    reason="no large pages here",
+)
+def test_tensors_lie_in_large_pages():
+    """128 MB of tensors, except where addresses are limited."""
+    environment = clean_environment()
+    kilobytes = []
+    for arguments in ([], ["limited"]):
+        command = [sys.executable, "-c", LARGE_PAGES, *arguments]
+        output = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        kilobytes.append(int(output))
+    if "[always]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        kilobytes[1] = 0  # they come unasked
+    assert kilobytes[0] > 100_000 and kilobytes[1] < 10_000
+
+
+@pytest.mark.parametrize(
+    "limit, overcommit, counted", [(-1, "0", False), (10, "0", True), (-1, "2", True)]
+)
+def test_where_addresses_are_counted(limit, overcommit, counted, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+    monkeypatch.setattr(runtime.Path, "read_text", lambda path: overcommit)
+    assert runtime.addresses_are_counted() == counted
 
 
 def test_a_left_over_world_size_is_said_within_seconds(monkeypatch, capfd):
