@@ -52,7 +52,7 @@ ISO_FLOP = {
     3e12: (32, 64, 96, 128),
     1e13: (32, 64, 96, 128, 192),
     3e13: (64, 96, 128, 192),
-    1e14: (128, 192, 256),
+    1e14: (96, 128, 192, 256),
 }
 # The same with GPT-2's vocabulary, whose embeddings are most of a small model.
 ISO_FLOP_GPT2 = {
