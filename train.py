@@ -182,6 +182,8 @@ class TrainConfig(GPTConfig):
         return mistakes
 
 
+# Steps: a virtual machine may take as long as a few of them to lend its memory in large pages.
+LARGE_PAGES_PAY = 50
 # A single gradient that is not finite is harmless (fp16 has some at the start). So many in a row
 # mean that training has diverged.
 MAX_SKIPPED = 10
@@ -194,7 +196,8 @@ def train(config: TrainConfig) -> dict:
     of a person, a file or the machine, and when training diverges.
     """
     # ---- 1. The machine --------------------------------------------------------------------------
-    machine = runtime.start(config.device, config.tf32, large_pages=True)
+    is_long = config.max_steps >= LARGE_PAGES_PAY
+    machine = runtime.start(config.device, config.tf32, large_pages=is_long)
     say = print_lines if machine.is_main else lambda text: None
     out_dir = Path(config.out_dir)
 
