@@ -43,9 +43,9 @@ class Law(NamedTuple):
         return self.E + self.A / parameters**self.alpha + self.B / n_bytes**self.beta
 
 
-LAW = Law(E=1.027, A=18.37, alpha=0.3249, B=9.508, beta=0.1579)
+LAW = Law(E=1.332, A=143.2, alpha=0.4879, B=35.21, beta=0.2713)
 # Text that is read again is worth less each time: see `Text.useful`.
-USEFUL_REPEATS = 0.6
+USEFUL_REPEATS = 0.7
 # More than so many times teach nothing new, and after 16 a model knows it by heart and is worse.
 MOST_EPOCHS = 4
 # Bytes -> the bits a byte that xz needs for as much of the law's text: more repeats itself more.

@@ -219,7 +219,7 @@ def checking_runs() -> list[Run]:
 
 def last_run() -> Run:
     """The largest, whose loss the law predicts before it is made."""
-    return make_grid_run(192, "muon", 1e14)
+    return make_grid_run(192, "muon", 3e14)
 
 
 def all_runs() -> list[Run]:
