@@ -94,19 +94,32 @@ class Kernel:
         scratch_bytes = n_threads * self.functions.scratch_bytes(T, width)
         scratch = torch.empty(scratch_bytes + CACHE_LINE, dtype=torch.uint8)
         task = Task(
-            *(describe_heads(tensor) for tensor in (q, k, v, out, grad_out, *gradients)),
-            logsumexp.data_ptr(),
-            *logsumexp.stride(),
-            B,
-            n_head,
-            T,
-            width,
-            width**-0.5,
-            -(-scratch.data_ptr() // CACHE_LINE) * CACHE_LINE,
-            n_threads,
+            q=describe_heads(q),
+            k=describe_heads(k),
+            v=describe_heads(v),
+            out=describe_heads(out),
+            grad_out=describe_heads(grad_out),
+            grad_q=describe_heads(gradients[0]),
+            grad_k=describe_heads(gradients[1]),
+            grad_v=describe_heads(gradients[2]),
+            logsumexp=logsumexp.data_ptr(),
+            logsumexp_batch=logsumexp.stride(0),
+            logsumexp_head=logsumexp.stride(1),
+            logsumexp_token=logsumexp.stride(2),
+            n_batch=B,
+            n_head=n_head,
+            n_tokens=T,
+            width=width,
+            scale=width**-0.5,
+            scratch=round_up(scratch.data_ptr(), CACHE_LINE),
+            n_threads=n_threads,
         )
         self.functions.attention_backward(ctypes.byref(task))
         return gradients
+
+
+def round_up(number: int, unit: int) -> int:
+    return (number + unit - 1) // unit * unit
 
 
 def describe_heads(tensor: torch.Tensor) -> Heads:
