@@ -31,6 +31,7 @@ def hours(config, monkeypatch):
     monkeypatch.setattr(dial, "SHAPES", SHAPES)
     monkeypatch.setattr(dial, "SEQUENCES", 2)
     monkeypatch.setattr(dial, "BLOCK_SIZE", 32)
+    monkeypatch.setattr(dial, "STEPS_OF_LAW", 20)
     speed(monkeypatch, 1.0)
     chosen = {name: getattr(train.TrainConfig(), name) for name in dial.CHOSEN}
     return config(hours=10 / 3600, **chosen)
@@ -114,6 +115,14 @@ def test_short_text_is_compared_with_as_short_a_piece_of_the_books():
     between = dial.law_xz_bits(round(math.sqrt(30_000 * 100_000)))
     assert between == pytest.approx((table[30_000] + table[100_000]) / 2, rel=1e-4)
     assert dial.law_xz_bits(10**9) == table[1_000_000]
+
+
+def test_a_larger_model_has_as_many_steps_as_the_laws_runs(hours, monkeypatch):
+    """Unless it is the text that ends, which ends for all sizes."""
+    monkeypatch.setattr(dial, "STEPS_OF_LAW", 43)
+    assert [option.config.max_steps for option in options(hours)] == [85]
+    monkeypatch.setattr(dial, "most_steps", lambda config, text: 35)
+    assert [option.config.max_steps for option in options(hours)] == [35, 35]
 
 
 def test_the_lowest_expected_loss_wins(hours, capsys):
