@@ -204,7 +204,7 @@ def choose(
     if best.config.max_steps == most_steps(best.config, text):
         minutes = best.seconds_per_step * best.config.max_steps / 60
         say(
-            f"hours: the run ends early, after about {minutes:.0f} minutes: it has read the text "
+            f"hours: the run ends early, after about {minutes:,.1f} minutes: it has read the text "
             f"{MOST_EPOCHS} times, and more of it would make the model worse"
         )
     if best.config.n_embd == SHAPES[-1][2]:
