@@ -349,10 +349,12 @@ def use_large_pages() -> None:
     """
     MADV_HUGEPAGE = 14  # in Linux' mman.h
     LARGE_PAGE = 2**21
-    if sys.platform != "linux" or addresses_are_counted():
+    if sys.platform != "linux":
         return
-    # musl has no mallopt, and another heap.
+    # musl has no mallopt, and another heap; a sandbox may have no /proc/sys.
     with contextlib.suppress(OSError, AttributeError):
+        if addresses_are_counted():
+            return
         libc = ctypes.CDLL(None)
         _ = libc.mallopt
         libc.malloc.argtypes = [ctypes.c_size_t]

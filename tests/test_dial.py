@@ -67,6 +67,21 @@ def test_the_law_is_that_of_the_measurements():
     assert dial.USEFUL_REPEATS == round(stored["useful_repeats"], 1)
 
 
+def test_no_run_of_the_law_has_fewer_steps_than_the_dial_allows(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    fit = importlib.import_module("fit")
+    grid = importlib.import_module("grid")
+    records = fit.read_records()
+    fitted = fit.law_points(records)
+    steps = [
+        run.steps
+        for run in grid.grid_runs()
+        if run.name in records and fit.make_point(records[run.name]) in fitted
+    ]
+    assert len(steps) == len(fitted)
+    assert dial.STEPS_OF_LAW <= min(steps)
+
+
 def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
     monkeypatch.syspath_prepend(str(STUDY))
     grid = importlib.import_module("grid")

@@ -254,6 +254,7 @@ WRONG_KINDS = {
     "chosen": [
         *(None, [], "x", {"dtype": "fp99"}, {"dtype": []}, {"threads": "x"}, {"threads": -3}),
         *({"threads": 10**9}, {"flash": "x"}, {"compile": 5}, {"exact_norm": 1}),
+        {"attention_kernel": 1},
     ],
 }
 

@@ -211,6 +211,14 @@ def test_where_addresses_are_counted(limit, overcommit, counted, monkeypatch):
     assert runtime.addresses_are_counted() == counted
 
 
+def test_a_sandbox_without_proc_sys_trains_as_well(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(runtime.Path, "read_text", missing)
+    assert runtime.start("cpu", large_pages=True).device == CPU
+
+
 def test_a_left_over_world_size_is_said_within_seconds(monkeypatch, capfd):
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
