@@ -248,8 +248,14 @@ class PackedLinear(nn.Module):
     int8 is a size of weights only: each row has a scale, and products are in float32.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, kernel: matvec.Kernel | None):
-        """kernel: to be used for a few vectors, or None."""
+    def __init__(
+        self,
+        linear: nn.Linear,
+        dtype: torch.dtype,
+        kernel: matvec.Kernel | None,
+        room: matvec.Room | None,
+    ):
+        """kernel: to be used for a few vectors, or None. room: where its matrix shall lie."""
         super().__init__()
         weight = linear.weight.detach().contiguous()
         bias = None if linear.bias is None else linear.bias.detach()
@@ -261,12 +267,14 @@ class PackedLinear(nn.Module):
             if kernel is None:  # the same numbers, and no slower than they need be
                 weight = matvec.dequantise(weight, self.scale)
                 self.scale = None
-        else:
+        elif kernel is None:
             weight = weight.to(dtype)
-            if kernel is None and bias is not None:
+            if bias is not None:
                 bias = bias.to(dtype)
-            if kernel is None and dtype == torch.bfloat16 and weight.device.type == "cpu":
+            if dtype == torch.bfloat16 and weight.device.type == "cpu":
                 self.blocked = has_bf16_ops()
+        if room is not None:
+            weight = room.store(weight, dtype)
         if self.blocked:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.weight = weight
@@ -310,33 +318,20 @@ def pack(module: nn.Module, dtype: torch.dtype, few_vectors: bool = False) -> nn
     A packed module cannot be moved, trained or saved. few_vectors: it will compute a few tokens at
     a time, on a CPU.
     """
-    kernel = None
-    if few_vectors and dtype in (torch.bfloat16, torch.int8):
-        kernel = matvec.load_kernel()
+    linears = []
     for part in list(module.modules()):
         for name, child in part.named_children():
             if isinstance(child, nn.Linear):
-                setattr(part, name, PackedLinear(child, dtype, kernel))
+                linears.append((part, name, child))
+    kernel = None
+    room = None
+    if few_vectors and dtype in (torch.bfloat16, torch.int8):
+        kernel = matvec.load_kernel()
     if kernel is not None:
-        gather_weights(module)
+        room = matvec.Room([child.weight.numel() * dtype.itemsize for _, _, child in linears])
+    for part, name, child in linears:
+        setattr(part, name, PackedLinear(child, dtype, kernel, room))
     return module
-
-
-def gather_weights(module: nn.Module) -> None:
-    """Move the matrices of a packed module into one piece of memory, which is read faster."""
-    packed = [part for part in module.modules() if isinstance(part, PackedLinear)]
-    memory = matvec.large_pages(sum(round_up(linear.weight.nbytes) for linear in packed))
-    start = 0
-    for linear in packed:
-        weight = linear.weight
-        place = memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
-        linear.weight = place.copy_(weight)
-        start += round_up(weight.nbytes)
-
-
-def round_up(n_bytes: int) -> int:
-    """To whole cache lines."""
-    return math.ceil(n_bytes / 64) * 64
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -631,7 +631,7 @@ class Description:
     """A byte-level BPE as its files describe it. Tokens are written in GPT-2's alphabet."""
 
     vocab: dict[str, int]
-    merges: list[tuple[str, str]]
+    merges: tuple[tuple[str, str], ...]
     normalizer: dict | None = None  # of tokenizer.json: what changes a text first
     pre_tokenizer: dict | None = None  # of tokenizer.json: what splits it, in `tidy`'s form
     ignore_merges: bool = False  # a word that is a token is that token, whatever the merges say
@@ -808,7 +808,7 @@ class CharacterTokenizer(Tokenizer):
         self.ids = np.full(0x110000, -1, dtype=np.int32)
         for character, i in vocab.items():
             self.ids[ord(character)] = i
-        file = make_tokenizer_json(Description(vocab, []), vocab, [])
+        file = make_tokenizer_json(Description(vocab, ()), vocab, [])
         file["decoder"] = {"type": "Fuse"}
         self.content = json.dumps(file, indent=2, ensure_ascii=False)
         self.name = name_by_content("characters", self.vocab_size, "".join(characters))
@@ -912,7 +912,7 @@ def interpret(file: dict, config: dict, rows: int | None) -> Tokenizer:
         merges.append((left, right))
     description = Description(
         vocab=dict(model["vocab"]),
-        merges=merges,
+        merges=tuple(merges),
         normalizer=file["normalizer"],
         pre_tokenizer=tidy(file["pre_tokenizer"], find_prefix_space(config)),
         ignore_merges=bool(model.get("ignore_merges", False)),
@@ -987,7 +987,9 @@ def name_token(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def split_merges(text: str) -> list[tuple[str, str]]:
+# A folder's are compared with GPT-2's, which are most often the same text.
+@functools.lru_cache(maxsize=1)
+def split_merges(text: str) -> tuple[tuple[str, str], ...]:
     """The pairs of a merges.txt."""
     lines = text.split("\n")
     if lines[0].startswith("#version"):
@@ -997,7 +999,7 @@ def split_merges(text: str) -> list[tuple[str, str]]:
         if line.strip():
             left, right = line.rstrip("\r").split(" ")
             merges.append((left, right))
-    return merges
+    return tuple(merges)
 
 
 def read_vocab_and_merges(folder: Path, config: dict, rows: int | None) -> Tokenizer:
