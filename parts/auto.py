@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from parts import GPT, attention, matvec
 from parts.console import plural
-from parts.inference import pack
+from parts.inference import decodes_many, pack
 from parts.runtime import DTYPES, Runtime, waits_for_cores
 
 import torch
@@ -479,10 +479,19 @@ def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -
 
     rows: how many tokens one forward pass has. With dtype "auto" on a CPU, the layers of one block
     race with so many: a few rows are bound by reading the weights, so that bf16 can win here on
-    CPUs where it loses in training. ValueError for a dtype that the device does not have.
+    CPUs where it loses in training. Where parts/decode.c multiplies matrices, bf16 needs no race.
+    ValueError for a dtype that the device does not have.
     """
     model = model.to(machine.device)
     on_cpu = machine.device.type == "cpu"
+    note = ""
+    is_small = on_cpu and rows * 12 * model.config.n_embd**2 < SMALL
+    if is_small:
+        torch.set_num_threads(1)
+        note = " (a small model: one thread)"
+    if on_cpu and dtype in ("auto", "bf16") and decodes_many(model, rows):
+        packing = Packing("bf16", few_vectors=True)
+        return Prepared(packing.pack(model), packing, f"dtype: {packing.name}{note}")
     few_vectors = on_cpu and rows <= matvec.MOST_VECTORS
     if dtype == "int8":
         names = [dtype]
@@ -495,11 +504,7 @@ def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -
         names = ["fp32", "bf16"]
     packing = Packing(names[0], few_vectors)
     first = None
-    note = ""
-    if on_cpu and rows * 12 * model.config.n_embd**2 < SMALL:
-        torch.set_num_threads(1)
-        note = " (a small model: one thread)"
-    elif on_cpu and dtype == "auto":
+    if on_cpu and dtype == "auto" and not is_small:
         first = race_packings(model, names, few_vectors, rows)
         # A near tie must not change the text of a seed from one time to the next.
         packing = fastest(first.times, margin=1.1)

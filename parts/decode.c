@@ -17,6 +17,15 @@
 #include <unistd.h>
 
 #include "rows.h"
+#ifdef __AVX512BF16__
+#include "products.h"
+#endif
+
+// For so many rows, a matrix is multiplied row by row: see rows.h. With more, and weights in bf16, a
+// product is one of matrices: see products.h. It takes 32 of the matrix's rows at a time.
+#define FEW_ROWS 4
+#define MOST_ROWS 64
+#define HEIGHT 32
 
 // Pieces of a product for each thread: enough to share the work evenly between unequal threads.
 #define PIECES 4
@@ -76,9 +85,42 @@ struct step {
     float *branch;   // (B, C): what is added to the stream
     float *logits;   // (B, V)
     float *scratch;  // (threads, scratch_size)
-    long scratch_size;  // at least B C + capacity
+    long scratch_size;
     struct stage *stages;  // 5 n_layer + 1
 };
+
+// A thread's own.
+struct scratch {
+    float *normal;  // (B, C): after a LayerNorm
+    float *scores;  // (capacity)
+    // Of more than FEW_ROWS rows; B is rounded up to a multiple of 32.
+    uint16_t *tiles;  // (4 C, B): what a matrix is multiplied with, transposed, in tiles of bf16
+    float *product;   // (HEIGHT, B)
+};
+
+static long round_up(long number, long unit) { return (number + unit - 1) / unit * unit; }
+
+// Cut a thread's memory into pieces, each on cache lines of its own. How many numbers it needs.
+static long lay_out(struct scratch *scratch, float *memory, long n_rows, long C, long capacity) {
+    long used = 0;
+    scratch->normal = memory;
+    used += round_up(n_rows * C, 16);
+    scratch->scores = memory + used;
+    used += round_up(capacity, 16);
+    if (n_rows > FEW_ROWS) {
+        long padded = round_up(n_rows, 32);
+        scratch->tiles = (uint16_t *)(memory + used);
+        used += padded * round_up(4 * C, 32) / 2;
+        scratch->product = memory + used;
+        used += HEIGHT * padded;
+    }
+    return used;
+}
+
+long scratch_size(long n_rows, long C, long capacity) {
+    struct scratch scratch;
+    return lay_out(&scratch, NULL, n_rows, C, capacity);
+}
 
 // ---- Stages --------------------------------------------------------------------------------------
 
@@ -185,19 +227,128 @@ static void attend(const float *q, const float *k, const float *v, float *keys, 
 
 enum then { KEEP, ACTIVATE, ADD };  // the product as it is; GELU of it; into the residual stream
 
+#ifdef __AVX512BF16__
+
+// x (B, n_in) -> its transpose in tiles of bf16, 32 numbers of 16 rows each; rows beyond B are zero.
+static void tile_rows(bf16 *tiles, const float *x, long n_rows, long n_in) {
+    bf16 rows[16][32];
+    for (long row = 0; row < round_up(n_rows, 32); row += 16)
+        for (long i = 0; i < n_in; i += 32) {
+            for (long r = 0; r < 16; r++) {
+                __m512bh numbers = {0};
+                if (row + r < n_rows) {
+                    const float *from = x + (row + r) * n_in + i;
+                    numbers = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+                }
+                _mm512_storeu_si512(rows[r], (__m512i)numbers);
+            }
+            for (long pair = 0; pair < 32; pair += 2, tiles += 32)
+                _mm512_storeu_si512(tiles, pairs_of_column(&rows[0][pair], 32));
+        }
+}
+
+// 16 numbers of a column, which are `stride` numbers apart.
+static __m512 read_column(const float *numbers, long stride) {
+    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_i32gather_ps(_mm512_mullo_epi32(steps, _mm512_set1_epi32((int)stride)), numbers,
+                               4);
+}
+
+// `gelu` of 16 numbers.
+static __m512 gelu_of(__m512 x, long exact) {
+    if (exact) {
+        float numbers[16];
+        _mm512_storeu_ps(numbers, x);
+        for (int i = 0; i < 16; i++)
+            numbers[i] = gelu(numbers[i], exact);
+        return _mm512_loadu_ps(numbers);
+    }
+    __m512 cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+    __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cubed, x);
+    __m512 power = exp2_of(_mm512_mul_ps(_mm512_set1_ps(-2 * LOG2_E * 0.79788456f), u));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), power));
+}
+
+// HEIGHT rows of a matrix, from `first` on, times all rows of x in tiles -> the part of y (B, n_out)
+// from `from` on.
+static void multiply_rows(struct step *s, struct scratch *scratch, struct matrix w, float *y,
+                          long n_in, long n_out, long first, long from, enum then then) {
+    long padded = round_up(s->n_rows, 32);
+    float *product = scratch->product;
+    struct tiles tiles = {scratch->tiles, TILE, n_in / 32 * TILE};
+    memset(product, 0, sizeof(float) * HEIGHT * padded);
+    add_product(product, padded, (const bf16 *)w.weight + first * n_in, n_in, tiles, HEIGHT, padded,
+                n_in);
+    for (long half = 0; half < HEIGHT; half += 16) {
+        long o = first + half;
+        if (o + 16 <= from)
+            continue;
+        __mmask16 wanted = from > o ? 0xffff << (from - o) : 0xffff;
+        __m512 bias = _mm512_setzero_ps();
+        if (w.bias)
+            bias = _mm512_loadu_ps(w.bias + o);
+        for (long row = 0; row < s->n_rows; row++) {
+            __m512 sums = read_column(product + half * padded + row, padded);
+            sums = _mm512_add_ps(sums, bias);
+            float *to = y + row * n_out + o;
+            if (then == ACTIVATE)
+                sums = gelu_of(sums, s->model->exact_gelu);
+            if (then == ADD) {
+                to = s->x + row * n_out + o;
+                sums = _mm512_add_ps(sums, _mm512_loadu_ps(to));
+            }
+            _mm512_mask_storeu_ps(to, wanted, sums);
+        }
+    }
+}
+
+// `multiply` for more than FEW_ROWS rows: x is rounded to bf16.
+static void multiply_many(struct step *s, struct stage *stage, struct scratch *scratch,
+                          const float *x, const struct norm *norm, struct matrix w, float *y,
+                          long n_in, long n_out, enum then then) {
+    long rows = round_up(n_out / (PIECES * omp_get_num_threads()) + 1, HEIGHT);
+    long n_pieces = (n_out + rows - 1) / rows;
+    long piece = take_piece(stage);
+    if (piece < n_pieces) {
+        if (norm) {
+            normalise(x, *norm, scratch->normal, s->n_rows, n_in);
+            x = scratch->normal;
+        }
+        tile_rows(scratch->tiles, x, s->n_rows, n_in);
+    }
+    for (; piece < n_pieces; piece = take_piece(stage)) {
+        long last = (piece + 1) * rows < n_out ? (piece + 1) * rows : n_out;
+        for (long from = piece * rows; from < last; from += HEIGHT) {
+            // The matrix may end within these rows: then some are computed again.
+            long first = from + HEIGHT <= n_out ? from : n_out - HEIGHT;
+            multiply_rows(s, scratch, w, y, n_in, n_out, first, from, then);
+        }
+        finish_piece(stage, n_pieces);
+    }
+    wait_for(stage, n_pieces);
+}
+
+#endif
+
 // A stage: x (B, n_in) -> y (B, n_out), the product of the matrix with LayerNorm of x, or with x
 // itself if there is no norm.
-static void multiply(struct step *s, struct stage *stage, float *scratch, const float *x,
+static void multiply(struct step *s, struct stage *stage, struct scratch *scratch, const float *x,
                      const struct norm *norm, struct matrix w, float *y, long n_in, long n_out,
                      enum then then) {
+#ifdef __AVX512BF16__
+    if (s->n_rows > FEW_ROWS && s->model->type == BF16 && n_in % 32 == 0 && n_out >= HEIGHT) {
+        multiply_many(s, stage, scratch, x, norm, w, y, n_in, n_out, then);
+        return;
+    }
+#endif
     long rows = n_out / (PIECES * omp_get_num_threads());
     if (rows < 8)
         rows = 8;
     long n_pieces = (n_out + rows - 1) / rows;
     long piece = take_piece(stage);
     if (norm && piece < n_pieces) {
-        normalise(x, *norm, scratch, s->n_rows, n_in);
-        x = scratch;
+        normalise(x, *norm, scratch->normal, s->n_rows, n_in);
+        x = scratch->normal;
     }
     for (; piece < n_pieces; piece = take_piece(stage)) {
         long first = piece * rows;
@@ -243,12 +394,14 @@ static void mix_tokens(struct step *s, struct stage *stage, const struct layer *
 static void take_part(struct step *s) {
     const struct model *m = s->model;
     long C = m->n_embd;
-    float *scratch = s->scratch + omp_get_thread_num() * s->scratch_size;
-    float *scores = scratch + s->n_rows * C;
+    struct scratch own;
+    struct scratch *scratch = &own;
+    lay_out(scratch, s->scratch + omp_get_thread_num() * s->scratch_size, s->n_rows, C,
+            s->capacity);
     struct stage *stage = s->stages;
     for (const struct layer *l = m->layers; l < m->layers + m->n_layer; l++) {
         multiply(s, stage++, scratch, s->x, &l->ln_1, l->c_attn, s->qkv, C, 3 * C, KEEP);
-        mix_tokens(s, stage++, l, scores);
+        mix_tokens(s, stage++, l, scratch->scores);
         multiply(s, stage++, scratch, s->y, NULL, l->attn_proj, s->branch, C, C, ADD);
         multiply(s, stage++, scratch, s->x, &l->ln_2, l->c_fc, s->hidden, C, 4 * C, ACTIVATE);
         multiply(s, stage++, scratch, s->hidden, NULL, l->mlp_proj, s->branch, 4 * C, C, ADD);
@@ -266,5 +419,22 @@ void take_step(struct step *s, long n_threads) {
             s->x[row * C + i] = token[i] + position[i];
     }
     _Pragma("omp parallel num_threads(n_threads)")
-    take_part(s);
+    {
+#ifdef __AVX512BF16__
+        struct tile_config previous = begin_products();
+        take_part(s);
+        end_products(&previous);
+#else
+        take_part(s);
+#endif
+    }
+}
+
+// How many rows a step may have in this type.
+long most_rows(long type) {
+#ifdef __AVX512BF16__
+    return type == BF16 ? MOST_ROWS : FEW_ROWS;
+#else
+    return FEW_ROWS;
+#endif
 }

@@ -183,8 +183,7 @@ class Decoder:
             buffer = torch.empty(B, width)
             setattr(self.step, name, buffer.data_ptr())
             self.buffers.append(buffer)
-        # A thread's begins on a cache line of its own.
-        size = round_up(B * C + self.cache.capacity, 64)
+        size = self.functions.scratch_size(B, C, self.cache.capacity)
         scratch = torch.empty(self.n_threads, size)
         stages = torch.empty(5 * self.config.n_layer + 1, STAGE_BYTES, dtype=torch.uint8)
         self.step.scratch = scratch.data_ptr()
@@ -203,10 +202,6 @@ class Decoder:
         self.functions.take_step(ctypes.byref(self.step), self.n_threads)
         self.cache.length += 1
         return logits
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def collect_tensors(model: GPT) -> dict[str, torch.Tensor]:
@@ -263,41 +258,70 @@ def load_functions() -> ctypes.CDLL | None:
         return None
     functions.take_step.argtypes = [ctypes.c_void_p, ctypes.c_long]
     functions.take_step.restype = None
+    functions.most_rows.argtypes = [ctypes.c_long]
+    functions.most_rows.restype = ctypes.c_long
+    functions.scratch_size.argtypes = [ctypes.c_long] * 3
+    functions.scratch_size.restype = ctypes.c_long
+    set_up(functions)
     return functions if is_right(functions) else None
 
 
+def set_up(functions: ctypes.CDLL, use_amx: bool = True) -> None:
+    """Choose what multiplies matrices of bf16, where the CPU has a choice."""
+    if hasattr(functions, "set_up"):  # it has AVX512_BF16
+        functions.set_up(use_amx)
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """How many rows a step may have with weights of this type; 0 where there are no functions."""
+    functions = load_functions()
+    if functions is None or dtype not in TYPES:
+        return 0
+    return functions.most_rows(TYPES.index(dtype))
+
+
 def is_right(functions: ctypes.CDLL) -> bool:
-    """Whether a small GPT-2 with random weights gives the logits that torch computes, in each type
-    of weights. Its widths are no multiples of what the CPU computes at once.
+    """Whether small GPT-2s with random weights give the logits that torch computes, in each type
+    of weights. The widths of the first are no multiples of what the CPU computes at once.
     """
     config: Any = SimpleNamespace(
         n_layer=2, n_head=2, n_embd=140, vocab_size=33, block_size=6, bias=True, exact_gelu=False
     )
+    if not all(is_right_for(functions, config, 2, dtype, tolerance=1e-4) for dtype in TYPES):
+        return False
+    # With many rows, what a matrix is multiplied with is in bf16 too.
+    config.n_embd = 96
+    config.vocab_size = 75
+    n_rows = functions.most_rows(TYPES.index(torch.bfloat16)) // 2 + 3
+    return is_right_for(functions, config, n_rows, torch.bfloat16, tolerance=0.01)
+
+
+def is_right_for(
+    functions: ctypes.CDLL, config: Any, n_rows: int, dtype: torch.dtype, tolerance: float
+) -> bool:
+    """The same for one shape and one type."""
     draw = torch.Generator().manual_seed(0)
-    idx = torch.randint(config.vocab_size, (2, config.block_size), generator=draw)
-    for dtype in TYPES:
-        plain = {}
-        tensors = {}
-        for name, shape in parameter_shapes(vars(config)).items():
-            tensor = torch.randn(shape, generator=draw) / shape[-1] ** 0.5
-            tensors[name] = tensor
-            if is_matrix(name):
-                tensors |= store(name, tensor, dtype)
-                tensor = restore(name, tensors)
-            plain[name] = tensor
-        # Torch's function has a tied head, so the numbers that are read in are the stored ones too.
-        tensors |= store("lm_head.weight", plain["transformer.wte.weight"], dtype)
-        plain["transformer.wte.weight"] = restore("lm_head.weight", tensors)
-        tensors["transformer.wte.weight"] = plain["transformer.wte.weight"]
-        for name in plain:
-            if is_conv1d(name):
-                plain[name] = plain[name].t()
-        hf = dict(vars(config), activation_function="gelu_new")
-        expected = gpt2_logits(hf, plain, idx)
-        logits = decode_all(functions, config, tensors, idx)
-        if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
-            return False
-    return True
+    idx = torch.randint(config.vocab_size, (n_rows, config.block_size), generator=draw)
+    plain = {}
+    tensors = {}
+    for name, shape in parameter_shapes(vars(config)).items():
+        tensor = torch.randn(shape, generator=draw) / shape[-1] ** 0.5
+        tensors[name] = tensor
+        if is_matrix(name):
+            tensors |= store(name, tensor, dtype)
+            tensor = restore(name, tensors)
+        plain[name] = tensor
+    # Torch's function has a tied head, so the numbers that are read in are the stored ones too.
+    tensors |= store("lm_head.weight", plain["transformer.wte.weight"], dtype)
+    plain["transformer.wte.weight"] = restore("lm_head.weight", tensors)
+    tensors["transformer.wte.weight"] = plain["transformer.wte.weight"]
+    for name in plain:
+        if is_conv1d(name):
+            plain[name] = plain[name].t()
+    hf = dict(vars(config), activation_function="gelu_new")
+    expected = gpt2_logits(hf, plain, idx)
+    logits = decode_all(functions, config, tensors, idx)
+    return bool((logits - expected).norm() < tolerance * expected.norm())
 
 
 def store(name: str, matrix: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -74,6 +74,8 @@ class KVCache:
         end = self.length + k.size(2)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
+        if self.length == 0:  # there are no others, and in their own dtype attention is faster
+            return k, v
         return keys[:, :, :end], values[:, :, :end]
 
     def allocate(self, x: torch.Tensor) -> torch.Tensor:
@@ -295,13 +297,13 @@ class PackedLinear(nn.Module):
 
     def multiply_many(self, x: torch.Tensor) -> torch.Tensor:
         """The kernel's product for many vectors, such as a prompt's: in float32 or, where the CPU
-        is fast at it, in bf16. The result is in float32.
+        is fast at it, in bf16.
         """
         if self.scale is not None:
             weight = matvec.dequantise(self.weight, self.scale)
         elif has_bf16_ops():
             bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-            return F.linear(x.to(torch.bfloat16), self.weight, bias).float()
+            return F.linear(x.to(torch.bfloat16), self.weight, bias)
         else:
             weight = self.weight.float()
         return F.linear(x.float(), weight, self.bias)
@@ -503,12 +505,21 @@ def computes_gpt2(cls: Any, config: GPTConfig, weights: torch.dtype) -> bool:
 def may_decode(model: GPT, n_rows: int) -> bool:
     """Whether new tokens of so many rows may be computed in C."""
     weight = model.lm_head.weight
-    if n_rows > matvec.MOST_VECTORS or model.training or torch.is_autocast_enabled("cpu"):
-        return False
-    if weight.device.type != "cpu" or weight.dtype not in decode.TYPES:
+    if model.training or torch.is_autocast_enabled("cpu") or weight.device.type != "cpu":
         return False
     cls: Any = type(model)
-    return decode.load_functions() is not None and computes_gpt2(cls, model.config, weight.dtype)
+    fits = n_rows <= decode.most_rows(weight.dtype)
+    return fits and computes_gpt2(cls, model.config, weight.dtype)
+
+
+def decodes_many(model: GPT, n_rows: int) -> bool:
+    """Whether new tokens of so many rows will be computed in C as products of matrices, once the
+    model is packed in bf16 for few vectors.
+    """
+    if not matvec.MOST_VECTORS < n_rows <= decode.most_rows(torch.bfloat16):
+        return False
+    cls: Any = type(model)
+    return matvec.load_kernel() is not None and computes_gpt2(cls, model.config, torch.bfloat16)
 
 
 class Predictor:

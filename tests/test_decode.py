@@ -5,7 +5,7 @@ import sys
 
 import model as model_file
 from model import MLP, Block
-from parts import decode, inference, matvec
+from parts import auto, decode, inference, matvec, runtime
 from parts.compiler import SOURCES
 from parts.inference import computes_gpt2, forward_cached, generate, make_decoder, pack, prefill
 from parts.pretrained import compare_with_gpt2
@@ -129,9 +129,105 @@ def test_neither_threads_nor_rows_change_a_bit(name):
         assert torch.equal(result, results[0])
 
 
+# ---- Many rows, as products of matrices ----------------------------------------------------------
+
+
+@pytest.fixture(params=["amx", "avx"])
+def many(request) -> int:
+    """As many rows as a step may have."""
+    functions = decode.load_functions()
+    if functions is None or decode.most_rows(torch.bfloat16) <= matvec.MOST_VECTORS:
+        pytest.skip("no AVX512_BF16 here")
+    decode.set_up(functions, use_amx=request.param == "amx")
+    yield decode.most_rows(torch.bfloat16)
+    decode.set_up(functions)
+
+
+def exact_logits(toy, idx):
+    """In float64, with the matrices as they are packed."""
+    exact = make_toy(**{name: getattr(toy.config, name) for name in ("n_embd", "n_head", "bias")})
+    exact = exact.double()
+    for (_, plain), (_, packed) in zip(exact.named_modules(), toy.named_modules(), strict=True):
+        if isinstance(plain, nn.Linear):
+            plain.weight = nn.Parameter(packed.weight.double())
+    return exact(idx)[:, -1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_rows", [5, 32, 33, 64])
+@pytest.mark.parametrize(
+    "shape", [dict(n_embd=64, n_head=2), dict(n_embd=96, n_head=2, bias=False)]
+)
+def test_many_rows_are_as_exact_as_torch_in_bf16(n_rows, shape, many):
+    """Also the rows of the vocabulary beyond a multiple of 32, of which 257 has one."""
+    toy = make_packed("bf16", **shape)
+    rows = ids(n_rows, 7)
+    (by_model, _), (in_c, _) = (prefill(toy, rows[:, :6].tolist(), 1) for _ in range(2))
+    expected = exact_logits(toy, rows)
+    logits = make_decoder(toy, in_c)(rows[:, 6:])
+    by_model = forward_cached(toy, rows[:, 6:], by_model).float()
+    assert logits.shape == expected.shape
+    size = expected.norm()
+    assert (logits - expected).norm() < 0.01 * size
+    assert (logits - expected).norm() < 1.05 * (by_model - expected).norm()
+
+
+@torch.no_grad()
+def test_rows_of_several_lengths(many):
+    toy = make_packed("bf16", n_embd=64, n_head=2)
+    rows = [ids(1 + b % 9, seed=b).tolist() for b in range(20)]
+    cache, _ = prefill(toy, rows, 4)
+    tokens = ids(20, 1, seed=99)
+    logits = make_decoder(toy, cache)(tokens)
+    for row, token, shown in zip(rows, tokens.tolist(), logits):
+        expected = exact_logits(toy, torch.tensor([row + token]))[0]
+        assert (shown - expected).norm() < 0.02 * expected.norm()
+
+
+@torch.no_grad()
+def test_neither_threads_nor_other_rows_change_a_bit_of_many(many):
+    toy = make_packed("bf16", n_embd=96, n_head=24, block_size=200)
+    rows = ids(many, 150).tolist()
+    tokens = ids(many, 12, seed=1)
+    results = []
+    for chosen in ([3, 1, 5, 7, 9, 2], list(range(many))):
+        for n_threads in (1, 2, 7):
+            cache, _ = prefill(toy, [rows[b] for b in chosen], 20)
+            for layer in cache.layers.values():
+                for x in layer:
+                    x.copy_(torch.linspace(-1, 1, x[0].numel()).view_as(x[0]))
+            torch.set_num_threads(n_threads)
+            try:
+                step = make_decoder(toy, cache)
+                logits = [step(token) for token in tokens[chosen].split(1, dim=1)]
+            finally:
+                torch.set_num_threads(1)
+            results.append(torch.stack(logits)[:, chosen.index(1)])
+    for result in results:
+        assert torch.equal(result, results[0])
+
+
+def test_many_rows_are_prepared_for_it_without_a_race(many, monkeypatch):
+    monkeypatch.setattr(auto, "race", None)
+    machine = runtime.start("cpu")
+    for n_rows in (5, many):
+        prepared = auto.prepare_for_inference(make_toy(), machine, "auto", n_rows)
+        assert prepared.packing == auto.Packing("bf16", few_vectors=True)
+    int8 = auto.prepare_for_inference(make_toy(), machine, "int8", many)
+    assert int8.packing == auto.Packing("int8", few_vectors=False)
+
+
+def test_many_rows_of_a_changed_model_are_prepared_as_before(many, monkeypatch):
+    monkeypatch.setattr(model_file, "MLP", Relu)
+    machine = runtime.start("cpu")
+    for n_rows in (5, many):
+        prepared = auto.prepare_for_inference(make_toy(), machine, "bf16", n_rows)
+        assert prepared.packing == auto.Packing("bf16", few_vectors=False)
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_generation_takes_it(name, steps, monkeypatch):
-    """For up to four texts, up to the window's end; and the greedy texts are those of the model."""
+    """For a few texts, up to the window's end; and the greedy texts are those of the model."""
     toy = make_packed(name)
     prompts = [[1, 2, 3], [4], [5] * 9, [6]]
     texts = generate(toy, prompts, 20, temperature=0)
@@ -140,8 +236,12 @@ def test_generation_takes_it(name, steps, monkeypatch):
     assert generate(toy, prompts[:1], 20, temperature=0)[0][:13] == texts[0][:13]
     assert steps == [1] * 13
     steps.clear()
-    generate(toy, [*prompts, [7]], 5)
+    most = decode.most_rows(TYPES[name])
+    generate(toy, [[7]] * (most + 1), 5)
     assert steps == []
+    generate(toy, [[7]] * most, 5)
+    assert steps == [most] * 4
+    steps.clear()
     monkeypatch.setattr(decode, "load_functions", lambda: None)
     assert generate(toy, prompts, 20, temperature=0) == texts
     assert steps == []
@@ -225,7 +325,7 @@ def test_a_model_that_was_changed_after_it_was_made_is_left_to_itself(change, st
 @pytest.mark.parametrize("old, new", [("0.044715f", "0.05f"), ("s->pads[row]", "0")])
 def test_a_function_that_gives_other_numbers_is_not_used(old, new, monkeypatch, tmp_path, steps):
     """The first fault shows when it is loaded, the second where rows differ in length."""
-    for name in ("decode.c", "rows.h"):
+    for name in ("decode.c", "rows.h", "products.h"):
         (tmp_path / name).write_text((SOURCES / name).read_text().replace(old, new))
     monkeypatch.setattr("parts.compiler.SOURCES", tmp_path)
     toy = make_toy()
