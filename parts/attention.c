@@ -247,12 +247,12 @@ static void add_block(struct head *head, float scale, long key, long n_keys, lon
     memset(head->grad_p, 0, 4 * BLOCK * n_keys);
     add_product(head->scores, BLOCK, head->k + key * width, width, q_across, n_keys, n_queries, width);
     add_product(head->grad_p, BLOCK, head->v + key * width, width, grad_across, n_keys, n_queries,
-             width);
+                width);
     softmax_backward(head, scale, key, n_keys, query, n_queries);
     add_product(head->grad_v, width, head->p, BLOCK, grad_down, n_keys, width, n_queries);
     add_product(head->grad_k, width, head->grad_scores, BLOCK, q_down, n_keys, width, n_queries);
     add_product(head->grad_q + query, head->length, head->k_transposed + key * width, BLOCK,
-             grad_scores, width, n_queries, n_keys);
+                grad_scores, width, n_queries, n_keys);
 }
 
 // Rows of float32, side by side.

@@ -449,7 +449,7 @@ class Packing(NamedTuple):
     """How a model's weights are stored for inference."""
 
     name: str  # of the setting: fp32, bf16, fp16 or int8
-    few_vectors: bool  # a few tokens at a time, on a CPU
+    few_vectors: bool  # a few tokens at a time, on a CPU, or all that parts/decode.c takes
 
     def pack(self, model: GPT) -> GPT:
         """Pack a model's weights, in place."""
@@ -474,7 +474,7 @@ class Prepared(NamedTuple):
 
 
 def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -> Prepared:
-    """Move a model to its device and pack its weights, in place. On a CPU this also sets torch's
+    """Move a model to its device and pack its weights, in place. On a CPU this may also set torch's
     number of threads.
 
     rows: how many tokens one forward pass has. With dtype "auto" on a CPU, the layers of one block

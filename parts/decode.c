@@ -82,7 +82,7 @@ struct step {
     float *qkv;      // (B, 3 C)
     float *y;        // (B, C): what attention gives
     float *hidden;   // (B, 4 C)
-    float *branch;   // (B, C): what is added to the stream
+    float *branch;   // (B, C): what is added to the stream, of few rows
     float *logits;   // (B, V)
     float *scratch;  // (threads, scratch_size)
     long scratch_size;
@@ -295,7 +295,8 @@ static void multiply_rows(struct step *s, struct scratch *scratch, struct matrix
                 sums = gelu_of(sums, s->model->exact_gelu);
             if (then == ADD) {
                 to = s->x + row * n_out + o;
-                sums = _mm512_add_ps(sums, _mm512_loadu_ps(to));
+                // Another thread may be adding to what is not wanted here.
+                sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(wanted, to));
             }
             _mm512_mask_storeu_ps(to, wanted, sums);
         }
@@ -306,7 +307,8 @@ static void multiply_rows(struct step *s, struct scratch *scratch, struct matrix
 static void multiply_many(struct step *s, struct stage *stage, struct scratch *scratch,
                           const float *x, const struct norm *norm, struct matrix w, float *y,
                           long n_in, long n_out, enum then then) {
-    long rows = round_up(n_out / (PIECES * omp_get_num_threads()) + 1, HEIGHT);
+    long wanted = PIECES * omp_get_num_threads();
+    long rows = round_up((n_out + wanted - 1) / wanted, HEIGHT);
     long n_pieces = (n_out + rows - 1) / rows;
     long piece = take_piece(stage);
     if (piece < n_pieces) {
@@ -430,11 +432,12 @@ void take_step(struct step *s, long n_threads) {
     }
 }
 
-// How many rows a step may have in this type.
-long most_rows(long type) {
+// How many rows a step may have in this type, for a model of this width.
+long most_rows(long type, long C) {
 #ifdef __AVX512BF16__
-    return type == BF16 ? MOST_ROWS : FEW_ROWS;
-#else
-    return FEW_ROWS;
+    if (type == BF16 && C % 32 == 0)
+        return MOST_ROWS;
 #endif
+    (void)type, (void)C;
+    return FEW_ROWS;
 }

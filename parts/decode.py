@@ -21,6 +21,7 @@ import torch
 
 # In the order of decode.c's `enum type`.
 TYPES = [torch.float32, torch.bfloat16, torch.int8]
+MOST_ROWS = 64  # as decode.c has it
 
 # ---- The structures of decode.c, where they are explained ----------------------------------------
 
@@ -100,7 +101,8 @@ EPS = 1e-5  # of GPT-2's LayerNorms
 class Decoder:
     """The forward pass of one token a row, behind a filled cache.
 
-    Rows do not change each other's logits, nor does the number of threads, not by a bit.
+    Rows do not change each other's logits, nor does the number of threads, not by a bit; but with
+    more than four, what bf16 weights are multiplied with is rounded to bf16 too.
     """
 
     def __init__(self, functions: ctypes.CDLL, config: GPTConfig, tensors: dict, cache: Any):
@@ -166,6 +168,9 @@ class Decoder:
         B = self.n_rows
         C = self.config.n_embd
         self.n_threads = torch.get_num_threads()
+        if B > matvec.MOST_VECTORS:
+            # A thread more would find no rows of the smaller matrices.
+            self.n_threads = min(self.n_threads, max(1, C // 32))
         self.ids = torch.zeros(B, dtype=torch.int64)
         self.pads = self.cache.pad
         if self.pads is None:
@@ -258,7 +263,7 @@ def load_functions() -> ctypes.CDLL | None:
         return None
     functions.take_step.argtypes = [ctypes.c_void_p, ctypes.c_long]
     functions.take_step.restype = None
-    functions.most_rows.argtypes = [ctypes.c_long]
+    functions.most_rows.argtypes = [ctypes.c_long] * 2
     functions.most_rows.restype = ctypes.c_long
     functions.scratch_size.argtypes = [ctypes.c_long] * 3
     functions.scratch_size.restype = ctypes.c_long
@@ -272,12 +277,12 @@ def set_up(functions: ctypes.CDLL, use_amx: bool = True) -> None:
         functions.set_up(use_amx)
 
 
-def most_rows(dtype: torch.dtype) -> int:
-    """How many rows a step may have with weights of this type; 0 where there are no functions."""
+def takes(n_rows: int, dtype: torch.dtype, width: int) -> bool:
+    """Whether a step may have so many rows with weights of this type, in a model of this width."""
+    if n_rows > MOST_ROWS or dtype not in TYPES:
+        return False
     functions = load_functions()
-    if functions is None or dtype not in TYPES:
-        return 0
-    return functions.most_rows(TYPES.index(dtype))
+    return functions is not None and n_rows <= functions.most_rows(TYPES.index(dtype), width)
 
 
 def is_right(functions: ctypes.CDLL) -> bool:
@@ -292,8 +297,11 @@ def is_right(functions: ctypes.CDLL) -> bool:
     # With many rows, what a matrix is multiplied with is in bf16 too.
     config.n_embd = 96
     config.vocab_size = 75
-    n_rows = functions.most_rows(TYPES.index(torch.bfloat16)) // 2 + 3
-    return is_right_for(functions, config, n_rows, torch.bfloat16, tolerance=0.01)
+    n_rows = functions.most_rows(TYPES.index(torch.bfloat16), config.n_embd) // 2 + 3
+    for config.exact_gelu in (False, True):
+        if not is_right_for(functions, config, n_rows, torch.bfloat16, tolerance=0.01):
+            return False
+    return True
 
 
 def is_right_for(
@@ -318,7 +326,8 @@ def is_right_for(
     for name in plain:
         if is_conv1d(name):
             plain[name] = plain[name].t()
-    hf = dict(vars(config), activation_function="gelu_new")
+    activation = "gelu" if config.exact_gelu else "gelu_new"
+    hf = dict(vars(config), activation_function=activation)
     expected = gpt2_logits(hf, plain, idx)
     logits = decode_all(functions, config, tensors, idx)
     return bool((logits - expected).norm() < tolerance * expected.norm())

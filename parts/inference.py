@@ -74,7 +74,8 @@ class KVCache:
         end = self.length + k.size(2)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
-        if self.length == 0:  # there are no others, and in their own dtype attention is faster
+        if self.length == 0 and k.dtype == v.dtype:
+            # There are no others, and in their own dtype attention is faster.
             return k, v
         return keys[:, :, :end], values[:, :, :end]
 
@@ -242,10 +243,10 @@ class PackedLinear(nn.Module):
     """nn.Linear for inference: weights in the dtype of the product, in the layout that is read
     fastest.
 
-    On a CPU in bf16 there are two. For a few vectors, the rows as they are, by the kernel of
-    parts/matvec.py. For more, oneDNN's blocks: F.linear gets row-major weights and reorders all of
-    them for each product, which for some vectors costs as much as the product. The ops are private:
-    torch has no public equivalent.
+    On a CPU in bf16 there are two. For a few vectors, and wherever parts/decode.c takes the tokens,
+    the rows as they are, by the kernel of parts/matvec.py. For more, oneDNN's blocks: F.linear gets
+    row-major weights and reorders all of them for each product, which for some vectors costs as
+    much as the product. The ops are private: torch has no public equivalent.
 
     int8 is a size of weights only: each row has a scale, and products are in float32.
     """
@@ -318,7 +319,7 @@ def pack(module: nn.Module, dtype: torch.dtype, few_vectors: bool = False) -> nn
     """Replace each Linear layer by a PackedLinear, in place, and return the module.
 
     A packed module cannot be moved, trained or saved. few_vectors: it will compute a few tokens at
-    a time, on a CPU.
+    a time, on a CPU, or all that parts/decode.c takes.
     """
     linears = []
     for part in list(module.modules()):
@@ -508,7 +509,7 @@ def may_decode(model: GPT, n_rows: int) -> bool:
     if model.training or torch.is_autocast_enabled("cpu") or weight.device.type != "cpu":
         return False
     cls: Any = type(model)
-    fits = n_rows <= decode.most_rows(weight.dtype)
+    fits = decode.takes(n_rows, weight.dtype, model.config.n_embd)
     return fits and computes_gpt2(cls, model.config, weight.dtype)
 
 
@@ -516,7 +517,9 @@ def decodes_many(model: GPT, n_rows: int) -> bool:
     """Whether new tokens of so many rows will be computed in C as products of matrices, once the
     model is packed in bf16 for few vectors.
     """
-    if not matvec.MOST_VECTORS < n_rows <= decode.most_rows(torch.bfloat16):
+    if n_rows <= matvec.MOST_VECTORS:
+        return False
+    if not decode.takes(n_rows, torch.bfloat16, model.config.n_embd):
         return False
     cls: Any = type(model)
     return matvec.load_kernel() is not None and computes_gpt2(cls, model.config, torch.bfloat16)

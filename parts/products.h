@@ -30,12 +30,17 @@ struct tile_config {
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
+// GCC 12 takes it that a configuration has eight bytes, and leaves out what is stored in the others.
+// Nor does it know what tiles are loaded from.
+#define ALL_MEMORY_IS_USED __asm__ volatile("" ::: "memory")
+
 #ifdef __AMX_BF16__
 
 // 32 x 32 numbers of the result in four tiles.
 static void multiply_amx(float *c, long c_row, const bf16 *a, long a_row, struct tiles b,
                          long n_rows, long n_columns, long depth)
 {
+    ALL_MEMORY_IS_USED;
     for (long row = 0; row < n_rows; row += 32)
         for (long column = 0; column < n_columns; column += 32) {
             float *corner = c + row * c_row + column;
@@ -107,9 +112,6 @@ static void add_product(float *c, long c_row, const bf16 *a, long a_row, struct 
 #endif
     multiply_avx(c, c_row, a, a_row, b, n_rows, n_columns, depth);
 }
-
-// GCC 12 takes it that a configuration has eight bytes, and leaves out what is stored in the others.
-#define ALL_MEMORY_IS_USED __asm__ volatile("" ::: "memory")
 
 // A thread calls these around its products: whoever configured its tiles before may count on it.
 // All eight have 16 rows of 64 bytes.

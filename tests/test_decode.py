@@ -56,6 +56,11 @@ def make_packed(name: str, **changes):
     return toy if name == "fp32" else pack(toy, TYPES[name], few_vectors=True)
 
 
+def count_most_rows(dtype: torch.dtype, width: int = 32) -> int:
+    """How many rows a step may have."""
+    return max(n for n in range(1, 70) if decode.takes(n, dtype, width))
+
+
 SHAPES = [
     dict(),
     dict(bias=False, exact_gelu=True),
@@ -136,10 +141,12 @@ def test_neither_threads_nor_rows_change_a_bit(name):
 def many(request) -> int:
     """As many rows as a step may have."""
     functions = decode.load_functions()
-    if functions is None or decode.most_rows(torch.bfloat16) <= matvec.MOST_VECTORS:
+    assert functions is not None
+    most = count_most_rows(torch.bfloat16)
+    if most == matvec.MOST_VECTORS:
         pytest.skip("no AVX512_BF16 here")
     decode.set_up(functions, use_amx=request.param == "amx")
-    yield decode.most_rows(torch.bfloat16)
+    yield most
     decode.set_up(functions)
 
 
@@ -213,6 +220,9 @@ def test_many_rows_are_prepared_for_it_without_a_race(many, monkeypatch):
     for n_rows in (5, many):
         prepared = auto.prepare_for_inference(make_toy(), machine, "auto", n_rows)
         assert prepared.packing == auto.Packing("bf16", few_vectors=True)
+    odd_width = auto.prepare_for_inference(make_toy(n_embd=72), machine, "bf16", 5)
+    assert odd_width.packing == auto.Packing("bf16", few_vectors=False)
+    assert count_most_rows(torch.bfloat16, width=72) == matvec.MOST_VECTORS
     int8 = auto.prepare_for_inference(make_toy(), machine, "int8", many)
     assert int8.packing == auto.Packing("int8", few_vectors=False)
 
@@ -236,7 +246,7 @@ def test_generation_takes_it(name, steps, monkeypatch):
     assert generate(toy, prompts[:1], 20, temperature=0)[0][:13] == texts[0][:13]
     assert steps == [1] * 13
     steps.clear()
-    most = decode.most_rows(TYPES[name])
+    most = count_most_rows(TYPES[name])
     generate(toy, [[7]] * (most + 1), 5)
     assert steps == []
     generate(toy, [[7]] * most, 5)

@@ -45,7 +45,7 @@ def draw_parabolas(points_of: dict[str, list], line_of: dict[str, Callable]) -> 
                 f"{budget:.0e}", (sizes[-1], bits[-1]), (5, 0), textcoords="offset points"
             )
         axes.set_xscale("log")
-        axes.set_xticks([2e5, 5e5, 1e6, 3e6], ["0.2M", "0.5M", "1M", "3M"])
+        axes.set_xticks([2e5, 5e5, 1e6, 3e6, 6e6], ["0.2M", "0.5M", "1M", "3M", "6M"])
         axes.minorticks_off()
         axes.set_title(NAMES[optimizer] + ("; lines are the law" if optimizer in line_of else ""))
         axes.set_xlabel("parameters, with the embeddings")

@@ -37,6 +37,7 @@ from grid import (
     last_run,
     make_grid_run,
     repeated_runs,
+    ten_times_runs,
 )
 
 HERE = Path(__file__).parent
@@ -360,6 +361,21 @@ def report_muon(records: dict[str, dict]) -> None:
                 print_row(f"{point.budget:.0e}", point.width, *bits)
 
 
+def report_ten_times(records: dict[str, dict]) -> None:
+    """Muon with half of AdamW's tokens, and with all of them, at ten times results/muon's size."""
+    print("\n### 23.5M parameters, GPT-2's vocabulary\n")
+    print_row("optimizer", "learning rate", "FLOPs", "tokens", "nats a token", "bits a byte")
+    print("|" + "---|" * 6)
+    for run in ten_times_runs():
+        if run.name in records:
+            record = records[run.name]
+            _, nats, bits = record["validations"][-1]
+            tokens = f"{record['tokens'] / 1e6:.2f}M"
+            rate = run.muon_learning_rate or run.learning_rate
+            cells = (f"{rate:.2g}", f"{run.flops:.2g}", tokens, f"{nats:.3f}", f"{bits:.3f}")
+            print_row(NAMES[run.optimizer], *cells)
+
+
 def fit_useful_repeats(law: Law, records: dict[str, dict]) -> float:
     """After how many repetitions text teaches almost nothing new: R of Muennighoff and others
     (2023, arXiv 2305.16264).
@@ -484,6 +500,7 @@ def main() -> None:
     for optimizer in NAMES:
         report_minima(records, optimizer)
     report_muon(records)
+    report_ten_times(records)
     dial = dict(law=law._asdict(), useful_repeats=fit_useful_repeats(law, records))
     dial["xz_bits"] = TEXTS["books_4096"]["xz_bits"]
     report_outside(records, law, others)

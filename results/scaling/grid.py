@@ -209,14 +209,14 @@ def grid_runs() -> list[Run]:
     return runs
 
 
-def optimizer_runs() -> list[Run]:
+def ten_times_runs() -> list[Run]:
     """results/muon's question at ten times its size: does Muon with half of the tokens reach AdamW?
 
-    AdamW gets a second try at twice the rate, which is what the rule is least sure of here.
+    AdamW gets more tries at higher rates, which are what the rule is least sure of here.
     """
     runs = [make_grid_run(optimizer="muon", flops=flops, **TEN_TIMES) for flops in (1.5e14, 3e14)]
     rate, _ = rates("adamw", TEN_TIMES["width"])
-    for factor in (1, 2):
+    for factor in (1, 2, 4):
         runs.append(Run(optimizer="adamw", flops=3e14, learning_rate=factor * rate, **TEN_TIMES))
     return runs
 
@@ -248,7 +248,7 @@ def all_runs() -> list[Run]:
     The largest is predicted from runs of up to a third of its budget.
     """
     runs = tuning_runs() + grid_runs() + repeated_runs() + [last_run()]
-    runs += optimizer_runs() + checking_runs()
+    runs += ten_times_runs() + checking_runs()
     return sorted(dict.fromkeys(runs), key=turn)
 
 
