@@ -43,7 +43,7 @@ class Law(NamedTuple):
         return self.E + self.A / parameters**self.alpha + self.B / n_bytes**self.beta
 
 
-LAW = Law(E=1.332, A=143.2, alpha=0.4879, B=35.21, beta=0.2713)
+LAW = Law(E=0.8186, A=5.728, alpha=0.1795, B=12.98, beta=0.1846)
 # Text that is read again is worth less each time: see `Text.useful`.
 USEFUL_REPEATS = 0.7
 # More than so many times teach nothing new, and after 16 a model knows it by heart and is worse.
