@@ -214,6 +214,16 @@ def test_neither_threads_nor_other_rows_change_a_bit_of_many(many):
         assert torch.equal(result, results[0])
 
 
+def test_no_thread_is_without_rows_of_a_small_matrix(many):
+    toy = make_packed("bf16", n_embd=64, n_head=2)
+    cache, _ = prefill(toy, [[1, 2]] * 5, 2)
+    torch.set_num_threads(7)
+    try:
+        assert make_decoder(toy, cache).n_threads == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_many_rows_are_prepared_for_it_without_a_race(many, monkeypatch):
     monkeypatch.setattr(auto, "race", None)
     machine = runtime.start("cpu")
