@@ -245,7 +245,8 @@ static void add_block(struct head *head, float scale, long key, long n_keys, lon
 
     memset(head->scores, 0, 4 * BLOCK * n_keys);
     memset(head->grad_p, 0, 4 * BLOCK * n_keys);
-    add_product(head->scores, BLOCK, head->k + key * width, width, q_across, n_keys, n_queries, width);
+    add_product(head->scores, BLOCK, head->k + key * width, width, q_across, n_keys, n_queries,
+                width);
     add_product(head->grad_p, BLOCK, head->v + key * width, width, grad_across, n_keys, n_queries,
                 width);
     softmax_backward(head, scale, key, n_keys, query, n_queries);

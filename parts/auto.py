@@ -449,11 +449,11 @@ class Packing(NamedTuple):
     """How a model's weights are stored for inference."""
 
     name: str  # of the setting: fp32, bf16, fp16 or int8
-    few_vectors: bool  # a few tokens at a time, on a CPU, or all that parts/decode.c takes
+    for_c: bool  # rows as they are, for the functions in C: on a CPU, a few tokens at a time
 
     def pack(self, model: GPT) -> GPT:
         """Pack a model's weights, in place."""
-        return pack(model, WEIGHTS[self.name], self.few_vectors)
+        return pack(model, WEIGHTS[self.name], self.for_c)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -490,22 +490,22 @@ def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -
         torch.set_num_threads(1)
         note = " (a small model: one thread)"
     if on_cpu and dtype in ("auto", "bf16") and decodes_many(model, rows):
-        packing = Packing("bf16", few_vectors=True)
+        packing = Packing("bf16", for_c=True)
         return Prepared(packing.pack(model), packing, f"dtype: {packing.name}{note}")
-    few_vectors = on_cpu and rows <= matvec.MOST_VECTORS
+    for_c = on_cpu and rows <= matvec.MOST_VECTORS
     if dtype == "int8":
         names = [dtype]
         if not on_cpu:
             raise ValueError("dtype=int8 is for CPUs; on a GPU use bf16, fp16 or fp32")
     else:
         names = precisions(dtype, machine.device)
-    if on_cpu and dtype == "auto" and few_vectors and matvec.load_kernel() is not None:
+    if on_cpu and dtype == "auto" and for_c and matvec.load_kernel() is not None:
         # The kernel needs no instructions for bf16.
         names = ["fp32", "bf16"]
-    packing = Packing(names[0], few_vectors)
+    packing = Packing(names[0], for_c)
     first = None
     if on_cpu and dtype == "auto" and not is_small:
-        first = race_packings(model, names, few_vectors, rows)
+        first = race_packings(model, names, for_c, rows)
         # A near tie must not change the text of a seed from one time to the next.
         packing = fastest(first.times, margin=1.1)
     packed = packing.pack(model)
@@ -519,11 +519,11 @@ def prepare_for_inference(model: GPT, machine: Runtime, dtype: str, rows: int) -
 
 
 @torch.no_grad()
-def race_packings(model: GPT, names: list[str], few_vectors: bool, rows: int) -> Race:
+def race_packings(model: GPT, names: list[str], for_c: bool, rows: int) -> Race:
     """Race the packings of these names in one block of the model's shape."""
     candidates = {}
     for name in names:
-        packing = Packing(name, few_vectors)
+        packing = Packing(name, for_c)
         candidates[packing] = pass_through_block(model, packing, rows)
     return race(candidates, PATIENCE)
 

@@ -21,11 +21,11 @@
 #include "products.h"
 #endif
 
-// For so many rows, a matrix is multiplied row by row: see rows.h. With more, and weights in bf16, a
-// product is one of matrices: see products.h. It takes 32 of the matrix's rows at a time.
+// For so many rows, a matrix is multiplied row by row: see rows.h.
 #define FEW_ROWS 4
+// With more, and weights in bf16, a product is one of matrices: see products.h.
 #define MOST_ROWS 64
-#define HEIGHT 32
+#define HEIGHT 32  // rows of the matrix at a time
 
 // Pieces of a product for each thread: enough to share the work evenly between unequal threads.
 #define PIECES 4
@@ -229,7 +229,7 @@ enum then { KEEP, ACTIVATE, ADD };  // the product as it is; GELU of it; into th
 
 #ifdef __AVX512BF16__
 
-// x (B, n_in) -> its transpose in tiles of bf16, 32 numbers of 16 rows each; rows beyond B are zero.
+// x (B, n_in) -> its transpose in tiles of bf16, 32 numbers of 16 rows each; rows beyond B are 0.
 static void tile_rows(bf16 *tiles, const float *x, long n_rows, long n_in) {
     bf16 rows[16][32];
     for (long row = 0; row < round_up(n_rows, 32); row += 16)
@@ -238,7 +238,8 @@ static void tile_rows(bf16 *tiles, const float *x, long n_rows, long n_in) {
                 __m512bh numbers = {0};
                 if (row + r < n_rows) {
                     const float *from = x + (row + r) * n_in + i;
-                    numbers = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+                    __m512 upper = _mm512_loadu_ps(from + 16);
+                    numbers = _mm512_cvtne2ps_pbh(upper, _mm512_loadu_ps(from));
                 }
                 _mm512_storeu_si512(rows[r], (__m512i)numbers);
             }
@@ -269,8 +270,8 @@ static __m512 gelu_of(__m512 x, long exact) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), power));
 }
 
-// HEIGHT rows of a matrix, from `first` on, times all rows of x in tiles -> the part of y (B, n_out)
-// from `from` on.
+// HEIGHT rows of a matrix, from `first` on, times all rows of x in tiles -> y (B, n_out). Of the
+// result, only what comes from the row `from` on is wanted.
 static void multiply_rows(struct step *s, struct scratch *scratch, struct matrix w, float *y,
                           long n_in, long n_out, long first, long from, enum then then) {
     long padded = round_up(s->n_rows, 32);

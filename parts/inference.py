@@ -61,7 +61,8 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append k and v (B, nh, T, hs); return the layer's keys and values so far.
 
-        These are (B, nh, past + T, hs) each, or (B, nh, capacity, hs) in a CUDA graph.
+        These are (B, nh, past + T, hs) each, or (B, nh, capacity, hs) in a CUDA graph. The first
+        ones come back as they are, not in the cache's dtype.
         """
         if layer not in self.layers:
             self.layers[layer] = (self.allocate(k), self.allocate(v))
@@ -315,11 +316,12 @@ def has_bf16_ops() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack(module: nn.Module, dtype: torch.dtype, few_vectors: bool = False) -> nn.Module:
+def pack(module: nn.Module, dtype: torch.dtype, for_c: bool = False) -> nn.Module:
     """Replace each Linear layer by a PackedLinear, in place, and return the module.
 
-    A packed module cannot be moved, trained or saved. few_vectors: it will compute a few tokens at
-    a time, on a CPU, or all that parts/decode.c takes.
+    A packed module cannot be moved, trained or saved. for_c: on a CPU it will compute a few tokens
+    at a time, or as many as parts/decode.c takes, so a matrix's rows lie as the functions in C read
+    them.
     """
     linears = []
     for part in list(module.modules()):
@@ -328,7 +330,7 @@ def pack(module: nn.Module, dtype: torch.dtype, few_vectors: bool = False) -> nn
                 linears.append((part, name, child))
     kernel = None
     room = None
-    if few_vectors and dtype in (torch.bfloat16, torch.int8):
+    if for_c and dtype in (torch.bfloat16, torch.int8):
         kernel = matvec.load_kernel()
     if kernel is not None:
         room = matvec.Room([child.weight.numel() * dtype.itemsize for _, _, child in linears])
@@ -488,7 +490,7 @@ def computes_gpt2(cls: Any, config: GPTConfig, weights: torch.dtype) -> bool:
         return False
     model = copy.deepcopy(make_standin(cls, config)).float()
     if weights != torch.float32:
-        pack(model, weights, few_vectors=True)
+        pack(model, weights, for_c=True)
     T = min(config.block_size, 64)
     first, second = random_ids(model, 2, T)
     rows = [first[:-1].tolist(), second[: T // 2].tolist()]
@@ -515,7 +517,7 @@ def may_decode(model: GPT, n_rows: int) -> bool:
 
 def decodes_many(model: GPT, n_rows: int) -> bool:
     """Whether new tokens of so many rows will be computed in C as products of matrices, once the
-    model is packed in bf16 for few vectors.
+    model is packed in bf16 for them.
     """
     if n_rows <= matvec.MOST_VECTORS:
         return False

@@ -1,5 +1,6 @@
 // Products of bf16 matrices that are added up in float32, by AMX or by AVX-512's dot product of
-// pairs. Both want the second matrix in tiles: 32 x 16 numbers, two rows interleaved.
+// pairs. Both want the second matrix in tiles: 32 x 16 numbers, two rows interleaved. At the end,
+// what else attention.c and decode.c share.
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -30,8 +31,8 @@ struct tile_config {
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
-// GCC 12 takes it that a configuration has eight bytes, and leaves out what is stored in the others.
-// Nor does it know what tiles are loaded from.
+// GCC 12 takes it that a configuration has eight bytes, and leaves out what is stored in the
+// others. Nor does it know what tiles are loaded from.
 #define ALL_MEMORY_IS_USED __asm__ volatile("" ::: "memory")
 
 #ifdef __AMX_BF16__
@@ -154,6 +155,8 @@ void set_up(int use_amx)
     has_amx = use_amx && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
 #endif
 }
+
+// ---- Columns and powers --------------------------------------------------------------------------
 
 // A column of 16 pairs, which are `stride` numbers apart.
 static __m512i pairs_of_column(const void *numbers, long stride)

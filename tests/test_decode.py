@@ -53,7 +53,7 @@ def steps(monkeypatch) -> list[int]:
 
 def make_packed(name: str, **changes):
     toy = make_toy(**changes)
-    return toy if name == "fp32" else pack(toy, TYPES[name], few_vectors=True)
+    return toy if name == "fp32" else pack(toy, TYPES[name], for_c=True)
 
 
 def count_most_rows(dtype: torch.dtype, width: int = 32) -> int:
@@ -107,16 +107,14 @@ def test_in_float32_it_is_the_text_without_a_cache(steps):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TYPES)
-def test_neither_threads_nor_rows_change_a_bit(name):
-    """Seven threads, of which some have no processor, and the row alone or beside others. Texts are
-    long, so that threads meet in the middle of their work.
+def assert_same_bits(toy, length: int, n_rows: int, choices: list[list[int]]) -> None:
+    """The logits of row 1 behind texts of this length are the same beside each choice of the rows,
+    with one thread, two, and seven, of which some have no processor.
     """
-    toy = make_packed(name, n_embd=96, n_head=24, block_size=520)
-    rows = ids(3, 500).tolist()
-    tokens = ids(3, 12, seed=1)
+    rows = ids(n_rows, length).tolist()
+    tokens = ids(n_rows, 12, seed=1)
     results = []
-    for chosen in ([0, 1, 2], [1]):
+    for chosen in choices:
         for n_threads in (1, 2, 7):
             cache, _ = prefill(toy, [rows[b] for b in chosen], 20)
             # A prompt's products may depend on its batch: start from the same keys.
@@ -132,6 +130,13 @@ def test_neither_threads_nor_rows_change_a_bit(name):
             results.append(torch.stack(logits)[:, chosen.index(1)])
     for result in results:
         assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_neither_threads_nor_rows_change_a_bit(name):
+    """Texts are long, so that threads meet in the middle of their work."""
+    toy = make_packed(name, n_embd=96, n_head=24, block_size=520)
+    assert_same_bits(toy, 500, 3, [[0, 1, 2], [1]])
 
 
 # ---- Many rows, as products of matrices ----------------------------------------------------------
@@ -191,27 +196,9 @@ def test_rows_of_several_lengths(many):
         assert (shown - expected).norm() < 0.02 * expected.norm()
 
 
-@torch.no_grad()
 def test_neither_threads_nor_other_rows_change_a_bit_of_many(many):
     toy = make_packed("bf16", n_embd=96, n_head=24, block_size=200)
-    rows = ids(many, 150).tolist()
-    tokens = ids(many, 12, seed=1)
-    results = []
-    for chosen in ([3, 1, 5, 7, 9, 2], list(range(many))):
-        for n_threads in (1, 2, 7):
-            cache, _ = prefill(toy, [rows[b] for b in chosen], 20)
-            for layer in cache.layers.values():
-                for x in layer:
-                    x.copy_(torch.linspace(-1, 1, x[0].numel()).view_as(x[0]))
-            torch.set_num_threads(n_threads)
-            try:
-                step = make_decoder(toy, cache)
-                logits = [step(token) for token in tokens[chosen].split(1, dim=1)]
-            finally:
-                torch.set_num_threads(1)
-            results.append(torch.stack(logits)[:, chosen.index(1)])
-    for result in results:
-        assert torch.equal(result, results[0])
+    assert_same_bits(toy, 150, many, [[3, 1, 5, 7, 9, 2], list(range(many))])
 
 
 def test_no_thread_is_without_rows_of_a_small_matrix(many):
@@ -229,12 +216,14 @@ def test_many_rows_are_prepared_for_it_without_a_race(many, monkeypatch):
     machine = runtime.start("cpu")
     for n_rows in (5, many):
         prepared = auto.prepare_for_inference(make_toy(), machine, "auto", n_rows)
-        assert prepared.packing == auto.Packing("bf16", few_vectors=True)
+        assert prepared.packing == auto.Packing("bf16", for_c=True)
     odd_width = auto.prepare_for_inference(make_toy(n_embd=72), machine, "bf16", 5)
-    assert odd_width.packing == auto.Packing("bf16", few_vectors=False)
+    assert odd_width.packing == auto.Packing("bf16", for_c=False)
     assert count_most_rows(torch.bfloat16, width=72) == matvec.MOST_VECTORS
+    bf16 = decode.TYPES.index(torch.bfloat16)
+    assert decode.load_functions().most_rows(bf16, 32) == decode.MOST_ROWS
     int8 = auto.prepare_for_inference(make_toy(), machine, "int8", many)
-    assert int8.packing == auto.Packing("int8", few_vectors=False)
+    assert int8.packing == auto.Packing("int8", for_c=False)
 
 
 def test_many_rows_of_a_changed_model_are_prepared_as_before(many, monkeypatch):
@@ -242,7 +231,7 @@ def test_many_rows_of_a_changed_model_are_prepared_as_before(many, monkeypatch):
     machine = runtime.start("cpu")
     for n_rows in (5, many):
         prepared = auto.prepare_for_inference(make_toy(), machine, "bf16", n_rows)
-        assert prepared.packing == auto.Packing("bf16", few_vectors=False)
+        assert prepared.packing == auto.Packing("bf16", for_c=False)
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -473,6 +473,18 @@ def test_damaged_weights_are_said_to_be_damaged(toy, capsys, weight):
     assert not capsys.readouterr().err
 
 
+def test_the_first_keys_come_back_as_they_are():
+    """Unless the values have another dtype: attention takes one only."""
+    keys = torch.randn(1, 2, 3, 4).bfloat16()
+    for values in (torch.randn(1, 2, 3, 4).bfloat16(), torch.randn(1, 2, 3, 4)):
+        cache = KVCache(capacity=5, dtype=torch.float32)
+        k, v = cache.update(0, keys, values)
+        expected = torch.bfloat16 if values.dtype == keys.dtype else torch.float32
+        assert k.dtype == v.dtype == expected
+        assert torch.equal(k.float(), keys.float()) and torch.equal(v.float(), values.float())
+        assert torch.equal(cache.layers[0][0][:, :, :3], keys.float())
+
+
 def test_a_cache_of_unlike_layers():
     """Of three layers one keeps nothing, and the others have other heads, also for their values."""
     cache = KVCache(capacity=5, dtype=torch.float64)

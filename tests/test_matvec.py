@@ -78,7 +78,7 @@ def test_a_few_vectors_or_many_give_about_the_exact_logits(name, tolerance):
     """A batch takes torch's product, a single token the kernel."""
     x = ids(3, 16)
     exact = make_toy()(x)
-    packed = Packing(name, few_vectors=True).pack(make_toy())
+    packed = Packing(name, for_c=True).pack(make_toy())
     assert packed.lm_head.kernel is not None
     scale = exact.abs().max()
     assert (packed(x) - exact).abs().max() < tolerance * scale
@@ -90,11 +90,11 @@ def test_a_few_vectors_or_many_give_about_the_exact_logits(name, tolerance):
 @torch.no_grad()
 def test_without_gcc_8_bits_are_the_same_numbers(monkeypatch):
     x = ids(1, 4)
-    with_kernel = pack(make_toy(), torch.int8, few_vectors=True)(x)
+    with_kernel = pack(make_toy(), torch.int8, for_c=True)(x)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     matvec.load_kernel.cache_clear()
     assert matvec.load_kernel() is None
-    without = pack(make_toy(), torch.int8, few_vectors=True)
+    without = pack(make_toy(), torch.int8, for_c=True)
     assert without.lm_head.kernel is None
     assert torch.allclose(without(x), with_kernel, rtol=1e-3, atol=1e-3)
 
