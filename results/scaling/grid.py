@@ -61,7 +61,7 @@ ISO_FLOP_GPT2 = {
     3e13: (64, 128),
     1e14: (96, 192),
 }
-# Too long for AdamW too.
+# For Muon alone: these are the longest.
 ISO_FLOP_MUON = {3e14: (128, 192, 256)}
 # Both optimizers at 23.5M parameters with GPT-2's vocabulary, in steps of 8 sequences.
 TEN_TIMES = dict(width=320, vocabulary="books", batch=8)
