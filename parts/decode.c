@@ -270,10 +270,9 @@ static __m512 gelu_of(__m512 x, long exact) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), power));
 }
 
-// HEIGHT rows of a matrix, from `first` on, times all rows of x in tiles -> y (B, n_out). Of the
-// result, only what comes from the row `from` on is wanted.
+// HEIGHT rows of a matrix, from `first` on, times all rows of x in tiles -> y (B, n_out).
 static void multiply_rows(struct step *s, struct scratch *scratch, struct matrix w, float *y,
-                          long n_in, long n_out, long first, long from, enum then then) {
+                          long n_in, long n_out, long first, enum then then) {
     long padded = round_up(s->n_rows, 32);
     float *product = scratch->product;
     struct tiles tiles = {scratch->tiles, TILE, n_in / 32 * TILE};
@@ -282,9 +281,6 @@ static void multiply_rows(struct step *s, struct scratch *scratch, struct matrix
                 n_in);
     for (long half = 0; half < HEIGHT; half += 16) {
         long o = first + half;
-        if (o + 16 <= from)
-            continue;
-        __mmask16 wanted = from > o ? 0xffff << (from - o) : 0xffff;
         __m512 bias = _mm512_setzero_ps();
         if (w.bias)
             bias = _mm512_loadu_ps(w.bias + o);
@@ -296,10 +292,9 @@ static void multiply_rows(struct step *s, struct scratch *scratch, struct matrix
                 sums = gelu_of(sums, s->model->exact_gelu);
             if (then == ADD) {
                 to = s->x + row * n_out + o;
-                // Another thread may be adding to what is not wanted here.
-                sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(wanted, to));
+                sums = _mm512_add_ps(sums, _mm512_loadu_ps(to));
             }
-            _mm512_mask_storeu_ps(to, wanted, sums);
+            _mm512_storeu_ps(to, sums);
         }
     }
 }
@@ -322,9 +317,10 @@ static void multiply_many(struct step *s, struct stage *stage, struct scratch *s
     for (; piece < n_pieces; piece = take_piece(stage)) {
         long last = (piece + 1) * rows < n_out ? (piece + 1) * rows : n_out;
         for (long from = piece * rows; from < last; from += HEIGHT) {
-            // The matrix may end within these rows: then some are computed again.
+            // The vocabulary may end within these rows: then some are computed again, to the same
+            // bits. What is added has a multiple of 32 rows: see most_rows.
             long first = from + HEIGHT <= n_out ? from : n_out - HEIGHT;
-            multiply_rows(s, scratch, w, y, n_in, n_out, first, from, then);
+            multiply_rows(s, scratch, w, y, n_in, n_out, first, then);
         }
         finish_piece(stage, n_pieces);
     }
