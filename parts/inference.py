@@ -317,7 +317,7 @@ def has_bf16_ops() -> bool:
 
 
 def pack(module: nn.Module, dtype: torch.dtype, for_c: bool = False) -> nn.Module:
-    """Replace each Linear layer by a PackedLinear, in place, and return the module.
+    """Replace each Linear layer by a PackedLinear, in place, and return the module, without dropout.
 
     A packed module cannot be moved, trained or saved. for_c: on a CPU it will compute a few tokens
     at a time, or as many as parts/decode.c takes, so a matrix's rows lie as the functions in C read
@@ -336,7 +336,7 @@ def pack(module: nn.Module, dtype: torch.dtype, for_c: bool = False) -> nn.Modul
         room = matvec.Room([child.weight.numel() * dtype.itemsize for _, _, child in linears])
     for part, name, child in linears:
         setattr(part, name, PackedLinear(child, dtype, kernel, room))
-    return module
+    return module.eval()
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ import shutil
 import sys
 
 import model as model_file
+import sample
 from model import MLP, Block
 from parts import auto, decode, inference, matvec, runtime
 from parts.compiler import SOURCES
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ids, make_toy
+from conftest import TOY, ids, make_toy
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("gcc") is None, reason="it is compiled by GCC on Linux"
@@ -68,6 +69,16 @@ SHAPES = [
     dict(n_embd=33, n_head=11, n_layer=1, pad_vocab=False),
     dict(n_embd=64, n_head=1, flash=False, dropout=0.3),
 ]
+
+
+@pytest.mark.parametrize("dtype, samples", [("fp32", 1), ("bf16", 40), ("int8", 3)])
+def test_sample_py_computes_its_tokens_in_c(tmp_path, steps, capsys, dtype, samples):
+    if samples > count_most_rows(TYPES[dtype]):
+        pytest.skip("this CPU has no products of matrices in bf16")
+    make_toy(**TOY).save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--device", "cpu", "--dtype", dtype]
+    sample.main([*options, "-p", "abc", "-n", str(samples), "-m", "5"])
+    assert steps == [samples] * 4  # the first token comes from the prompt
 
 
 @torch.no_grad()
