@@ -637,9 +637,7 @@ def settings_by_hours(
         kept = {name: saved[name] for name in dial.CHOSEN if name not in typed}
         return dataclasses.replace(config, **kept)
     if typed:
-        raise ValueError(
-            f"hours chooses {', '.join(typed)}: leave them out, or hours, and set all by hand"
-        )
+        raise ValueError(dial.describe_conflict(typed))
     if machine.world_size > 1:
         raise ValueError("hours is for one process: its law was measured with small models")
     tokenizer = data.tokenizer_of_shards(config.data_dir)
@@ -870,6 +868,9 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__ + configurator.help_text(TrainConfig))
         return
     config = configurator.configure(TrainConfig, argv)
+    if config.hours:
+        _, typed = configurator.split_arguments(argv, configurator.settings_of(TrainConfig))
+        dial.check_flags(config, [flag.name for flag in typed])
     own_folder: AbstractContextManager = contextlib.nullcontext()
     if os.environ.get("RANK", "0") == "0":
         busy = f"out_dir {config.out_dir}: another run is writing to it; wait for it, or stop it"

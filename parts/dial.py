@@ -16,10 +16,10 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from parts import GPT, auto, data
+from parts import GPT, attention, auto, data
 from parts.optimizer import build_optimizer, clip_gradients
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
@@ -66,8 +66,14 @@ SHAPES = (
 BLOCK_SIZE = 256
 MEGABYTE = 1_000_000
 SEQUENCES = 16  # a step
-# Of the time, what is left for evaluations, samples and checkpoints.
+# A text that would be read in too few steps is read in smaller ones.
+FEWEST_SEQUENCES = 4
+# Where the text is read to its end, a larger model learned at most 1 % more.
+MOST_PARAMETERS_PER_TOKEN = 20
+# Of the time; the rest is for evaluations, samples and checkpoints.
 TRAINING_SHARE = 0.85
+# Shorter runs are evaluated at their beginning and their end only.
+STEPS_WITH_QUARTERS = 1000
 FEWEST_STEPS = 30
 # A larger model that the time allows fewer steps is left out: the law's own runs have no fewer, and
 # shorter ones ended up to a quarter above it.
@@ -124,16 +130,42 @@ class Option(NamedTuple):
 
 
 def typed(config: Any) -> list[str]:
-    """The settings that the hours choose and that somebody has set."""
+    """The settings that the hours choose and that have another value than the default."""
+    chosen = set(CHOSEN)
+    return [name for name in changed_settings(config) if name in chosen]
+
+
+def changed_settings(config: Any) -> list[str]:
+    """The settings that have another value than the default."""
     defaults = type(config)()
-    return [name for name in CHOSEN if getattr(config, name) != getattr(defaults, name)]
+    names = [field.name for field in fields(config) if field.init]
+    return [name for name in names if getattr(config, name) != getattr(defaults, name)]
+
+
+def check_flags(config: Any, names: list[str]) -> None:
+    """ValueError for a flag among these that the hours would override in silence: `typed` does not
+    see one whose value is the default.
+    """
+    unseen = [name for name in CHOSEN if name in names and name not in typed(config)]
+    if unseen:
+        raise ValueError(describe_conflict(unseen))
+
+
+def describe_conflict(names: list[str]) -> str:
+    return f"hours chooses {', '.join(names)}: leave them out, or hours, and set all by hand"
 
 
 def study_text(data_dir: str, tokenizer: Tokenizer) -> Text:
-    """Look at the first megabyte of the training text. ValueError if there is none."""
-    windows = data.TokenWindows(
-        data.open_shards(data_dir, "train"), BLOCK_SIZE, tokenizer.vocab_size
-    )
+    """Look at the first megabyte of the training text. ValueError if it is too short."""
+    shards = data.open_shards(data_dir, "train")
+    n_tokens = sum(len(shard.tokens) for shard in shards)
+    needed = FEWEST_STEPS * FEWEST_SEQUENCES * BLOCK_SIZE // MOST_EPOCHS
+    if n_tokens < needed:
+        raise ValueError(
+            f"{data_dir}: {n_tokens:,} training tokens are too few to choose a model by the hours; "
+            f"take more text, {needed:,} tokens at least"
+        )
+    windows = data.TokenWindows(shards, BLOCK_SIZE, tokenizer.vocab_size)
     starts = windows.select_first(MEGABYTE)
     bits_per_nat = windows.bits_per_byte(starts, tokenizer)
     ids = windows.read(starts)[:, 1:].reshape(-1)
@@ -198,16 +230,17 @@ def choose(
         best = option
     if best is None:
         raise ValueError(
-            f"hours={config.hours}, or the text of {text.train_tokens:,} tokens, is too short for "
-            f"{FEWEST_STEPS} steps of the smallest model"
+            f"hours={config.hours} is too short for {FEWEST_STEPS} steps of the smallest model; "
+            "set more"
         )
-    if best.config.max_steps == most_steps(best.config, text):
+    text_ends = best.config.max_steps == most_steps(best.config, text)
+    if text_ends:
         minutes = best.seconds_per_step * best.config.max_steps / 60
         say(
             f"hours: the run ends early, after about {minutes:,.1f} minutes: it has read the text "
             f"{MOST_EPOCHS} times, and more of it would make the model worse"
         )
-    if best.config.n_embd == SHAPES[-1][2]:
+    elif best.config.n_embd == SHAPES[-1][2]:
         say(
             "hours: this is the largest size that the law is used for, and a larger one would "
             "learn more in the time; config/gpt2_124M.py is the next"
@@ -219,10 +252,22 @@ def most_steps(config: Any, text: Text) -> int:
     return MOST_EPOCHS * text.train_tokens // config.total_batch_size
 
 
+def sequences_per_step(text: Text) -> int:
+    """As in the law's runs, or fewer: then a short text is read in as many steps as they have."""
+    sequences = SEQUENCES
+    enough_tokens = STEPS_OF_LAW * BLOCK_SIZE
+    while sequences > FEWEST_SEQUENCES and (
+        MOST_EPOCHS * text.train_tokens < sequences * enough_tokens
+    ):
+        sequences //= 2
+    return sequences
+
+
 def options(
     config: Any, machine: Runtime, text: Text, build: Callable[[Any], GPT]
 ) -> Iterator[Option]:
     """The sizes that the time is enough for, from the smallest on."""
+    sequences = sequences_per_step(text)
     for n_layer, n_head, n_embd in SHAPES:
         shaped = replace(
             config,
@@ -230,8 +275,8 @@ def options(
             n_head=n_head,
             n_embd=n_embd,
             block_size=BLOCK_SIZE,
-            batch_size=SEQUENCES,
-            total_batch_size=SEQUENCES * BLOCK_SIZE,
+            batch_size=sequences,
+            total_batch_size=sequences * BLOCK_SIZE,
             optimizer="muon",
             learning_rate=2e-2,  # of embeddings, biases and norms
             min_lr=0.0,
@@ -243,43 +288,69 @@ def options(
         steps = int(config.hours * 3600 * TRAINING_SHARE / seconds)
         time_is_short = steps < most_steps(shaped, text)
         steps = min(steps, most_steps(shaped, text))
-        is_smallest = n_embd == SHAPES[0][2]
-        if steps < FEWEST_STEPS or (time_is_short and steps < STEPS_OF_LAW and not is_smallest):
+        if steps < FEWEST_STEPS:
             return
-        settings = replace(shaped, **settings_of_length(steps))
+        is_smallest = n_embd == SHAPES[0][2]
+        if time_is_short:
+            is_too_large = steps < STEPS_OF_LAW
+        else:
+            is_too_large = model.num_params() > MOST_PARAMETERS_PER_TOKEN * text.train_tokens
+        if is_too_large and not is_smallest:
+            return
+        settings = replace(shaped, **settings_of_length(steps, shaped.total_batch_size))
         parameters = model.num_params()
         bits = expected_bits(parameters, steps * settings.total_batch_size, text)
         yield Option(settings, parameters, seconds, bits)
 
 
-def settings_of_length(steps: int) -> dict:
+def settings_of_length(steps: int, tokens_per_step: int) -> dict:
     """What goes with the number of steps. Evaluations take a twentieth of a run's time, and more of
     a run of few minutes, because fewer tokens would say too little.
     """
-    tokens = steps * SEQUENCES * BLOCK_SIZE
+    eval_every = steps
+    if steps >= STEPS_WITH_QUARTERS:
+        eval_every = math.ceil(steps / 4)
     return dict(
         warmup_steps=max(5, steps // 20),
         max_steps=steps,
-        eval_every=max(1, steps // 4),
-        eval_tokens=min(1_048_576, max(131_072, tokens // 40)),
-        sample_every=max(1, steps // 5),
-        checkpoint_every=max(1, steps // 4),
+        eval_every=eval_every,
+        eval_tokens=min(1_048_576, max(131_072, steps * tokens_per_step // 40)),
+        sample_every=math.ceil(steps / 5),
+        checkpoint_every=math.ceil(steps / 4),
     )
 
 
 def time_step(config: Any, model: GPT, machine: Runtime) -> float:
-    """Seconds of a training step, as train.py would do it."""
+    """Seconds of a training step, as a run of about so many hours would do it, but not compiled.
+
+    How the machine computes afterwards is as it was.
+    """
     model.to(machine.device)
-    arithmetic, _ = auto.choose_arithmetic(config, model, machine, {})
-    auto.apply(arithmetic, model)
-    optimizer = build_optimizer(model, config, arithmetic.torch_dtype)
+    flops = model.flops_per_token(config.block_size) * config.total_batch_size
+    steps = 3600 * config.hours / auto.expected_seconds(flops, machine)
+    config = replace(config, max_steps=max(1, int(steps)))
+    threads = torch.get_num_threads()
+    kernel_is_used = attention.kernel_is_used
+    try:
+        arithmetic, _ = auto.choose_arithmetic(config, model, machine, {})
+        auto.apply(arithmetic, model)
+        return time_updates(config, model, machine, arithmetic.torch_dtype)
+    finally:
+        torch.set_num_threads(threads)
+        attention.use_kernel(kernel_is_used)
+
+
+def time_updates(config: Any, model: GPT, machine: Runtime, dtype: torch.dtype) -> float:
+    """Seconds of an update, the median of three, with a rate of zero."""
+    optimizer = build_optimizer(model, config, dtype)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    batch = torch.zeros(SEQUENCES, BLOCK_SIZE + 1, dtype=torch.int64, device=machine.device)
+    size = (config.batch_size, config.block_size + 1)
+    batch = torch.zeros(size, dtype=torch.int64, device=machine.device)
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        with machine.autocast(arithmetic.torch_dtype):
+        with machine.autocast(dtype):
             loss = model(batch[:, :-1], batch[:, 1:])
         loss.backward()
         clip_gradients(list(model.parameters()), config.grad_clip or math.inf, exact=True)
@@ -291,7 +362,7 @@ def time_step(config: Any, model: GPT, machine: Runtime) -> float:
 
 
 def as_command(config: Any) -> str:
-    """The settings as they could have been typed."""
-    flags = [f"--data_dir={config.data_dir}", f"--out_dir={config.out_dir}"]
-    flags += [f"--{name}={getattr(config, name)}" for name in CHOSEN]
+    """The same run in another folder, with all of its settings typed."""
+    by_hand = replace(config, hours=0.0, out_dir=f"{config.out_dir}_by_hand", resume="auto")
+    flags = [f"--{name}={getattr(by_hand, name)}" for name in changed_settings(by_hand)]
     return shlex.join(["python", "train.py", *flags])

@@ -317,11 +317,11 @@ def has_bf16_ops() -> bool:
 
 
 def pack(module: nn.Module, dtype: torch.dtype, for_c: bool = False) -> nn.Module:
-    """Replace each Linear layer by a PackedLinear, in place, and return the module, without dropout.
+    """Replace each Linear layer by a PackedLinear, in place, and return the module.
 
-    A packed module cannot be moved, trained or saved. for_c: on a CPU it will compute a few tokens
-    at a time, or as many as parts/decode.c takes, so a matrix's rows lie as the functions in C read
-    them.
+    A packed module has no dropout, and cannot be moved, trained or saved. for_c: on a CPU it will
+    compute a few tokens at a time, or as many as parts/decode.c takes, so a matrix's rows lie as
+    the functions in C read them.
     """
     linears = []
     for part in list(module.modules()):

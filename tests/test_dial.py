@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import train
-from parts import data, dial, runtime
+from parts import auto, data, dial, runtime
 from parts.pretrained import checkpoints
 
 import pytest
@@ -22,6 +22,7 @@ STUDY = Path(__file__).parent.parent / "results" / "scaling"
 
 # Tiny ones, so that a run takes a second.
 SHAPES = ((1, 1, 16), (1, 2, 32), (2, 2, 64))
+TIME_STEP = dial.time_step
 MILLISECONDS = {16: 100, 32: 200, 64: 900}
 
 
@@ -30,6 +31,7 @@ def hours(config, monkeypatch):
     """A config of 10 s, on a machine whose speed is known."""
     monkeypatch.setattr(dial, "SHAPES", SHAPES)
     monkeypatch.setattr(dial, "SEQUENCES", 2)
+    monkeypatch.setattr(dial, "FEWEST_SEQUENCES", 2)
     monkeypatch.setattr(dial, "BLOCK_SIZE", 32)
     monkeypatch.setattr(dial, "STEPS_OF_LAW", 20)
     speed(monkeypatch, 1.0)
@@ -56,6 +58,16 @@ def options(config) -> list[dial.Option]:
         return train.GPT(train.model_config(config, tokenizer.vocab_size))
 
     return list(dial.options(config, runtime.start("cpu"), text, build))
+
+
+def typed_flags(config, typed: dict) -> list[str]:
+    """The flags of a config, of those that the hours choose only these."""
+    argv = []
+    for flag in flags(config):
+        name = flag.removeprefix("--").partition("=")[0]
+        if name in typed or name not in dial.CHOSEN:
+            argv.append(flag)
+    return argv
 
 
 def test_the_law_is_that_of_the_measurements():
@@ -140,6 +152,16 @@ def test_a_larger_model_has_as_many_steps_as_the_laws_runs(hours, monkeypatch):
     assert [option.config.max_steps for option in options(hours)] == [35, 35]
 
 
+def test_a_short_text_gets_no_model_that_is_much_larger_than_itself(hours, monkeypatch):
+    speed(monkeypatch, 0.001)
+    monkeypatch.setattr(dial, "most_steps", lambda config, text: 35)
+    considered = options(hours)
+    assert [option.config.n_embd for option in considered] == [16, 32, 64]
+    train_tokens = json.loads((Path(hours.data_dir) / "meta.json").read_text())["tokens"]["train"]
+    monkeypatch.setattr(dial, "MOST_PARAMETERS_PER_TOKEN", considered[1].parameters / train_tokens)
+    assert [option.config.n_embd for option in options(hours)] == [16, 32]
+
+
 def test_the_lowest_expected_loss_wins(hours, capsys):
     considered = options(hours)
     # Nine steps of the third are too few.
@@ -170,17 +192,15 @@ def test_a_short_text_is_read_four_times_and_no_more(hours, capsys):
     assert "it has read the text 4 times" in capsys.readouterr().out
 
 
-def test_a_run_by_the_hours_is_the_run_of_the_settings_that_it_prints(
-    hours, tmp_path, monkeypatch, capsys
-):
+def test_a_run_by_the_hours_is_the_run_of_the_settings_that_it_prints(hours, capsys):
+    hours = replace(hours, seed=7, dropout=0.1)
     by_hours = losses(hours)
     printed = capsys.readouterr().out
     [line] = [line for line in printed.splitlines() if line.startswith("hours: the same by hand")]
     argv = shlex.split(line.split(": ")[2])
     assert argv[:2] == ["python", "train.py"]
-    by_hand = replace(hours, hours=0.0)
-    argv = [*flags(by_hand), *argv[2:], f"--out_dir={tmp_path / 'by_hand'}"]
-    by_hand = train.configurator.configure(train.TrainConfig, argv)
+    by_hand = train.configurator.configure(train.TrainConfig, argv[2:])
+    assert by_hand.out_dir == f"{hours.out_dir}_by_hand"
     assert losses(by_hand) == by_hours
 
     run = metrics(hours.out_dir, "run")[0]
@@ -236,16 +256,36 @@ def test_shards_without_any_text(hours, monkeypatch):
     "changes, message",
     [
         (dict(n_embd=96), "hours chooses n_embd: leave them out, or hours, and set all by hand"),
-        (dict(hours=1e-6), "is too short for 30 steps of the smallest model"),
+        (dict(hours=1e-6), "is too short for 30 steps of the smallest model; set more"),
+        (dict(optimizer="adamw"), "hours chooses optimizer: leave them out"),  # the default
         (dict(hours=-1.0), "hours is -1.0: it must be at least 0"),
         (dict(init_from="gpt2"), "hours is for a model from scratch; init_from has a size already"),
     ],
 )
 def test_hours_that_cannot_be(hours, capsys, changes, message):
     with pytest.raises(SystemExit) as end:
-        train.main(flags(replace(hours, **changes)))
+        train.main(typed_flags(replace(hours, **changes), changes))
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_for_the_dial(hours, monkeypatch):
+    monkeypatch.setattr(dial, "FEWEST_STEPS", 10**6)
+    with pytest.raises(ValueError, match=r"training tokens are too few .* 16,000,000 tokens at"):
+        dial.study_text(hours.data_dir, data.tokenizer_of_shards(hours.data_dir))
+
+
+@pytest.mark.parametrize("tokens, sequences", [(2_000, 4), (130_000, 8), (300_000, 16)])
+def test_a_short_text_is_read_in_smaller_steps(tokens, sequences):
+    text = dial.Text(train_tokens=tokens, bytes_per_token=1.0, hardness=1.0)
+    assert dial.sequences_per_step(text) == sequences
+
+
+def test_short_runs_are_evaluated_twice():
+    """Five times 131,072 tokens would take as long as a hundred steps."""
+    assert dial.settings_of_length(250, 4096)["eval_every"] == 250
+    assert dial.settings_of_length(1001, 4096)["eval_every"] == 251  # four times, not five
+    assert dial.settings_of_length(1000, 4096)["eval_every"] == 250
 
 
 def test_hours_are_for_one_process(hours):
@@ -258,10 +298,26 @@ def test_a_step_is_timed_and_changes_nothing(hours, monkeypatch):
     monkeypatch.undo()  # dial's own time_step
     ticks = itertools.count()
     monkeypatch.setattr(dial.time, "perf_counter", lambda: 0.25 * next(ticks))
-    config = replace(hours, n_layer=1, n_head=2, n_embd=32, block_size=256, optimizer="muon")
+    model_settings = dict(n_layer=1, n_head=2, n_embd=32, block_size=256)
+    config = replace(hours, **model_settings, batch_size=2, total_batch_size=512, optimizer="muon")
     torch.manual_seed(0)
     model = train.GPT(train.model_config(config, 257))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert dial.time_step(config, model, runtime.start("cpu")) == 0.25
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_each_size_is_timed_with_all_threads(hours, monkeypatch):
+    """The race of a small model may take one thread, which a larger one shall not inherit."""
+    monkeypatch.setattr(dial, "time_updates", lambda *_: float(torch.get_num_threads()))
+    arithmetic = auto.Arithmetic("fp32", True, threads=1, compile=False)
+    monkeypatch.setattr(auto, "choose_arithmetic", lambda *_: (arithmetic, ""))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    model = train.GPT(train.model_config(replace(hours, n_layer=1, n_head=2, n_embd=32), 257))
+    try:
+        seconds = TIME_STEP(hours, model, runtime.start("cpu"))
+        assert (seconds, torch.get_num_threads()) == (1.0, 2)
+    finally:
+        torch.set_num_threads(threads)
