@@ -150,6 +150,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             if arguments.web:
                 default = page.FIRST_SETTINGS.get(name, default)
             setattr(arguments, name, default)
+    if not all(map(is_unicode, arguments.stop)):
+        parser.error("--stop: it is not UTF-8")
     if arguments.encoding == "":
         parser.error("--encoding: must not be empty")
     if not 1 <= arguments.samples <= MOST_SAMPLES:
@@ -344,6 +346,16 @@ def write(
                 show_record(record)
 
 
+def check_lengths(texts: list[Text], block_size: int) -> None:
+    """ValueError, before anything is written, for a prompt of more tokens than the model takes."""
+    for number, text in enumerate(texts, start=1):
+        if len(text.ids) > block_size:
+            raise ValueError(
+                f"prompt {number} of {len(texts)}, {text.prompt[:30]!r}...: {len(text.ids):,} "
+                f"tokens, and this model takes {block_size:,} at most; shorten it"
+            )
+
+
 def as_object(text: Text, seconds: float, logprobs: bool) -> dict:
     """The JSON object of a sample. seconds: how long its batch took."""
     tokens = [(record.token.text, record.token.logprob) for record in text.record]
@@ -402,6 +414,9 @@ def write_together(
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("> ")
+            if not is_unicode(line):
+                print_note("this line is not UTF-8; type it again")
+                continue
             name, _, value = line.removeprefix("/").strip().partition(" ")
             if not line.startswith("/"):
                 turns.append(Turn(story, line))
@@ -478,7 +493,7 @@ def save_story(value: str, line: str, story: str) -> None:
         path = Path(path_option(value))
         path.write_text(story, encoding="utf-8")
         print_note(f"{path}: {len(story):,} characters")
-    except (OSError, argparse.ArgumentTypeError) as error:
+    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
         print_note(f"{line}: {error}")
 
 
@@ -550,10 +565,12 @@ def main(argv: list[str] | None = None) -> None:
         )
         serve_page(shelf, tokenizer, form, arguments.port)
     else:
+        prompts = prompts or [default_prompt]
         texts = []
-        for prompt in prompts or [default_prompt]:
+        for prompt in prompts:
             for i in range(arguments.samples):
                 texts.append(Text(tokenizer, prompt, arguments.seed + i, arguments.stop))
+        check_lengths(texts[:: arguments.samples], prepared.model.config.block_size)
         write(
             prepared.model,
             texts,

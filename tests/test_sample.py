@@ -266,7 +266,13 @@ def test_gpt2_comes_from_the_hub_once(hub, capsys, monkeypatch):
 def test_bad_models_and_prompts_are_one_line(toy, capsys, tmp_path, monkeypatch):
     run(capsys, "--model", toy, "-p", "x" * 32, "-m", "3")  # a full window is not too long
     line = fails(capsys, "--model", toy, "-p", "short", "-p", "long " * 20)
-    assert "a prompt of 100 tokens: this model takes 1 to 32; shorten it" in line
+    assert "prompt 2 of 2, 'long long long long long long '...: 100 tokens" in line
+    assert "this model takes 32 at most; shorten it" in line
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n" * sample.BATCH + "long " * 20)
+    with pytest.raises(SystemExit):
+        sample.main(["--model", toy, "--file", str(prompts), "-m", "3", "--device", "cpu"])
+    assert capsys.readouterr().out == ""  # no work before the mistake is found
     assert "gpt2-mediun: no such model; name gpt2, gpt2-medium" in fails(
         capsys, "--model", "gpt2-mediun"
     )
@@ -298,6 +304,7 @@ BAD_OPTIONS = dict.fromkeys(EXCLUDE_EACH_OTHER, "exclude each other") | {
     "--temperature nan": "temperature must be 0 or more",
     "--top_p 1.5": "top_p must be at most 1",
     "--repetition_penalty 0": "repetition_penalty must be 0.01 or more",
+    "--stop \udce9": "--stop: it is not UTF-8",
     "-n 0": "samples must be 1 to 1,000,000, not 0",
 }
 
@@ -437,7 +444,7 @@ def test_writing_together(toy, capsys, monkeypatch):
     nothing.
     """
     commands = ["/temperature 0", "/max_tokens 5", "ab", "/top_p 7", "/seed x", "/hi"]
-    type_in(monkeypatch, *commands, "cd", "/reset", "ab")
+    type_in(monkeypatch, *commands, "/save a\0b", "caf\udce9", "cd", "/reset", "ab")
     out, err = run(capsys, "--model", toy, "-i")
     tokens, model = get_tokenizer("bytes"), GPT.from_pretrained(toy)
 
@@ -449,10 +456,12 @@ def test_writing_together(toy, capsys, monkeypatch):
     second = continued(f"ab{first}\ncd")
     lines = [printable(text) + "\n" for text in (first, second, first, "")]
     assert out.replace("> ", "") == "".join(lines)
-    mistakes = err.splitlines()[-3:]
+    mistakes = err.splitlines()[-5:]
     assert mistakes[0] == "/top_p 7: top_p must be at most 1"
     assert mistakes[1].startswith("/seed x: ")
     assert mistakes[2] == "/hi: no such command; /help lists them"
+    assert "null" in mistakes[3]
+    assert mistakes[4] == "this line is not UTF-8; type it again"
     type_in(monkeypatch, "/help")
     help_lines = run(capsys, "--model", toy, "-i")[1]
     assert set(re.findall(r"^  /(\w+)", help_lines, re.M)) == {*SETTINGS, *sample.COMMANDS}
