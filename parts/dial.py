@@ -43,9 +43,9 @@ class Law(NamedTuple):
         return self.E + self.A / parameters**self.alpha + self.B / n_bytes**self.beta
 
 
-LAW = Law(E=0.8186, A=5.728, alpha=0.1795, B=12.98, beta=0.1846)
+LAW = Law(E=0.1434, A=3.515, alpha=0.0959, B=8.229, beta=0.138)
 # Text that is read again is worth less each time: see `Text.useful`.
-USEFUL_REPEATS = 0.7
+USEFUL_REPEATS = 0.6
 # More than so many times teach nothing new, and after 16 a model knows it by heart and is worse.
 MOST_EPOCHS = 4
 # Bytes -> the bits a byte that xz needs for as much of the law's text: more repeats itself more.
