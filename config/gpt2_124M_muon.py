@@ -9,7 +9,7 @@ tokens and its own schedule, Muon ended 0.08 nats below AdamW with all of them (
 were tuned with five runs. How the settings were carried over to 124M:
 
     tokens          half, as in the study. At 23.5M parameters with GPT-2's vocabulary, Muon with
-                    half of the tokens again ended below AdamW with all of them, by 0.13 nats, but
+                    half of the tokens again ended below AdamW with all of them, by 0.10 nats, but
                     these were only 2M tokens (docs/scaling.md). It need not hold here.
     learning_rate   twice AdamW's 6e-4: in the study, the parameters that stay with AdamW did best
                     at twice AdamW's rate.
