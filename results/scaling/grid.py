@@ -228,8 +228,12 @@ def repeated_runs() -> list[Run]:
 
 
 def checking_runs() -> list[Run]:
-    """A second seed, and half and twice the rates that the rule carries to the largest width."""
+    """A second seed, of neighbours where the best size lies between them too, and half and twice the
+    rates that the rule carries to the largest width.
+    """
     runs = [make_grid_run(128, "muon", 1e13, seed=2)]
+    for width in (64, 96):
+        runs.append(make_grid_run(width, "muon", 3e13, seed=2))
     for factor in (0.5, 2):
         for optimizer in ("muon", "adamw"):
             rate, muon_rate = rates(optimizer, 192)
