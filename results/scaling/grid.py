@@ -228,7 +228,7 @@ def repeated_runs() -> list[Run]:
 
 
 def checking_runs() -> list[Run]:
-    """A second seed, of neighbours where the best size lies between them too, and half and twice the
+    """Second seeds, also of two neighbours with the best size between them, and half and twice the
     rates that the rule carries to the largest width.
     """
     runs = [make_grid_run(128, "muon", 1e13, seed=2)]
