@@ -299,8 +299,8 @@ class Desk:
             self.turn.release()
 
     def close(self) -> bool:
-        """End the running text at its next token, because a thread must not be in the model when
-        Python ends. Whether that was possible in PATIENCE seconds: a long prompt may take more.
+        """End the running text at its next token. Whether that was possible in PATIENCE seconds: a
+        long prompt may take more.
         """
         self.is_closed.set()
         return self.turn.acquire(timeout=PATIENCE)
@@ -382,8 +382,8 @@ def make_app(desk: Desk, progress: Callable[[], dict], form: dict, token: str):
 
 
 def serve(answers: dict[str, Answer], progress: Callable[[], dict], form: dict, port: int) -> None:
-    """Serve the page until Ctrl-C, and print its address, which has the token. Port 0 is any free
-    one.
+    """Serve the page until Ctrl-C, and end the process. Prints the page's address, which has the
+    token. Port 0 is any free one.
 
     answers: one for each of ANSWERS. progress: see Shelf.progress. form: the values that the page's
     form begins with. Raises ValueError if the port cannot be had.
@@ -428,8 +428,8 @@ def serve(answers: dict[str, Answer], progress: Callable[[], dict], form: dict, 
         print(f"http://{HOST}:{listener.getsockname()[1]}/?token={token}", flush=True)
         server.serve_forever()
     with suppress(KeyboardInterrupt):  # again: it need not wait
-        if desk.close():
-            return
-    # Python would end in the middle of torch, with a message of C++'s and a core dump.
+        desk.close()
+    # A request's thread may still be on its way out, or in the middle of torch. Python's own end
+    # would unwind it, with a message of C++'s and a core dump.
     sys.stdout.flush()
     os._exit(0)
