@@ -8,6 +8,7 @@ a file, tokenizer.json, beside the shards and in every checkpoint.
 if __name__ == "__main__":
     raise SystemExit("parts/tokenizer.py is no command: README.md lists the commands")
 
+import abc
 import functools
 import hashlib
 import importlib.util
@@ -46,7 +47,7 @@ BREAK = re.compile(
 )
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Base class. Invalid UTF-8, such as half a character, becomes U+FFFD."""
 
     name: str
@@ -68,22 +69,23 @@ class Tokenizer:
         except (ValueError, IndexError):
             return 0
 
+    @abc.abstractmethod
     def encode_bytes(self, text: bytes) -> np.ndarray:
         """Encode UTF-8 as ids: (number of tokens) uint16."""
-        raise NotImplementedError
 
     quick: Any = None  # a library that gives the same ids sooner, once `quicken` was called
 
     def quicken(self) -> None:
         """Prepare for much text, which takes half a second."""
+        return  # nothing gives these ids sooner
 
+    @abc.abstractmethod
     def decode_bytes(self, ids: list[int]) -> bytes:
         """Decode ids to UTF-8. Single ids may give a part of a character."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def hf_files(self) -> dict[str, str]:
         """Return the files from which transformers makes the same tokenizer: name -> text."""
-        raise NotImplementedError
 
     def is_described_by(self, description: "Description") -> bool:
         """Whether a description gives every text the same ids. Only those in TOKENIZERS say so.
@@ -116,13 +118,13 @@ class Tokenizer:
 class BytePairTokenizer(Tokenizer):
     """Byte-pair encoding, done by a library that defines its ids, and by a quicker one."""
 
+    @abc.abstractmethod
     def encode_part(self, text: str) -> np.ndarray:
         """The ids of a text by the library that defines them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def engine_file(self) -> str:
         """tokenizer.json without special tokens, for another library."""
-        raise NotImplementedError
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
         # In segments, because of long runs. For a run of millions of characters without white
