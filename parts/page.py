@@ -298,12 +298,12 @@ class Desk:
         finally:
             self.turn.release()
 
-    def close(self) -> bool:
-        """End the running text at its next token. Whether that was possible in PATIENCE seconds: a
-        long prompt may take more.
+    def close(self) -> None:
+        """End the running text at its next token; wait PATIENCE seconds for it, because a long
+        prompt may take more.
         """
         self.is_closed.set()
-        return self.turn.acquire(timeout=PATIENCE)
+        self.turn.acquire(timeout=PATIENCE)
 
 
 def line(**event) -> str:

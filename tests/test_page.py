@@ -49,7 +49,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 # an answer ends. A prompt of digits is continued by counting modulo 10, with tokens whose ids are
 # their digits plus 1; 0 is the end of text.
 SERVER = """
-import json, pathlib, signal, sys, time
+import atexit, json, pathlib, signal, sys, time
 from parts import page
 page.PATIENCE = 3  # seconds
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job, such as nohup make test
@@ -127,6 +127,8 @@ def answer(request):
 def progress():
     return json.loads(pathlib.Path(sys.argv[2]).read_text())
 answers = dict(answer=answer, look=look, read=read)
+# Python's own end, which unwinds the threads of requests, is not what ends the process.
+atexit.register(sys.stderr.write, "Python's own end")
 page.serve(answers, progress, json.loads(sys.argv[1]), 0)
 """
 
