@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from parts import GPT, attention, auto, data
+from parts import GPT, auto, data
 from parts.optimizer import build_optimizer, clip_gradients
 from parts.runtime import Runtime
 from parts.tokenizer import Tokenizer
@@ -190,6 +190,11 @@ def law_xz_bits(n_bytes: int) -> float:
     return float(np.interp(math.log(n_bytes), sizes, list(LAW_XZ_BITS.values())))
 
 
+def law_size(config: Any, model: GPT) -> int:
+    """Parameters as the law counts them: without positions."""
+    return model.num_params() - config.block_size * config.n_embd
+
+
 def expected_bits(parameters: float, tokens: float, text: Text) -> float:
     """Bits a byte of this text after so many tokens of it."""
     n_bytes = text.useful(tokens) * text.bytes_per_token
@@ -200,7 +205,7 @@ def expect(config: Any, model: GPT, tokenizer: Tokenizer) -> str:
     """Bits a byte after a run's last step, with their error, in words."""
     text = study_text(config.data_dir, tokenizer)
     tokens = config.max_steps * config.total_batch_size
-    bits = expected_bits(model.num_params(), tokens, text)
+    bits = expected_bits(law_size(config, model), tokens, text)
     low = bits * (1 - RELATIVE_ERROR)
     high = bits * (1 + RELATIVE_ERROR)
     return f"{bits:.2f} ({low:.2f} to {high:.2f})"
@@ -299,7 +304,8 @@ def options(
             return
         settings = replace(shaped, **settings_of_length(steps, shaped.total_batch_size))
         parameters = model.num_params()
-        bits = expected_bits(parameters, steps * settings.total_batch_size, text)
+        tokens = steps * settings.total_batch_size
+        bits = expected_bits(law_size(settings, model), tokens, text)
         yield Option(settings, parameters, seconds, bits)
 
 
@@ -323,21 +329,19 @@ def settings_of_length(steps: int, tokens_per_step: int) -> dict:
 def time_step(config: Any, model: GPT, machine: Runtime) -> float:
     """Seconds of a training step, as a run of about so many hours would do it, but not compiled.
 
-    How the machine computes afterwards is as it was.
+    The race of a small model may take fewer threads; the next size begins with all of them again.
     """
     model.to(machine.device)
     flops = model.flops_per_token(config.block_size) * config.total_batch_size
     steps = 3600 * config.hours / auto.expected_seconds(flops, machine)
     config = replace(config, max_steps=max(1, int(steps)))
     threads = torch.get_num_threads()
-    kernel_is_used = attention.kernel_is_used
     try:
         arithmetic, _ = auto.choose_arithmetic(config, model, machine, {})
         auto.apply(arithmetic, model)
         return time_updates(config, model, machine, arithmetic.torch_dtype)
     finally:
         torch.set_num_threads(threads)
-        attention.use_kernel(kernel_is_used)
 
 
 def time_updates(config: Any, model: GPT, machine: Runtime, dtype: torch.dtype) -> float:

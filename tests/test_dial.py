@@ -109,6 +109,10 @@ def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
         for name in ("learning_rate", "muon_learning_rate", "muon_momentum"):
             assert getattr(option.config, name) == float(measured[name])
         assert option.config.beta2 == float(measured["beta2"])
+        vocab_size = grid.VOCABULARIES[run.vocabulary]
+        model = train.GPT(train.model_config(option.config, vocab_size), initialise=False)
+        outside = (vocab_size + 2) * run.size.n_embd  # embeddings and the last LayerNorm, as fit.py
+        assert dial.law_size(option.config, model) == run.size.block_parameters + outside
 
 
 def test_text_that_repeats_is_worth_less_and_at_last_nothing():
@@ -170,7 +174,8 @@ def test_the_lowest_expected_loss_wins(hours, capsys):
     text = dial.study_text(hours.data_dir, data.tokenizer_of_shards(hours.data_dir))
     for option in considered:
         tokens = 64 * option.config.max_steps
-        assert option.bits == dial.expected_bits(option.parameters, tokens, text)
+        size = option.parameters - dial.BLOCK_SIZE * option.config.n_embd
+        assert option.bits == dial.expected_bits(size, tokens, text)
     chosen = train.settings_by_hours(hours, runtime.start("cpu"), print)
     assert chosen == best.config
     assert f"{best.bits:.3f} bits a byte expected" in capsys.readouterr().out
@@ -189,7 +194,9 @@ def test_a_short_text_is_read_four_times_and_no_more(hours, capsys):
     train_tokens = json.loads((Path(hours.data_dir) / "meta.json").read_text())["tokens"]["train"]
     read = chosen.max_steps * chosen.total_batch_size
     assert 4 * train_tokens - chosen.total_batch_size < read <= 4 * train_tokens
-    assert "it has read the text 4 times" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "it has read the text 4 times" in printed
+    assert "this is the largest size" not in printed  # and a larger one would learn no more
 
 
 def test_a_run_by_the_hours_is_the_run_of_the_settings_that_it_prints(hours, capsys):
@@ -311,13 +318,20 @@ def test_a_step_is_timed_and_changes_nothing(hours, monkeypatch):
 def test_each_size_is_timed_with_all_threads(hours, monkeypatch):
     """The race of a small model may take one thread, which a larger one shall not inherit."""
     monkeypatch.setattr(dial, "time_updates", lambda *_: float(torch.get_num_threads()))
-    arithmetic = auto.Arithmetic("fp32", True, threads=1, compile=False)
-    monkeypatch.setattr(auto, "choose_arithmetic", lambda *_: (arithmetic, ""))
+    lengths = []
+
+    def choose_arithmetic(config, *_):
+        lengths.append(config.max_steps)
+        return auto.Arithmetic("fp32", True, threads=1, compile=False), ""
+
+    monkeypatch.setattr(auto, "choose_arithmetic", choose_arithmetic)
+    monkeypatch.setattr(auto, "expected_seconds", lambda flops, machine: 0.5)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     model = train.GPT(train.model_config(replace(hours, n_layer=1, n_head=2, n_embd=32), 257))
     try:
         seconds = TIME_STEP(hours, model, runtime.start("cpu"))
         assert (seconds, torch.get_num_threads()) == (1.0, 2)
+        assert lengths == [20]  # steps of half a second in ten seconds, which decide the precision
     finally:
         torch.set_num_threads(threads)

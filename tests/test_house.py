@@ -52,7 +52,7 @@ PARTS = {
     "sharding": "console encoding files tokenizer documents data",
     "inference": "decode matvec pretrained standin tokenizer console runtime",
     "auto": "attention matvec console runtime inference",
-    "dial": "attention auto data optimizer runtime tokenizer",
+    "dial": "auto data optimizer runtime tokenizer",
     "metrics": "files json_files tokenizer data runtime",
     "report": "console files metrics",
     "checkpoint": "console files json_files runtime zero snapshot pretrained tokenizer metrics "
