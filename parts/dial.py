@@ -43,7 +43,7 @@ class Law(NamedTuple):
         return self.E + self.A / parameters**self.alpha + self.B / n_bytes**self.beta
 
 
-LAW = Law(E=0.1434, A=3.515, alpha=0.0959, B=8.229, beta=0.138)
+LAW = Law(E=0.2439, A=3.614, alpha=0.1035, B=8.627, beta=0.1432)
 # Text that is read again is worth less each time: see `Text.useful`.
 USEFUL_REPEATS = 0.6
 # More than so many times teach nothing new, and after 16 a model knows it by heart and is worse.

@@ -309,7 +309,7 @@ def report_law(records: dict[str, dict]) -> tuple[Law, list[Law]]:
     bytes_per_token = TEXTS["books_4096"]["bytes_per_token"]
     print_row("FLOPs", "width", "in blocks", "in all", "tokens", "a parameter", "bits a byte")
     print("|" + "---|" * 7)
-    for budget in (3e12, 1e13, 3e13, 1e14, 3e14, 1e15):
+    for budget in (3e12, 1e13, 3e13, 1e14, 3e14, 1e15, 3e15):
         shape, bits = best_shape(law, shapes, budget)
         tokens = budget / shape.flops_per_byte / bytes_per_token
         bands = [best_shape(other, shapes, budget)[1] for other in others]
@@ -425,7 +425,7 @@ def draw(records: dict[str, dict], law: Law, others: list[Law]) -> None:
     lines = functools.partial(line_of_budget, law, shapes, points_of["muon"])
     draw_parabolas(points_of, dict(muon=lines))
 
-    budgets = np.geomspace(2e12, 1e15, 40)
+    budgets = np.geomspace(2e12, 3e15, 40)
     bits = [best_shape(law, shapes, budget)[1] for budget in budgets]
     bands = [[best_shape(other, shapes, budget)[1] for budget in budgets] for other in others]
     low, high = np.percentile(bands, [10, 90], axis=0)
