@@ -163,7 +163,7 @@ def exact_gradients(grad_out, q, k, v) -> tuple[torch.Tensor, ...]:
     """The gradients of causal attention with respect to q, k and v, in float64."""
     q, k, v = (tensor.detach().double().requires_grad_() for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return torch.autograd.grad(out, (q, k, v), grad_out.double())
+    return torch.autograd.grad((out * grad_out.double()).sum(), (q, k, v))
 
 
 # ---- In the network ------------------------------------------------------------------------------
@@ -227,21 +227,23 @@ class FusedAttention(torch.autograd.Function):
         return attention_backward(grad_out, *ctx.saved_tensors)
 
 
-# An operation of torch's own, so that torch.compile need not look into it.
-@torch.library.custom_op("reproduce_gpt2::attention_backward", mutates_args=())
-def attention_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    logsumexp: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+# An operation of torch's own, so that torch.compile need not look into it. (Made by
+# torch.library.custom_op, it would import all of torch.compile when it is first called.)
+library = torch.library.Library("reproduce_gpt2", "DEF")
+operation = library.define(
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor logsumexp) -> (Tensor, Tensor, Tensor)"
+)
+attention_backward: Any = torch.ops.reproduce_gpt2.attention_backward
+
+
+@torch.library.impl(library, operation, "CPU")
+def _(grad_out, q, k, v, out, logsumexp):
     kernel = load_kernel()
     assert kernel is not None, "use_kernel was called without a kernel"
     return kernel.backward(grad_out, q, k, v, out, logsumexp)
 
 
-@attention_backward.register_fake
+@torch.library.register_fake(f"reproduce_gpt2::{operation}")
 def _(grad_out, q, k, v, out, logsumexp):
     return empty_gradients(q)

@@ -3,13 +3,16 @@
 if __name__ == "__main__":
     raise SystemExit("parts/optimizer.py is no command: README.md lists the commands")
 
+import inspect
 from collections import Counter, defaultdict
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 from parts import GPT
 
 import torch
 import torch.nn as nn
+
+T = TypeVar("T", bound=torch.optim.Optimizer)
 
 # Muon (K. Jordan and others, 2024, kellerjordan.github.io/posts/muon): the coefficients of its
 # polynomial.
@@ -18,6 +21,29 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NUMBERS_AT_ONCE = 2**26
 # The norm of so many numbers is right to four digits on a CPU.
 EXACT_NUMBERS = 2**20
+
+
+def without_compiler(optimizer: type[T]) -> type[T]:
+    """A class of torch.optim, without its import of torch.compile.
+
+    torch keeps some methods of an optimizer out of compiled code. For that their first call imports
+    all that compiles: 800 modules, which take a second or two and 75 MB. Only the model is compiled
+    here, so what torch has wrapped does as well.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        setattr(optimizer, name, inspect.unwrap(getattr(optimizer, name)))
+    optimizer.step = torch.no_grad()(inspect.unwrap(optimizer.step))  # type: ignore[method-assign]
+    return optimizer
+
+
+@without_compiler
+class SGD(torch.optim.SGD):
+    """torch's."""
+
+
+@without_compiler
+class AdamW(torch.optim.AdamW):
+    """torch's."""
 
 
 def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optimizer:
@@ -30,10 +56,10 @@ def build_optimizer(model: GPT, config, dtype: torch.dtype) -> torch.optim.Optim
     betas = (config.beta1, config.beta2)
     if config.optimizer == "sgd":
         groups = make_groups(model, "sgd", lr, config.weight_decay)
-        return torch.optim.SGD(groups, lr=lr, momentum=config.beta1, fused=config.fused)
+        return SGD(groups, lr=lr, momentum=config.beta1, fused=config.fused)
     adamw = make_groups(model, "adamw", lr, config.weight_decay)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=1e-8, fused=config.fused)
+        return AdamW(adamw, lr=lr, betas=betas, eps=1e-8, fused=config.fused)
 
     matrices = hidden_matrices(model)
     muon = dict(
@@ -118,7 +144,7 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     return "; ".join(rules)
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Muon for the groups whose rule is "muon", AdamW for the others.
 
     To checkpoints and to GradScaler it is one optimizer. A matrix's update is its momentum with all

@@ -3,8 +3,6 @@ another way.
 """
 
 import math
-import subprocess
-import sys
 
 from model import GPT, SIZES, GPTConfig
 from parts import loss as head
@@ -15,7 +13,7 @@ from parts.pretrained import is_conv1d
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY, clean_environment, ids, make_toy
+from conftest import TOY, ids, make_toy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -93,13 +91,6 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch, device, dtype, pad_vocab):
         assert (grad - reference).norm() < rounding * reference.norm()
     with torch.no_grad():
         assert torch.equal(model(x, y), loss) or dtype != torch.float32
-
-
-def test_building_a_model_does_not_load_the_compiler():
-    """Whose import takes longer than a small model's first sample."""
-    script = "import sys, model; model.GPT(model.GPTConfig(n_layer=1)); "
-    script += "sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], env=clean_environment()).returncode == 0
 
 
 def test_initialisation_is_gpt2s():

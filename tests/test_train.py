@@ -839,3 +839,19 @@ def test_the_untrained_model_is_kept_and_changes_nothing(config):
     again = dataclasses.replace(again, checkpoint_every=12)
     train.train(again)
     assert [folder.name for folder in checkpoints(again.out_dir)] == ["step_0000012"]
+
+
+def test_a_run_that_is_not_compiled_does_not_load_the_compiler(config, tmp_path):
+    """Whose import takes longer than a small model's first steps, and 75 MB."""
+    script = ["import sys, train"]
+    for optimizer, _ in OPTIMIZERS:
+        settings = dict(max_steps=2, checkpoint_every=2, total_batch_size=256)
+        ours = config(**settings, optimizer=optimizer, out_dir=str(tmp_path / optimizer))
+        script.append(f"train.main({flags(ours)})")
+    resumed = dataclasses.replace(ours, max_steps=4, resume_anyway=True)
+    script.append(f"train.main({flags(resumed)})")
+    script.append("sys.exit('torch._dynamo' in sys.modules)")
+    command = [sys.executable, "-c", "\n".join(script)]
+    run = subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert metrics(resumed.out_dir)[-1]["step"] == 3
