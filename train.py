@@ -34,6 +34,7 @@ from model import GPT, GPTConfig, open_model
 from parts import auto, checkpoint, data, dial, inference, pretrained, runtime, standin
 from parts.checkpoint import ResumePoint, RunState, Saver
 from parts.console import Console, StopSignal, command, print_lines, printable, profiler
+from parts.embedding import rows_added_last
 from parts.files import lock
 from parts.metrics import Log, command_line, describe_run
 from parts.optimizer import build_optimizer, clip_gradients, describe
@@ -307,8 +308,10 @@ def train(config: TrainConfig) -> dict:
     # prefix, and the shapes of evaluation do not recompile the training step.
     #
     # Compiled CPU code adds up the gradients of embeddings with atomics, in a different order each
-    # time, unless this is set.
-    torch.use_deterministic_algorithms(arithmetic.compile and machine.device.type == "cpu")
+    # time, unless this is set. (To set it, even to what it is, imports all of torch.compile.)
+    deterministic = arithmetic.compile and machine.device.type == "cpu"
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
     model: Any = torch.compile(raw_model) if arithmetic.compile else raw_model
     if machine.world_size > 1:
         gpu = [machine.device.index] if machine.device.type == "cuda" else None
@@ -318,6 +321,15 @@ def train(config: TrainConfig) -> dict:
         )
     # With several processes, gradients stay in DDP's buckets.
     set_to_none = machine.world_size == 1
+
+    def way_of_gradients(is_last: bool) -> AbstractContextManager:
+        """Around a micro-step, which may be the last of its step."""
+        if machine.world_size > 1:
+            # Ranks average their gradients once.
+            return contextlib.nullcontext() if is_last else model.no_sync()
+        if machine.device.type == "cpu" and not arithmetic.compile:
+            return rows_added_last(raw_model.transformer.wte)
+        return contextlib.nullcontext()
 
     # ---- 7. The batch ----------------------------------------------------------------------------
     # The recipe fixes its size in tokens; the machine decides in how many micro-steps.
@@ -469,10 +481,7 @@ def train(config: TrainConfig) -> dict:
                 seed_step(config.seed, step, k, machine.rank)
                 with clock.waiting():
                     x, y = loader.batch(step, k)  # (B, T) each
-                # Ranks average their gradients once, in the last micro-step.
-                is_last = k == n_accumulate - 1
-                synced = machine.world_size == 1 or is_last
-                with contextlib.nullcontext() if synced else model.no_sync():
+                with way_of_gradients(is_last=k == n_accumulate - 1):
                     with machine.autocast(dtype):
                         micro_loss = model(x, y) / n_accumulate
                     scaler.scale(micro_loss).backward()

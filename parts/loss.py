@@ -65,6 +65,8 @@ class HeadLoss(torch.autograd.Function):
                 total = total + summed_loss(logits, targets[rows], with_grad)
                 if with_grad:
                     grad_x[rows] = logits @ w
+                    if rows.stop >= len(x):
+                        del w  # no rows follow; the next product may have its memory
                     x_rows = x[rows]
                     if ctx.scale_down > 1:
                         x_rows = x_rows / ctx.scale_down

@@ -24,8 +24,8 @@ TOP = {
     "sample": "configurator model auto console encoding files inference json_files page "
     "pretrained runtime tokenizer",
     "plot": "model console files metrics pretrained report tokenizer",
-    "train": "configurator model hellaswag plot auto checkpoint console data dial files inference "
-    "metrics optimizer pretrained report runtime standin tokenizer zero",
+    "train": "configurator model hellaswag plot auto checkpoint console data dial embedding files "
+    "inference metrics optimizer pretrained report runtime standin tokenizer zero",
     "bench": "model train hellaswag auto console data documents files inference json_files loss "
     "metrics peers runtime sharding tokenizer zero",
 }
@@ -35,6 +35,7 @@ PARTS = {
     "console": "",
     "hub": "",
     "loss": "",
+    "embedding": "",
     "optimizer": "",
     "runtime": "",
     "zero": "runtime",
