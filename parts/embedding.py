@@ -28,7 +28,7 @@ def rows_added_last(embedding: nn.Embedding) -> Iterator[None]:
     reads: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def cut(module: nn.Module, inputs: tuple, rows: torch.Tensor) -> torch.Tensor:
-        if not rows.requires_grad:
+        if not inputs or not rows.requires_grad:
             return rows
         rows = rows.detach().requires_grad_()
         reads.append((inputs[0], rows))
