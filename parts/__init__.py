@@ -5,7 +5,7 @@ json_files    JSON that others have written: one reader, which refuses what woul
 console       what a terminal shows, which signals it sends, and how a command ends
 hub           the Hugging Face hub: requests to it end
 loss          the head's loss without keeping the logits
-embedding     its gradient without a second matrix
+embedding     the token embedding's gradient without a second matrix
 optimizer     AdamW, SGD, Muon; which parameter has which rule
 runtime       the machine: device, ranks, collectives
 zero          ZeRO-1: the optimizer's state shared out among the ranks

@@ -229,21 +229,22 @@ class FusedAttention(torch.autograd.Function):
 
 # An operation of torch's own, so that torch.compile need not look into it. (Made by
 # torch.library.custom_op, it would import all of torch.compile when it is first called.)
-library = torch.library.Library("reproduce_gpt2", "DEF")
-operation = library.define(
+own_operations = torch.library.Library("reproduce_gpt2", "DEF")
+backward_name = own_operations.define(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,"
-    " Tensor logsumexp) -> (Tensor, Tensor, Tensor)"
+    " Tensor logsumexp) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 attention_backward: Any = torch.ops.reproduce_gpt2.attention_backward
 
 
-@torch.library.impl(library, operation, "CPU")
+@torch.library.impl(own_operations, backward_name, "CPU")
 def _(grad_out, q, k, v, out, logsumexp):
     kernel = load_kernel()
     assert kernel is not None, "use_kernel was called without a kernel"
     return kernel.backward(grad_out, q, k, v, out, logsumexp)
 
 
-@torch.library.register_fake(f"reproduce_gpt2::{operation}")
+@torch.library.register_fake(f"reproduce_gpt2::{backward_name}")
 def _(grad_out, q, k, v, out, logsumexp):
     return empty_gradients(q)

@@ -28,7 +28,7 @@ def without_compiler(optimizer: type[T]) -> type[T]:
 
     torch keeps some methods of an optimizer out of compiled code. For that their first call imports
     all that compiles: 800 modules, which take a second or two and 75 MB. Only the model is compiled
-    here, so what torch has wrapped does as well.
+    here, so the methods without torch's wrappers do the same.
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         setattr(optimizer, name, inspect.unwrap(getattr(optimizer, name)))

@@ -150,7 +150,12 @@ def work(n):
         eos_token_id=None,
     )
 """
+# What train.py sets for its own process, and so for the one that measures. Each program has its
+# defaults.
+SET_BY_TRAIN = ("GOMP_SPINCOUNT", "MKL_DISABLE_FAST_MM")
+
 OURS = """
+import sample  # which says how threads wait, before torch is there
 from model import open_model
 from parts import inference, runtime
 from parts.auto import prepare_for_inference
@@ -284,11 +289,12 @@ def watch(
     last_line = ""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = dict(PYTHONPATH=path, PYTHONUNBUFFERED="1", HF_HOME=str(folder / "hf"))
+    inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_TRAIN}
     begin = time.perf_counter()
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=folder,
-        env={**os.environ, **settings, **(environment or {})},
+        env={**inherited, **settings, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

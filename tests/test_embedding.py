@@ -1,13 +1,12 @@
 """The gradient of the token embedding, row by row, against autograd's."""
 
-import copy
-
-from parts.embedding import rows_added_last
+from parts.embedding import is_plain, rows_added_last
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ids, make_toy
+import torch.nn.functional as F
+from conftest import ids, losses, make_toy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -62,43 +61,88 @@ def test_no_second_matrix_is_made():
     assert made.rows == [model.config.block_size]  # of the positions
 
 
+def test_training_on_a_cpu_makes_no_second_matrix(config):
+    with DenseGradients() as made:
+        losses(config(max_steps=1, batch_size=2, total_batch_size=64))
+    assert made.rows == [32]  # of the positions
+
+
+def test_a_model_may_overwrite_what_it_reads():
+    """As in `x = wte(idx); x *= 8`. And one row alone, without a batch."""
+    embedding = nn.Embedding(7, 5)
+    with rows_added_last(embedding):
+        rows = embedding(torch.tensor(3))
+        rows *= 8
+        rows.sum().backward()
+    assert embedding.weight.grad[3].tolist() == [8.0] * 5
+    assert embedding.weight.grad.sum() == 40
+
+
+def test_a_frozen_embedding_has_no_gradient_and_an_error_leaves_no_hook():
+    embedding = nn.Embedding(7, 5).requires_grad_(False)
+    scale = torch.ones(5, requires_grad=True)
+    with pytest.raises(KeyError), rows_added_last(embedding):
+        (scale * embedding(input=torch.tensor([3]))).sum().backward()
+        raise KeyError
+    assert embedding.weight.grad is None and scale.grad is not None
+    assert not embedding._forward_hooks
+
+
 class Scaled(nn.Embedding):
     def forward(self, idx):
         return 3 * super().forward(idx)
 
 
-def hooked(*size: int) -> nn.Embedding:
-    embedding = nn.Embedding(*size)
-    embedding.register_forward_hook(lambda module, inputs, rows: 3 * rows)
-    return embedding
+def changed(change):
+    """Makes an embedding and changes it."""
+
+    def make(*size: int) -> nn.Embedding:
+        embedding = nn.Embedding(*size)
+        change(embedding)
+        return embedding
+
+    return make
+
+
+def replace_forward(embedding: nn.Embedding) -> None:
+    embedding.forward = lambda idx: 3 * F.embedding(idx, embedding.weight)  # type: ignore[method-assign]
+
+
+def triple_gradient(weight: torch.Tensor) -> None:
+    weight.grad *= 3
 
 
 @pytest.mark.parametrize(
     "make",
     [
         Scaled,
-        hooked,
+        changed(replace_forward),
+        changed(lambda one: one.register_forward_hook(lambda module, inputs, rows: 3 * rows)),
+        changed(lambda one: one.weight.register_hook(lambda gradient: 3 * gradient)),
+        changed(lambda one: one.weight.register_post_accumulate_grad_hook(triple_gradient)),
         lambda *size: nn.Embedding(*size, padding_idx=1),
         lambda *size: nn.Embedding(*size, scale_grad_by_freq=True),
+        lambda *size: nn.Embedding(*size, sparse=True),
         lambda *size: nn.Embedding(*size, max_norm=0.1),
         lambda *size: nn.utils.parametrizations.weight_norm(nn.Embedding(*size)),
+        lambda *size: nn.utils.spectral_norm(nn.Embedding(*size)),
     ],
 )
 def test_an_embedding_that_somebody_changed_is_autograds(make):
-    original = make(7, 5)
-    idx = torch.tensor([1, 2, 2, 4])
-
-    def gradient(rows_last: bool) -> list[torch.Tensor]:
-        embedding = copy.deepcopy(original)  # max_norm changes the weights
+    def gradients_of(rows_last: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        embedding = make(7, 5)
+        idx = torch.tensor([1, 2, 2, 4])
         if rows_last:
+            assert not is_plain(embedding)
             with rows_added_last(embedding):
-                embedding(idx).square().sum().backward()
+                embedding(idx).exp().sum().backward()
         else:
-            embedding(idx).square().sum().backward()
+            embedding(idx).exp().sum().backward()
         return [parameter.grad for parameter in embedding.parameters()]
 
-    for ours, expected in zip(gradient(True), gradient(False), strict=True):
-        assert torch.equal(ours, expected)
+    for ours, expected in zip(gradients_of(True), gradients_of(False), strict=True):
+        assert ours is not None and torch.equal(ours.to_dense(), expected.to_dense())
 
 
 def test_rows_that_the_loss_does_not_depend_on_have_no_gradient():
