@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import bench
+import train
 from model import GPT
 from parts import peers
 
@@ -260,3 +261,19 @@ def test_real_programs_on_a_tiny_model(capsys, files):
         assert result["rows"][name]["tokens/s"] > 0
     assert not [line for line in lines if "ended with" in line]
     assert GPT.from_pretrained(Path(files[3]) / "model").config.n_embd == 32
+
+
+def test_a_program_does_not_get_what_train_sets_for_itself(monkeypatch, tmp_path):
+    for name in peers.SET_BY_TRAIN:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code = f"import os; print(7 - len(os.environ.keys() & {set(peers.SET_BY_TRAIN)}), 'ms')"
+    ours = "import os; print(os.environ['OMP_NUM_THREADS'], 'ms')"
+    for script, expected in ((code, 7), (ours, 1)):
+        seen = peers.watch([sys.executable, "-c", script], tmp_path, r"(\d+) ms")
+        assert seen.ms == [expected]
+
+
+def test_the_list_of_what_train_sets_is_whole():
+    source = Path(train.__file__).read_text(encoding="utf-8")
+    assert set(re.findall(r'os.environ.setdefault\("(\w+)"', source)) == set(peers.SET_BY_TRAIN)

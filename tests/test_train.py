@@ -852,7 +852,8 @@ def test_a_run_that_is_not_compiled_does_not_load_the_compiler(config, tmp_path)
         script.append(f"train.main({flags(ours)})")
     resumed = dataclasses.replace(ours, max_steps=4, resume_anyway=True)
     script.append(f"train.main({flags(resumed)})")
-    script.append("sys.exit('torch._dynamo' in sys.modules)")
+    # sympy alone comes with some calls of torch.
+    script.append("sys.exit('torch._dynamo' in sys.modules or 'sympy' in sys.modules)")
     command = [sys.executable, "-c", "\n".join(script)]
     run = subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
