@@ -2,6 +2,7 @@
 its trajectory.)
 """
 
+import functools
 from types import SimpleNamespace
 
 from model import GPT, SIZES, GPTConfig, Linear
@@ -10,6 +11,7 @@ from parts.optimizer import Muon, build_optimizer, clip_gradients, describe, ort
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import ids, make_toy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -190,3 +192,26 @@ def test_a_norm_that_is_not_finite_is_given_back(wrong):
     parameter.grad = torch.zeros(2**11, 2**10)
     parameter.grad[5, 7] = wrong
     assert not torch.isfinite(clip_gradients([parameter], 1.0))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_without_its_compiler_an_optimizer_is_torchs(name, fused):
+    """Three steps, a new group and a state that is loaded."""
+    results = []
+    for module in (optimizers, torch.optim):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
+        make = functools.partial(getattr(module, name), lr=0.1, weight_decay=0.1, fused=fused)
+        optimizer = make(weights[:1])
+        optimizer.add_param_group(dict(params=weights[1:], lr=0.2))
+        for _ in range(3):
+            optimizer.zero_grad()
+            sum(weight.square().sum() for weight in weights).backward()
+            optimizer.step()
+            state = optimizer.state_dict()
+            optimizer = make([dict(params=[weight]) for weight in weights])
+            optimizer.load_state_dict(state)
+        assert torch.is_grad_enabled()
+        results.append(torch.stack(weights))
+    assert torch.equal(*results)
