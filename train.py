@@ -324,8 +324,8 @@ def train(config: TrainConfig) -> dict:
     # With several processes, gradients stay in DDP's buckets.
     set_to_none = machine.world_size == 1
 
-    def way_of_gradients(is_last: bool) -> AbstractContextManager:
-        """Around a micro-step, which may be the last of its step."""
+    def around_micro_step(is_last: bool) -> AbstractContextManager:
+        """How the gradients of a micro-step, which may be the last of its step, come together."""
         if machine.world_size > 1:
             # Ranks average their gradients once.
             return contextlib.nullcontext() if is_last else model.no_sync()
@@ -483,7 +483,7 @@ def train(config: TrainConfig) -> dict:
                 seed_step(config.seed, step, k, machine.rank)
                 with clock.waiting():
                     x, y = loader.batch(step, k)  # (B, T) each
-                with way_of_gradients(is_last=k == n_accumulate - 1):
+                with around_micro_step(is_last=k == n_accumulate - 1):
                     with machine.autocast(dtype):
                         micro_loss = model(x, y) / n_accumulate
                     scaler.scale(micro_loss).backward()
