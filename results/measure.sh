@@ -11,8 +11,9 @@
 # yet; the seconds in brackets are estimates.
 #
 # In the environment: PYTHON (python3), SHARDS (a folder of GPT-2 shards) and TASKS (HellaSwag's
-# hellaswag_val.jsonl) in place of those made up here, MINUTES in all, MOST seconds of a part, and
-# WORK (out/measure), where shards and checkpoints go: some 10 GB.
+# hellaswag_val.jsonl) in place of those made up here, MINUTES in all, MOST seconds of a part, GRACE
+# (20), the seconds that a part has to end in when its time is over, and WORK (out/measure), where
+# shards and checkpoints go: some 10 GB.
 set -u
 mode=${1:-}
 out=${2:-}
@@ -57,8 +58,12 @@ part() {
 	[ "$limit" -lt "$left" ] || limit=$left
 	[ "$limit" -lt "${MOST:-$limit}" ] || limit=${MOST:-$limit}
 	echo "== $name (at most $limit s)"
-	timeout -k 20 "$limit" "$@" > "$out/$name.out" 2> "$out/$name.log"
+	timeout -k "${GRACE:-20}" "$limit" "$@" > "$out/$name.out" 2> "$out/$name.log"
 	code=$?
+	# timeout's code for a part that did not end when told to. In less time, somebody else killed it.
+	if [ "$code" = 137 ] && [ $((SECONDS - begin)) -ge "$limit" ]; then
+		code=124
+	fi
 	last=$(last_line "$out/$name.log")
 	[ -n "$last" ] || last=$(last_line "$out/$name.out")
 	[ -s "$out/parts.jsonl" ] && sed -i "/\"name\": \"$name\"/d" "$out/parts.jsonl"

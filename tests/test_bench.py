@@ -460,6 +460,7 @@ case "$*" in
     *"bench.py train"*) echo -n '{{"ro'; echo "no memory" >&2; exit 2;;
     *"on_gpu.py rates"*) echo '{{"TFLOP/s: 8192 cubed": 700.5}}'; kill -9 $$;;
     *"on_gpu.py attention"*) echo '{{"ms: forward": 3.5}}'; sleep 60;;
+    *"on_gpu.py optimizers"*) trap "" TERM; sleep 60;;
     *) echo '{{"ms": 1234.5}}'; echo "$*" >> {calls};;
 esac
 """
@@ -468,7 +469,8 @@ esac
 @pytest.fixture
 def measure(tmp_path):
     """Run results/measure.sh with a stand-in for Python: it is killed in the part `rates`, hangs in
-    `attention`, and fails in `train`, in the middle of its output.
+    `attention`, hangs in `optimizers` and does not end when told to, and fails in `train`, in the
+    middle of its output.
     """
     python = tmp_path / "python"
     calls = tmp_path / "calls"
@@ -482,7 +484,7 @@ def measure(tmp_path):
             ["bash", "results/measure.sh", "try", str(tmp_path / "results")],
             cwd=ROOT,
             env=os.environ
-            | dict(PYTHON=str(python), WORK=str(tmp_path / "work"), MOST="3")
+            | dict(PYTHON=str(python), WORK=str(tmp_path / "work"), MOST="3", GRACE="1")
             | environment,
             capture_output=True,
             text=True,
@@ -498,13 +500,13 @@ def test_a_failed_part_of_measure_sh_spoils_no_other(measure):
     """Each part leaves what it had, the table has all of it, and the same command does the rest."""
     done, out, n_calls = measure()
     assert done.returncode == 1
-    assert done.stderr.endswith("== failed: rates attention train \n")
+    assert done.stderr.endswith("== failed: rates attention optimizers train \n")
     exits = {}
     for line in (out / "parts.jsonl").read_text().splitlines():
         part = json.loads(line)
         exits[part["name"]] = part["exit"]
     failed = {name: code for name, code in exits.items() if code}
-    assert failed == dict(rates=137, attention=124, train=2)
+    assert failed == dict(rates=137, attention=124, optimizers=124, train=2)
     assert {"tests", "step", "adamw", "ranks_sharded", "muon", "ladder"} < exits.keys()
     table = (out / "table.md").read_text()
     assert table in done.stdout
