@@ -33,6 +33,7 @@ from grid import (
     VOCABULARIES,
     Run,
     Size,
+    between_runs,
     grid_runs,
     last_run,
     make_grid_run,
@@ -469,13 +470,13 @@ def report_outside(records: dict[str, dict], law: Law, others: list[Law]) -> Non
             if point not in fitted:
                 expected = law.bits(point.parameters, point.n_bytes)
                 print_row(run.name, f"{expected:.3f}", f"{point.bits:.3f}")
-    run = last_run()
-    parameters = run.size.block_parameters + (VOCABULARIES[run.vocabulary] + 2) * run.width
-    tokens = run.steps * run.tokens_a_step
-    n_bytes = tokens * TEXTS[run.vocabulary]["bytes_per_token"]
-    report_expected(run.name, others, law, parameters, n_bytes)
-    if run.name in records:
-        print(f"It came to {make_point(records[run.name]).bits:.3f}.")
+    for run in [*between_runs(), last_run()]:
+        parameters = run.size.block_parameters + (VOCABULARIES[run.vocabulary] + 2) * run.width
+        tokens = run.steps * run.tokens_a_step
+        n_bytes = tokens * TEXTS[run.vocabulary]["bytes_per_token"]
+        report_expected(run.name, others, law, parameters, n_bytes)
+        if run.name in records:
+            print(f"It came to {make_point(records[run.name]).bits:.3f}.")
 
     # The run of config/books.py, made before: its last validation.
     for line in (HERE.parent / "books" / "metrics.jsonl").read_text().splitlines():

@@ -65,6 +65,9 @@ ISO_FLOP_GPT2 = {
 ISO_FLOP_MUON = {3e14: (128, 192, 256), 1e15: (256,)}
 # Both optimizers at 23.5M parameters with GPT-2's vocabulary, in steps of 8 sequences.
 TEN_TIMES = dict(width=320, vocabulary="books", batch=8)
+# Sizes and budgets between those of the grid, to test the law by.
+BETWEEN = {80: Size(2, 2, 80), 160: Size(4, 4, 160), 224: Size(5, 4, 224)}
+BETWEEN_BUDGETS = {80: 2e13, 160: 6e13, 224: 2e14}
 # Text that is read so many times, at this width and budget.
 REPEATED = (128, 3e13)
 EPOCHS = (4, 16)
@@ -87,7 +90,7 @@ class Run:
 
     @property
     def size(self) -> Size:
-        return SIZES[self.width]
+        return (SIZES | BETWEEN)[self.width]
 
     @property
     def sequences(self) -> int:
@@ -230,17 +233,24 @@ def repeated_runs() -> list[Run]:
 
 
 def checking_runs() -> list[Run]:
-    """Second seeds, also of two neighbours with the best size between them, and half and twice the
+    """Second seeds, also of neighbours with the best size between them, and half and twice the
     rates that the rule carries to the largest width.
     """
     runs = [make_grid_run(128, "muon", 1e13, seed=2)]
     for width in (64, 96):
         runs.append(make_grid_run(width, "muon", 3e13, seed=2))
+    for width in (96, 128):
+        runs.append(make_grid_run(width, "muon", 1e14, seed=2))
     for factor in (0.5, 2):
         for optimizer in ("muon", "adamw"):
             rate, muon_rate = rates(optimizer, 192)
             runs.append(Run(192, optimizer, 3e13, factor * rate, factor * muon_rate))
     return runs
+
+
+def between_runs() -> list[Run]:
+    """What the law predicts without having seen the size or the budget."""
+    return [make_grid_run(width, "muon", flops) for width, flops in BETWEEN_BUDGETS.items()]
 
 
 def last_run() -> Run:
@@ -254,9 +264,10 @@ def all_runs() -> list[Run]:
     The largest is predicted from runs of up to a third of its budget.
     """
     runs = tuning_runs() + grid_runs() + repeated_runs() + [last_run()]
-    runs += ten_times_runs() + checking_runs()
+    runs += ten_times_runs() + checking_runs() + between_runs()
     return sorted(dict.fromkeys(runs), key=turn)
 
 
 def turn(run: Run) -> tuple:
-    return run in checking_runs(), run.flops, run.optimizer == "adamw"
+    is_late = run in checking_runs() or run in between_runs()
+    return is_late, run.flops, run.optimizer == "adamw"
