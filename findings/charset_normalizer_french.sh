@@ -2,8 +2,8 @@
 # charset-normalizer takes French in latin-1 for cp1250, so that è would become č; chardet 7 does not.
 set -e
 site=$(mktemp -d); trap 'rm -rf "$site"' EXIT
-python -m pip install -q --target "$site" charset-normalizer==3.5.3 chardet==7.7.0
-cd "$site" && PYTHONPATH="$site" python - <<'PY'
+"${PYTHON:-python3}" -m pip install -q --target "$site" charset-normalizer==3.5.3 chardet==7.7.0
+cd "$site" && PYTHONPATH="$site" "${PYTHON:-python3}" - <<'PY'
 import chardet
 import charset_normalizer
 

@@ -3,8 +3,8 @@
 # where only another column is wanted.
 set -e
 site=$(mktemp -d); trap 'rm -rf "$site"' EXIT
-python -m pip install -q --target "$site" datasets==5.2.0 pyarrow==26.0.1
-cd "$site" && HF_HUB_OFFLINE=1 HF_HOME="$site" PYTHONPATH="$site" python - <<'PY'
+"${PYTHON:-python3}" -m pip install -q --target "$site" datasets==5.2.0 pyarrow==26.0.1
+cd "$site" && HF_HUB_OFFLINE=1 HF_HOME="$site" PYTHONPATH="$site" "${PYTHON:-python3}" - <<'PY'
 import json
 import datasets
 

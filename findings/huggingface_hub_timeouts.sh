@@ -3,8 +3,8 @@
 # client that set_client_factory gives it.
 set -e
 site=$(mktemp -d); trap 'rm -rf "$site"' EXIT
-python -m pip install -q --target "$site" huggingface_hub==2.4.0
-cd "$site" && HF_HOME="$site" PYTHONPATH="$site" python - <<'PY'
+"${PYTHON:-python3}" -m pip install -q --target "$site" huggingface_hub==2.4.0
+cd "$site" && HF_HOME="$site" PYTHONPATH="$site" "${PYTHON:-python3}" - <<'PY'
 import huggingface_hub
 
 client_class = type(huggingface_hub.get_session())

@@ -1,13 +1,13 @@
 #!/bin/sh
 # pipeline("text-generation") of transformers 5 writes 256 tokens by default. A GPT-2 with a context
 # of 128 ends in an IndexError, unless its generation_config.json has a max_length.
-# Needs: python with torch. Exits non-zero if the behaviour has changed.
+# Exits non-zero if the behaviour has changed.
 set -e
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-"$PYTHON" -m pip install -q --target "$site" --no-deps \
-    transformers==5.23.0 tokenizers==0.23.3 huggingface_hub==2.4.0 2>/dev/null
+"$PYTHON" -m pip install -q --target "$site" \
+    torch==2.13.0 numpy==2.4.6 transformers==5.23.0 tokenizers==0.23.3 huggingface_hub==2.4.0
 PYTHONPATH=$site "$PYTHON" - <<'END'
 import json
 import pathlib

@@ -3,8 +3,8 @@
 # dictionary columns (pandas' categories). Who counts batches counts other things.
 set -e
 site=$(mktemp -d); trap 'rm -rf "$site"' EXIT
-python -m pip install -q --target "$site" pyarrow==26.0.1
-cd "$site" && PYTHONPATH="$site" python - <<'PY'
+"${PYTHON:-python3}" -m pip install -q --target "$site" pyarrow==26.0.1
+cd "$site" && PYTHONPATH="$site" "${PYTHON:-python3}" - <<'PY'
 import pyarrow as pa
 import pyarrow.parquet as pq
 

@@ -2,12 +2,13 @@
 # safetensors' save_model keeps the alphabetically first of two names of one tensor. Of a GPT-2 it
 # keeps lm_head.weight and drops transformer.wte.weight. transformers opens such a file all the same;
 # a reader that looks for wte alone does not.
-# Needs: python with torch. Exits non-zero if the behaviour has changed.
+# Exits non-zero if the behaviour has changed.
 set -e
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-"$PYTHON" -m pip install -q --target "$site" --no-deps safetensors==0.8.0 2>/dev/null
+"$PYTHON" -m pip install -q --target "$site" \
+    torch==2.13.0 numpy==2.4.6 safetensors==0.8.0
 PYTHONPATH=$site "$PYTHON" - <<'END'
 import tempfile
 

@@ -3,11 +3,11 @@
 # The ids are the same. A tokenizer that is known by the hash of its file is another one then.
 # Exits non-zero if the behaviour has changed.
 set -e
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-"$PYTHON" -m pip install -q --target "$site" --no-deps \
-    transformers==5.23.0 tokenizers==0.23.3 huggingface_hub==2.4.0 2>/dev/null
+"$PYTHON" -m pip install -q --target "$site" \
+    transformers==5.23.0 tokenizers==0.23.3 huggingface_hub==2.4.0
 PYTHONPATH=$site "$PYTHON" - <<'END'
 import json
 import pathlib

@@ -3,10 +3,10 @@
 # 0.20 on write them. All versions read "a b".
 # Exits non-zero if the behaviour has changed.
 set -e
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-"$PYTHON" -m pip install -q --target "$site" --no-deps tokenizers==0.19.1 2>/dev/null
+"$PYTHON" -m pip install -q --target "$site" tokenizers==0.19.1
 PYTHONPATH=$site "$PYTHON" - <<'END'
 import json
 

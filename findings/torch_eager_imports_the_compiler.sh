@@ -3,11 +3,14 @@
 # an optimizer: torch keeps the optimizer's methods out of compiled code, and imports the compiler
 # to do so when they are first called. Three other calls do the same, among them one that switches
 # determinism off where it is off.
-# Needs: python with torch 2.13. Exits non-zero if the behaviour has changed.
+# Exits non-zero if the behaviour has changed.
 set -e
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python3}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+"$PYTHON" -m pip install -q --target "$site" torch==2.13.0
 try() {
-    "$PYTHON" - "$1" <<'END'
+    PYTHONPATH=$site "$PYTHON" - "$1" <<'END'
 import sys
 import time
 

@@ -3,10 +3,13 @@
 # squares in float32. For the 38.6 million numbers of GPT-2's token embedding, and so for their
 # gradient, 0.27 %. clip_grad_norm_ then clips by another factor than on a GPU. The norm of the norms
 # of the rows is right.
-# Needs: python with torch. Exits non-zero if the behaviour has changed.
+# Exits non-zero if the behaviour has changed.
 set -e
-PYTHON=${PYTHON:-python}
-"$PYTHON" - <<'END'
+PYTHON=${PYTHON:-python3}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+"$PYTHON" -m pip install -q --target "$site" torch==2.13.0
+PYTHONPATH=$site "$PYTHON" - <<'END'
 import torch
 
 torch.manual_seed(0)

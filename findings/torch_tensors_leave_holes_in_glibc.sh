@@ -4,11 +4,13 @@
 # a block that is larger than the tensor and gives the ends back. So the hole, which is as large as
 # the tensor, is too small for the next one. numpy's arrays have no such wish, and use every hole.
 # A training step of GPT-2 124M has 0.4 GB of such gaps.
-# Needs: python with torch and numpy, Linux with glibc 2.36. Exits non-zero if the behaviour has
-# changed, or with another glibc.
+# Needs Linux with glibc 2.36. Exits non-zero if the behaviour has changed, or with another glibc.
 set -e
-PYTHON=${PYTHON:-python}
-"$PYTHON" - <<'END'
+PYTHON=${PYTHON:-python3}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+"$PYTHON" -m pip install -q --target "$site" torch==2.13.0 numpy==2.4.6
+PYTHONPATH=$site "$PYTHON" - <<'END'
 import platform
 
 import numpy as np

@@ -3,13 +3,13 @@
 # GPT-2 has no such types: it adds the embedding of token 0 to every position, so that
 # model.generate(**tokenizer(text)) continues another text. Version 5 gives none. The cure for both is
 # "model_input_names": ["input_ids", "attention_mask"] in tokenizer_config.json.
-# Needs: python with torch (PYTHON=...). Exits non-zero if the behaviour has changed.
+# Exits non-zero if the behaviour has changed.
 set -e
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-"$PYTHON" -m pip install -q --target "$site" --no-deps \
-    transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0 2>/dev/null
+"$PYTHON" -m pip install -q --target "$site" \
+    torch==2.13.0 numpy==2.4.6 transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0
 PYTHONPATH=$site "$PYTHON" - <<'END'
 import torch
 import transformers
