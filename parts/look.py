@@ -62,7 +62,9 @@ def look(model: GPT, ids: list[int]) -> Sight:
             hook.remove()
     missing = []
     attention = recorder.layers
-    if not attention or not recorder.is_whole:
+    # Of a layer that mixes two attentions, neither is where it looked.
+    is_one_a_block = len(attention) == len(blocks) or not blocks
+    if not attention or not recorder.is_whole or not is_one_a_block:
         attention = []
         missing.append(NO_ATTENTION)
     guesses = guess_after_blocks(model, outputs, model.logits(x[:, -1]))
@@ -88,7 +90,9 @@ def guess_after_blocks(model: GPT, outputs: list[Any], logits: torch.Tensor) -> 
     """
     guesses = []
     last = None
-    for x in outputs:
+    for output in outputs:
+        # A block may hand on more than the residual stream.
+        x = output[0] if isinstance(output, tuple) else output
         if not isinstance(x, torch.Tensor) or x.dim() != 3:
             return []
         last = model.logits(model.transformer.ln_f(x[:, -1]))

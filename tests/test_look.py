@@ -2,7 +2,7 @@
 
 import math
 
-from model import attention_spelled_out
+from model import Block, attention_spelled_out
 from parts import page
 from parts.inference import pack
 from parts.look import NO_ATTENTION, NO_BLOCKS, look, rate
@@ -67,6 +67,25 @@ def test_a_guess_after_each_block_and_the_last_is_what_the_model_says():
     assert sight.guesses[0].id == probabilities.argmax()
 
 
+class PassingBlock(Block):
+    """It hands on what it was given, beside the residual stream."""
+
+    def forward(self, x, layout):
+        x = x[0] if isinstance(x, tuple) else x
+        return super().forward(x, layout), x
+
+
+@torch.no_grad()
+def test_blocks_that_hand_on_more_than_the_stream_are_read(monkeypatch):
+    expected = look(make_toy(), ids(9).tolist())
+    monkeypatch.setattr("model.Block", PassingBlock)
+    model = make_toy()
+    norm = model.transformer.ln_f.forward
+    model.transformer.ln_f.forward = lambda x: norm(x[0] if isinstance(x, tuple) else x)
+    sight = look(model, ids(9).tolist())
+    assert (sight.guesses, sight.missing) == (expected.guesses, [])
+
+
 @torch.no_grad()
 def test_what_a_changed_model_hides_is_said():
     model = make_toy()
@@ -87,6 +106,14 @@ def test_what_a_changed_model_hides_is_said():
     model.hidden = lambda idx, hidden=model.hidden: 1 + hidden(idx)  # something behind the blocks
     sight = look(model, tokens)
     assert (sight.guesses, sight.missing) == ([], [NO_BLOCKS]) and sight.attention
+
+    model = make_toy()
+    for block in model.transformer.h:  # the difference of two attentions
+        block.forward = lambda x, layout, block=block: (
+            x + block.attn(block.ln_1(x), layout) - 0.5 * block.attn(block.ln_2(x), layout)
+        )
+    sight = look(model, tokens)
+    assert (sight.attention, sight.missing) == ([], [NO_ATTENTION]) and sight.guesses
 
     model = make_toy()
     model.transformer.h = nn.ModuleDict({"a": model.transformer.h[0], "b": model.transformer.h[1]})
