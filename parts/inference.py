@@ -406,9 +406,11 @@ def compare(model: GPT, method: Method) -> str:
     """What speaks against the method, as the predicate of "this model.py"; empty if nothing does.
 
     A stand-in's logits are compared with the plain ones on a random text and, if the method pads,
-    on two shorter ones beside it.
+    on two shorter ones beside it. A model that is no GPT-2 may look at windows of any length.
     """
-    T = min(model.config.block_size, 512)
+    cls: Any = type(model)
+    is_gpt2 = not compare_with_gpt2(cls, model.config, n_tokens=1024)
+    T = min(model.config.block_size, 512 if is_gpt2 else 2048)
     text = random_ids(model, T).tolist()
     rows = [text]
     if method.pads:

@@ -332,6 +332,17 @@ class Window(BiasedAttention):
         return torch.where(query - key < 4, 0.0, float("-inf"))
 
 
+class LongWindow(CausalSelfAttention):
+    """A window of 600 tokens that is forgotten behind a cache."""
+
+    def forward(self, x, layout):
+        if layout.mask is None and layout.cache is None:
+            T = x.size(1)
+            mask = torch.ones(T, T, dtype=torch.bool).tril().triu(-599)
+            layout = layout._replace(mask=mask)
+        return super().forward(x, layout)
+
+
 class Bare(GPT):
     """It reads whole texts only."""
 
@@ -361,11 +372,11 @@ def fresh_trials():
     forget_trials()
 
 
-def make_changed(monkeypatch, change: type) -> GPT:
+def make_changed(monkeypatch, change: type, **shape: int) -> GPT:
     """A toy in whose model.py this class is the network, the block or the attention."""
     [name] = {"GPT", "Block", "CausalSelfAttention"} & {base.__name__ for base in change.__mro__}
     monkeypatch.setattr(f"model.{name}", change)
-    toy = make_toy()
+    toy = make_toy(**shape)
     if name == "GPT":
         toy.__class__ = change
     return toy
@@ -412,6 +423,12 @@ def test_a_change_that_does_nothing_yet_is_seen(monkeypatch, capsys):
         block.share.data.zero_()
     assert choose_method(GPT, model.config, False, False) == PLAIN
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_window_that_is_longer_than_most_trials_is_seen(monkeypatch, capsys):
+    model = make_changed(monkeypatch, LongWindow, block_size=1024)
+    assert choose_method(GPT, model.config, False, False) == PLAIN
+    assert "gives other logits with the KV cache" in capsys.readouterr().err
 
 
 def test_a_graph_that_reads_empty_columns_is_refused(monkeypatch, capsys):
