@@ -297,13 +297,14 @@ def train(config: TrainConfig) -> dict:
 
     # ---- 5. The optimizer, with its state if we resume -------------------------------------------
     optimizer = build_optimizer(raw_model, config, dtype)
+    parameter_names = checkpoint.parameter_names(raw_model, optimizer)
     share = OptimizerShare(optimizer, machine, config.shard_optimizer)
     say(f"optimizer: {describe(optimizer)}{share.note()}")
     # For fp16 only: its smallest number is 6e-8, so gradients are scaled up before they are
     # rounded to it.
     scaler = torch.amp.GradScaler(machine.device.type, enabled=dtype == torch.float16)
     if resume_point is not None:
-        say(checkpoint.restore(resume_point, config, share, scaler))
+        say(checkpoint.restore(resume_point, config, parameter_names, share, scaler))
 
     # ---- 6. Compile, then wrap -------------------------------------------------------------------
     # Only raw_model is evaluated, sampled and saved: it shares the parameters, its names have no
@@ -444,10 +445,13 @@ def train(config: TrainConfig) -> dict:
             )
             with clock.waiting():
                 saver.wait()  # for the checkpoint before
-                optimizer_state = share.collect(live)
+                train_state = dict(
+                    optimizer=share.collect(live),
+                    parameters=parameter_names,
+                    scaler=scaler.state_dict(),
+                )
                 if machine.is_main:
-                    scaler_state = scaler.state_dict()
-                    saver.save(raw_model, tokenizer, optimizer_state, scaler_state, state, live)
+                    saver.save(raw_model, tokenizer, train_state, state, live)
 
         for step in range(start_step, config.max_steps + 1):
             # At step 0 a model from scratch is at chance: nothing to score or to sample.
@@ -501,7 +505,7 @@ def train(config: TrainConfig) -> dict:
                 share.step(scaler)
             scaler.update()
             if step == start_step:
-                report_missing_gradients(raw_model, console.line)
+                check_gradients(raw_model, machine, console.line)
             optimizer.zero_grad(set_to_none)
             log_now = is_log_step(step, config)
             if log_now:
@@ -594,11 +598,23 @@ def finish(config: TrainConfig, point: ResumePoint) -> None:
         plot.write_report(out_dir)
 
 
-def report_missing_gradients(model: GPT, say: Callable[[str], None]) -> None:
-    """One line if parameters have no part in the loss: no optimizer will ever change them."""
+def check_gradients(model: GPT, machine: Runtime, say: Callable[[str], None]) -> None:
+    """One line if parameters had no part in the loss of a step: it did not change them.
+
+    ValueError with several processes, which wait for each other's gradient of every parameter.
+    """
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    if missing:
-        say(f"NOTE: no gradient for {', '.join(missing)}: the loss does not depend on it")
+    if not missing:
+        return
+    names = ", ".join(missing[:3])
+    if len(missing) > 3:
+        names += f" and {len(missing) - 3} more"
+    if machine.world_size > 1:
+        raise ValueError(
+            f"no gradient for {names}: with several processes the loss of each step must depend on "
+            "every parameter; add 0 * parameter.sum() to it"
+        )
+    say(f"NOTE: no gradient for {names}: the loss of the first step did not depend on it")
 
 
 class StepClock:

@@ -320,15 +320,17 @@ def check_text(point: ResumePoint, config, n_tokens: int, digest: str | None) ->
         )
 
 
-def restore(point: ResumePoint, config, share: OptimizerShare, scaler) -> str:
+def restore(point: ResumePoint, config, names: list[str], share: OptimizerShare, scaler) -> str:
     """Restore optimizer and scaler; returns a line that says so.
 
-    ValueError if they were not saved by a run of this model.
+    names: see `parameter_names`. ValueError if they were not saved by a run of this model.
     """
     # Ranks that share the optimizer out also share one copy of the file in memory.
     saved = load_train_state(point.folder, mmap=share.shared)
     try:
-        check_optimizer_state(saved["optimizer"], share.optimizer, config.resume_anyway)
+        if "parameters" in saved:
+            saved["optimizer"] = in_order_of(names, saved["parameters"], saved["optimizer"])
+        check_optimizer_state(saved["optimizer"], share.optimizer, names, config.resume_anyway)
         if scaler.is_enabled() and saved["scaler"]:
             check_scaler_state(saved["scaler"], scaler)
     except ValueError as error:
@@ -369,7 +371,35 @@ def load_train_state(checkpoint: Path, mmap: bool = False) -> dict[str, dict]:
     return saved
 
 
-def check_optimizer_state(state: dict, optimizer: torch.optim.Optimizer, anyway: bool) -> None:
+def parameter_names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the optimizer's parameters, in its order."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    return [name_of[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def in_order_of(names: list[str], saved_names: Any, state: dict) -> dict:
+    """The state of parameters (index -> values) that were saved in another order, in this one.
+
+    An optimizer knows parameters by their place only, and two may have the same shape. ValueError
+    if they are not the same parameters.
+    """
+    if not isinstance(saved_names, list) or sorted(map(str, saved_names)) != sorted(names):
+        raise ValueError("it is the state of another model: its parameters have other names")
+    index_of = {name: index for index, name in enumerate(names)}
+    in_order = {}
+    for index, values in state.items():
+        if index not in range(len(saved_names)):
+            raise ValueError(
+                f"it is the state of another model: "
+                f"parameter {index} has no name among {len(saved_names)}"
+            )
+        in_order[index_of[saved_names[index]]] = values
+    return in_order
+
+
+def check_optimizer_state(
+    state: dict, optimizer: torch.optim.Optimizer, names: list[str], anyway: bool
+) -> None:
     """ValueError unless the state is one of this optimizer's parameters.
 
     The kernels of the optimizer trust shapes and dtypes, and the checksums beside a state protect
@@ -380,7 +410,7 @@ def check_optimizer_state(state: dict, optimizer: torch.optim.Optimizer, anyway:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             values = state.get(n_parameters, {})
-            where = f"the optimizer's state of parameter {n_parameters}"
+            where = f"the optimizer's state of {names[n_parameters]}"
             n_parameters += 1
             if not isinstance(values, dict):
                 raise ValueError(f"{where} is no table of names and tensors")
@@ -507,26 +537,25 @@ class Saver(contextlib.AbstractContextManager):
         self,
         model: GPT,
         tokenizer: Tokenizer,
-        optimizer_state: dict,
-        scaler_state: dict,
+        train_state: dict,
         state: RunState,
         live: bool = False,
     ) -> None:
         """Begin to write everything.
 
-        optimizer_state: see zero.OptimizerShare.collect.
+        train_state: the states of the "optimizer", see zero.OptimizerShare.collect, and of the
+        "scaler", and the optimizer's "parameters", see `parameter_names`.
         live: the weights and the optimizer's state are written from where they are, so that
         `preserve` has to be called before they change. Otherwise the weights are copied now, and
-        optimizer_state is a copy already.
+        the optimizer's state is a copy already.
         OSError if there is no room, or if the checkpoint before could not be written.
         """
         self.wait()
         check_space(self.out_dir, model)
-        train_state = dict(optimizer=optimizer_state, scaler=scaler_state)
         weights = copy_state(model, self.departure, live)
         self.snapshot = Snapshot()
         if live:
-            self.snapshot = Snapshot([*model.parameters(), *tensors_in(optimizer_state)])
+            self.snapshot = Snapshot([*model.parameters(), *tensors_in(train_state["optimizer"])])
         self.writing = self.thread.submit(self.write, weights, tokenizer, train_state, state)
 
     def preserve(self) -> None:
@@ -575,8 +604,9 @@ class Saver(contextlib.AbstractContextManager):
             fsync(self.out_dir)
         except Exception as error:  # safetensors and torch.save have types of their own
             delete(aside)
+            reason = str(error) or type(error).__name__
             raise OSError(
-                f"{folder} could not be written ({error}); disk full? Earlier ones are good"
+                f"{folder} could not be written ({reason}); disk full? Earlier ones are good"
             ) from error
         prune(self.out_dir, self.keep, self.say)
         self.say(f"step {state.step:,} | saved {folder}")

@@ -27,7 +27,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import TOY_MODEL, clean_environment, flags, losses, metrics, weights
+from conftest import TOY_MODEL, clean_environment, flags, losses, make_toy, metrics, weights
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -692,6 +692,12 @@ def test_a_full_disk_while_saving(config, capsys, monkeypatch):
     assert train.train(run)["step"] == 18
 
 
+def test_an_error_without_a_text_is_named(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "save", Mock(side_effect=AssertionError))
+    line = fails(capsys, *flags(config(checkpoint_every=6)))
+    assert "step_0000006 could not be written (AssertionError); disk full?" in line
+
+
 # ---- Optional loggers ----------------------------------------------------------------------------
 
 
@@ -780,6 +786,35 @@ def test_what_a_model_draws_in_training_is_repeated_by_a_resume(config, tmp_path
     assert losses(run) == straight
 
 
+class OtherOrder(Block):
+    """The same modules, defined in another order."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self._modules = dict(reversed(self._modules.items()))
+
+
+def test_moments_find_their_parameters_in_a_model_py_with_lines_exchanged(
+    config, tmp_path, monkeypatch
+):
+    """An optimizer knows parameters by their place, and ln_1's and ln_2's have the same shape."""
+    straight = losses(config(out_dir=str(tmp_path / "straight"), beta2=0.99))
+    run = config(checkpoint_every=6, keep_checkpoints=0, beta2=0.99)
+    train.train(run)
+    shutil.rmtree(checkpoints(run.out_dir)[-1])
+    monkeypatch.setattr("model.Block", OtherOrder)
+    assert losses(run)[6:] == pytest.approx(straight[6:], rel=1e-6)
+
+
+def test_moments_of_other_parameters_are_refused():
+    names = ["a", "b"]
+    with pytest.raises(ValueError, match="another model: its parameters have other names"):
+        checkpoint.in_order_of(names, ["a", "c"], {})
+    with pytest.raises(ValueError, match="parameter 2 has no name among 2"):
+        checkpoint.in_order_of(names, ["b", "a"], {2: {}})
+    assert checkpoint.in_order_of(names, ["b", "a"], {0: {"step": 5}}) == {1: {"step": 5}}
+
+
 class BiasedHeadGPT(GPT):
     """Its loss leaves out what its logits have."""
 
@@ -796,7 +831,20 @@ def test_a_loss_that_is_not_that_of_the_logits_is_said(config, monkeypatch, caps
     train.train(config(max_steps=1))
     out = capsys.readouterr().out
     assert "model.py's loss is not the cross entropy of its logits" in out
-    assert "NOTE: no gradient for lift: the loss does not depend on it" in out
+    assert "NOTE: no gradient for lift: the loss of the first step did not depend on it" in out
+
+
+def test_several_processes_need_every_gradient():
+    """Torch would say so a step later, in a traceback."""
+    model = make_toy()
+    machine = SimpleNamespace(world_size=2)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach()
+    train.check_gradients(model, machine, print)
+    for parameter in model.transformer.h.parameters():
+        parameter.grad = None
+    with pytest.raises(ValueError, match=r"h\.0\.ln_1\.weight, .* and 21 more: with several"):
+        train.check_gradients(model, machine, print)
 
 
 def test_a_setting_that_came_after_the_checkpoint_is_no_silent_change(config):
