@@ -154,8 +154,10 @@ def attention_spelled_out(
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, past + T)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask  # a bias of one's own, such as ALiBi's
     weights = F.softmax(scores, dim=-1).to(v.dtype)
     return F.dropout(weights, dropout_p) @ v
 

@@ -101,9 +101,14 @@ HUB_FILES = (
     ADAPTER_CONFIG,
 )
 
+# A deep stand-in reads so many: each takes longer there.
+TOKENS_OF_DEEP = 32
+
 # Fields of GPTConfig that do not change what a model computes once it is trained: they can differ
 # from those it was saved with.
 RUNTIME_FIELDS = ("dropout", "flash", "pad_vocab", "recompute")
+# Fields that the files decide.
+FIELDS_OF_GPT2 = (*SHAPE, "bias", "exact_gelu")
 
 
 class Stored(NamedTuple):
@@ -661,11 +666,17 @@ def read_own(folder: Path) -> Stored:
 def make_config(cls: type, stored: Stored, settings: dict) -> GPTConfig:
     """The GPTConfig of a stored model: its files decide the shape, `settings` the rest.
 
-    ValueError if the files have settings that this model.py does not know.
+    A field that somebody added to GPTConfig is the file's too, unless `settings` has it with
+    another value than its default: then it was set by hand. ValueError if the files have settings
+    that this model.py does not know.
     """
     config = settings | stored.config
-    for name in RUNTIME_FIELDS:
-        if name in settings:
+    for field in dataclasses.fields(cls):
+        name = field.name
+        if name not in settings:
+            continue
+        is_own = name not in FIELDS_OF_GPT2 and settings[name] != field.default
+        if name in RUNTIME_FIELDS or is_own:
             config[name] = settings[name]
     unknown = config.keys() - {field.name for field in dataclasses.fields(cls)}
     if unknown:
@@ -706,8 +717,11 @@ def load(model: GPT, stored: Stored) -> None:
                 f"{stored.path}: {name} is {tuple(value.shape)}, "
                 f"in model.py it is {tuple(rows.shape)}; {own_model(stored)}"
             )
-        if not value.is_floating_point():
-            raise ValueError(f"{stored.path}: {name} holds {value.dtype}, which are no weights")
+        # A buffer may hold whole numbers or truth values; weights come in any precision.
+        if not value.is_floating_point() and value.dtype != rows.dtype:
+            raise ValueError(
+                f"{stored.path}: {name} holds {value.dtype}, in model.py it holds {rows.dtype}"
+            )
         rows.copy_(value)
 
     if not stored.is_gpt2:
@@ -733,14 +747,24 @@ def own_model(stored: Stored) -> str:
 
 
 def compare_with_probe(model: GPT, stored: Stored) -> None:
-    """ValueError unless the model computes what the one that was saved computed."""
-    saved_source = stored.path / OWN_MODEL
-    if saved_source.exists() and saved_source.read_text(encoding="utf-8") == source_of(model):
-        return
+    """ValueError unless the model computes what the one that was saved computed.
+
+    One whose settings were changed by hand may compute something else.
+    """
     assert stored.probe is not None
+    for name, value in stored.config.items():
+        if name not in RUNTIME_FIELDS and getattr(model.config, name) != value:
+            return
     expected = torch.tensor(stored.probe["logits"])
     logits = torch.tensor(make_probe(model)["logits"])
     if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=1e-3, atol=1e-4):
+        saved_source = stored.path / OWN_MODEL
+        if saved_source.exists() and saved_source.read_text(encoding="utf-8") == source_of(model):
+            raise ValueError(
+                f"{stored.path}: model.py is the one that made it, but computes something else "
+                "now: restore the file that it imports and that has changed; a model that draws "
+                "random numbers in evaluation cannot be kept"
+            )
         raise ValueError(
             f"{stored.path}: model.py has the same tensors but computes something else with them; "
             f"{own_model(stored)}"
@@ -765,9 +789,13 @@ def departure_from_gpt2(model: GPT) -> str:
 
 @functools.cache
 def compare_with_gpt2(cls: Any, config: GPTConfig, n_tokens: int) -> str:
-    """The same for any weights: by a stand-in of this class and config."""
+    """The same for any weights: by stand-ins of this class and config."""
     with exact_arithmetic():
-        return compare_logits(make_standin(cls, config), n_tokens, TOLERANCE)
+        departure = compare_logits(make_standin(cls, config), n_tokens, TOLERANCE)
+        if not departure:
+            deep = make_standin(cls, config, deep=True)
+            departure = compare_logits(deep, min(n_tokens, TOKENS_OF_DEEP), TOLERANCE)
+    return departure
 
 
 @torch.no_grad()

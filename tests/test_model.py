@@ -4,7 +4,7 @@ another way.
 
 import math
 
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES, GPTConfig, attention_spelled_out
 from parts import loss as head
 from parts.loss import HeadLoss
 from parts.optimizer import make_groups
@@ -135,6 +135,20 @@ def test_flops_per_token_is_what_torch_counts():
     with FlopCounterMode(display=False) as counter:
         model(ids(2, 64), ids(2, 64)).backward()
     assert model.flops_per_token(64) * 2 * 64 == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["causal", "bool", "float"])
+def test_attention_spelled_out_is_the_fused_one_under_any_mask(kind):
+    """A float mask is added: ALiBi's and T5's biases are such."""
+    q, k, v = torch.randn(3, 2, 4, 7, 8).unbind()
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    mask: dict = dict(is_causal=True)
+    if kind == "bool":
+        mask = dict(attn_mask=causal.triu(-2))
+    elif kind == "float":
+        mask = dict(attn_mask=torch.randn(4, 7, 7).masked_fill(~causal, float("-inf")))
+    expected = F.scaled_dot_product_attention(q, k, v, **mask)
+    assert torch.allclose(attention_spelled_out(q, k, v, **mask), expected, atol=1e-5)
 
 
 def test_every_parameter_is_in_one_group_and_has_a_gradient(toy):

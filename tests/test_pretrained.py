@@ -10,16 +10,17 @@ import struct
 import subprocess
 import sys
 
-from model import GPT, GPTConfig, open_model
+from model import GPT, MLP, GPTConfig, Linear, open_model
 from parts import inference, pretrained
 from parts.auto import prepare_for_inference
-from parts.pretrained import checkpoints, resolve
+from parts.pretrained import checkpoints, departure_from_gpt2, resolve
 from parts.runtime import Runtime
 from parts.tokenizer import get_tokenizer, save_tokenizer
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ids, make_toy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -464,7 +465,9 @@ def test_a_changed_model_is_opened_by_the_model_that_made_it_only(tmp_path):
     assert torch.equal(
         ScaledGPT.from_pretrained(tmp_path / "scaled").eval()(ids(1, 9)), model.eval()(ids(1, 9))
     )
-    # The same text of model.py computes the same; only then numbers need not be asked.
+    # From the same file, as if only what it imports had changed.
+    with pytest.raises(ValueError, match=r"is the one that made it, but computes something else"):
+        GPTWithGain.from_pretrained(tmp_path / "scaled")
     (tmp_path / "scaled" / "model.py").write_text("# another version\n")
     ScaledGPT.from_pretrained(tmp_path / "scaled")
     with pytest.raises(ValueError, match=r"same tensors but computes something else.*copy it over"):
@@ -472,6 +475,104 @@ def test_a_changed_model_is_opened_by_the_model_that_made_it_only(tmp_path):
     GPTWithNorms(make_toy().config).save_pretrained(tmp_path / "norms")
     with pytest.raises(ValueError, match=r"ln_1.bias is not in it.*model.py that made it is"):
         GPT.from_pretrained(tmp_path / "norms")
+
+
+class LateMLP(MLP):
+    """Another activation, in late blocks only."""
+
+    def __init__(self, config, layer):
+        super().__init__(config)
+        self.is_late = layer >= 6
+
+    def forward(self, x):
+        h = self.c_fc(x)
+        return self.c_proj(F.relu(h).square() if self.is_late else self.gelu(h))
+
+
+class LateGPT(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer, block in enumerate(self.transformer.h):
+            block.mlp = LateMLP(config, layer)
+        self.init_weights()
+
+
+class ClampedLinear(Linear):
+    """As "clip_qkv" of MPT and OLMo: it does nothing to small values."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-8, 8)
+
+
+class ClampedGPT(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.transformer.h:
+            block.attn.c_attn = ClampedLinear(config.n_embd, 3 * config.n_embd, bias=True)
+        self.init_weights()
+
+
+@pytest.mark.parametrize("cls", [LateGPT, ClampedGPT])
+def test_what_only_late_blocks_or_large_values_show_is_seen_with_new_weights(tmp_path, cls):
+    """Else a run would find out when it is too late: its checkpoints would be GPT-2s, or sampling
+    would compute one.
+    """
+    shape = dict(n_layer=8, n_head=2, n_embd=16, block_size=8, vocab_size=40)
+    assert departure_from_gpt2(GPT(GPTConfig(**shape))) == ""
+    model = cls(GPTConfig(**shape))
+    assert "differ" in departure_from_gpt2(model)
+    assert not inference.computes_gpt2(cls, model.config, torch.float32)
+    shallow = GPTConfig(**shape | dict(n_layer=6))
+    assert bool(departure_from_gpt2(cls(shallow))) == (cls is ClampedGPT)
+
+
+class BufferGPT(GPT):
+    """Buffers of whole numbers and of truth values, which are kept with the weights."""
+
+    def __init__(self, config, initialise=True):
+        super().__init__(config, initialise)
+        self.register_buffer("bucket", torch.arange(config.block_size) // 2)
+        self.register_buffer("seen", torch.ones(3, dtype=torch.bool))
+
+
+def test_buffers_of_any_type_come_back(tmp_path):
+    model = BufferGPT(make_toy().config)
+    model.bucket[3] = 100
+    model.seen[1] = False
+    model.save_pretrained(tmp_path)
+    opened = BufferGPT.from_pretrained(tmp_path)
+    assert torch.equal(opened.bucket, model.bucket) and torch.equal(opened.seen, model.seen)
+    tensors = load_file(tmp_path / "gpt.safetensors")
+    tensors["bucket"] = tensors["bucket"].int()
+    save_file(tensors, tmp_path / "gpt.safetensors")
+    with pytest.raises(ValueError, match=r"bucket holds torch.int32, in model.py .* torch.int64"):
+        BufferGPT.from_pretrained(tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigWithGain(GPTConfig):
+    gain: float = 1.0
+
+
+class GPTWithGain(GPT):
+    def logits(self, x):
+        return getattr(self.config, "gain", 1) * super().logits(x)
+
+
+def test_a_setting_of_ones_own_is_the_files_unless_it_is_set_by_hand(tmp_path):
+    config = ConfigWithGain(**vars(make_toy().config), gain=2.0)
+    GPTWithGain(config).save_pretrained(tmp_path)
+    stored = pretrained.read(tmp_path)
+
+    def open_with(**settings):
+        opened = pretrained.make_config(ConfigWithGain, stored, settings)
+        pretrained.load(GPTWithGain(opened), stored)
+        return opened.gain
+
+    assert open_with() == 2
+    assert open_with(gain=1.0) == 2  # the default
+    assert open_with(gain=3.0) == 3
+    assert pretrained.make_config(ConfigWithGain, stored, dict(n_layer=5)).n_layer == 2
 
 
 def test_a_gpt2_in_a_changed_model_is_said_to_be_one(tmp_path, toy, capsys):
