@@ -382,8 +382,11 @@ def choose_method(cls: Any, config: GPTConfig, pads: bool, graph: bool) -> Metho
     method = PLAIN
     objections = []
     model = make_standin(cls, config)
+    # What is no GPT-2 may have a window of any length.
+    is_gpt2 = not compare_with_gpt2(cls, config, n_tokens=1024)
+    n_tokens = 512 if is_gpt2 else 2048
     for candidate in candidates:
-        objection = compare(model, candidate)
+        objection = compare(model, candidate, n_tokens)
         if not objection:
             method = candidate
             break
@@ -402,20 +405,17 @@ def describe_fallback(wanted: Method, method: Method, objection: str) -> str:
     return f"this model.py {objection} {shortcut}: sampling without it, slower"
 
 
-def compare(model: GPT, method: Method) -> str:
+def compare(model: GPT, method: Method, n_tokens: int) -> str:
     """What speaks against the method, as the predicate of "this model.py"; empty if nothing does.
 
-    A stand-in's logits are compared with the plain ones on a random text and, if the method pads,
-    on two shorter ones beside it. A model that is no GPT-2 may look at windows of any length.
+    A stand-in's logits are compared with the plain ones on a random text of so many tokens and, if
+    the method pads, on two shorter ones beside it.
     """
-    cls: Any = type(model)
-    is_gpt2 = not compare_with_gpt2(cls, model.config, n_tokens=1024)
-    T = min(model.config.block_size, 512 if is_gpt2 else 2048)
-    text = random_ids(model, T).tolist()
+    text = random_ids(model, min(model.config.block_size, n_tokens)).tolist()
     rows = [text]
     if method.pads:
         # The shortest one shows what a padding token does to the first real token behind it.
-        rows += [text[: max(3, T // 2)], text[:3]]
+        rows += [text[: max(3, len(text) // 2)], text[:3]]
     with exact_arithmetic():
         expected = follow(model, rows, PLAIN)
         try:
