@@ -43,9 +43,9 @@ class Law(NamedTuple):
         return self.E + self.A / parameters**self.alpha + self.B / n_bytes**self.beta
 
 
-LAW = Law(E=0.2439, A=3.614, alpha=0.1035, B=8.627, beta=0.1432)
+LAW = Law(E=0.8491, A=11.52, alpha=0.2458, B=11.1, beta=0.1699)
 # Text that is read again is worth less each time: see `Text.useful`.
-USEFUL_REPEATS = 0.6
+USEFUL_REPEATS = 0.7
 # More than so many times teach nothing new, and after 16 a model knows it by heart and is worse.
 MOST_EPOCHS = 4
 # Bytes -> the bits a byte that xz needs for as much of the law's text: more repeats itself more.
