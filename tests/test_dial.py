@@ -293,6 +293,10 @@ def test_short_runs_are_evaluated_twice():
     assert dial.settings_of_length(250, 4096)["eval_every"] == 250
     assert dial.settings_of_length(1001, 4096)["eval_every"] == 251  # four times, not five
     assert dial.settings_of_length(1000, 4096)["eval_every"] == 250
+    # Two evaluations of a short run cost a seventh of its training at most.
+    assert dial.settings_of_length(36, 4096)["eval_tokens"] == 36 * 4096 // 5
+    assert dial.settings_of_length(1000, 4096)["eval_tokens"] == 131_072
+    assert dial.settings_of_length(10_000, 4096)["eval_tokens"] == 10_000 * 4096 // 40
 
 
 def test_hours_are_for_one_process(hours):

@@ -25,9 +25,9 @@ def start():
     return pyplot
 
 
-def draw_parabolas(points_of: dict[str, list], line_of: dict[str, Callable]) -> None:
+def draw_parabolas(points_of: dict[str, list], line_of: dict[str, Callable], fitted: list) -> None:
     """points_of: optimizer -> its runs; line_of: optimizer -> (budget) -> parameters and bits a
-    byte of its law.
+    byte of its law; fitted: the runs that a law was fitted to, drawn full.
     """
     pyplot = start()
     figure, panels = pyplot.subplots(1, len(points_of), figsize=(9.5, 4.2), sharey=True)
@@ -38,16 +38,20 @@ def draw_parabolas(points_of: dict[str, list], line_of: dict[str, Callable]) -> 
             sizes = [run.parameters for run in runs]
             bits = [run.bits for run in runs]
             colour = COLOURS[optimizer]
-            axes.plot(sizes, bits, "o", color=colour, alpha=shade)
+            for run in runs:
+                is_full = run in fitted or optimizer not in line_of
+                face = colour if is_full else "none"
+                axes.plot(run.parameters, run.bits, "o", color=colour, mfc=face, alpha=shade)
             if optimizer in line_of:
                 axes.plot(*line_of[optimizer](budget), color=colour, alpha=shade, lw=1.2)
-            axes.annotate(
-                f"{budget:.0e}", (sizes[-1], bits[-1]), (5, 0), textcoords="offset points"
-            )
+            label = f"{budget:.0e}".replace("+", "")
+            axes.annotate(label, (sizes[-1], bits[-1]), (7, 3), textcoords="offset points")
         axes.set_xscale("log")
+        axes.set_xlim(1.2e5, 1.4e7)
         axes.set_xticks([2e5, 5e5, 1e6, 3e6, 6e6], ["0.2M", "0.5M", "1M", "3M", "6M"])
         axes.minorticks_off()
-        axes.set_title(NAMES[optimizer] + ("; lines are the law" if optimizer in line_of else ""))
+        note = "; lines: the law, rings: not in its fit" if optimizer in line_of else ""
+        axes.set_title(NAMES[optimizer] + note)
         axes.set_xlabel("parameters, with the embeddings")
         axes.grid(alpha=0.3, which="both")
     np.atleast_1d(panels)[0].set_ylabel("bits a byte of the validation text")

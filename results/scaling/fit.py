@@ -484,7 +484,7 @@ def draw(records: dict[str, dict], fit: Fit) -> None:
     shapes = make_shapes("books_4096")
     points_of = {name: grid_points(records, name, "books_4096") for name in NAMES}
     lines = functools.partial(line_of_budget, law, shapes, points_of["muon"])
-    draw_parabolas(points_of, dict(muon=lines))
+    draw_parabolas(points_of, dict(muon=lines), law_points(records))
 
     budgets = np.geomspace(2e12, 3e15, 40)
     bits = [best_shape(law, shapes, budget)[1] for budget in budgets]
