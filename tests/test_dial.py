@@ -79,19 +79,25 @@ def test_the_law_is_that_of_the_measurements():
     assert dial.USEFUL_REPEATS == round(stored["useful_repeats"], 1)
 
 
-def test_no_run_of_the_law_has_fewer_steps_than_the_dial_allows(monkeypatch):
+def test_runs_of_as_many_steps_as_the_dial_asks_for_follow_the_law(monkeypatch):
+    """Those of fewer that the law was not fitted to lie above it."""
     monkeypatch.syspath_prepend(str(STUDY))
     fit = importlib.import_module("fit")
     grid = importlib.import_module("grid")
     records = fit.read_records()
     fitted = fit.law_points(records)
-    steps = [
-        run.steps
-        for run in grid.grid_runs()
-        if run.name in records and fit.make_point(records[run.name]) in fitted
-    ]
-    assert len(steps) == len(fitted)
-    assert dial.STEPS_OF_LAW <= min(steps)
+    errors_of_enough = []
+    errors_of_few = []
+    for run in [*grid.grid_runs(), *grid.between_runs(), grid.last_run()]:
+        if run.optimizer == "muon" and run.vocabulary == "books_4096" and run.name in records:
+            point = fit.make_point(records[run.name])
+            error = point.bits / dial.LAW.bits(point.parameters, point.n_bytes) - 1
+            if run.steps >= dial.STEPS_OF_LAW:
+                errors_of_enough.append(error)
+            elif point not in fitted:
+                errors_of_few.append(error)
+    assert len(errors_of_enough) > 10 and max(map(abs, errors_of_enough)) < 0.02
+    assert len(errors_of_few) > 3 and min(errors_of_few) > 0.025
 
 
 def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
