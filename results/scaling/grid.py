@@ -15,7 +15,10 @@ from typing import NamedTuple
 BLOCK_SIZE = 256
 
 # Where the shards are, and the rows of the matrix of embeddings (padded to a multiple of 64).
-VOCABULARIES = {"books_4096": 4_096, "books": 50_304}
+VOCABULARIES = {"books_4096": 4_096, "books": 50_304, "code_4096": 4_096}
+# Of another kind: the Python sources of these packages.
+CODE = "code_4096"
+CODE_PACKAGES = ("torch", "sympy", "pandas", "matplotlib")
 
 
 class Size(NamedTuple):
@@ -71,6 +74,11 @@ BETWEEN_BUDGETS = {80: 2e13, 160: 6e13, 224: 2e14}
 # Text that is read so many times, at this width and budget.
 REPEATED = (128, 3e13)
 EPOCHS = (4, 16)
+# The same with fewer parameters for each token of the text, on a CPU without bf16: width, budget,
+# epochs. What reads a text once is compared with those that read a part of it.
+REPEATED_FP32 = ((64, 1e13, 1), (64, 1e13, 4), (64, 3e13, 4), (128, 3e13, 2), (128, 1e14, 4))
+# How another kind of text is learned: width, budget.
+CODE_FP32 = ((64, 1e13), (128, 3e13), (64, 3e13), (128, 1e14))
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Run:
     batch: int = 0  # sequences a step; 0: what the budget says
     epochs: int = 1  # how often the run reads its text; 1 is a text that is longer than the run
     seed: int = 1
+    dtype: str = "bf16"
 
     @property
     def size(self) -> Size:
@@ -133,6 +142,8 @@ class Run:
             parts.append(f"batch{self.batch}")
         if self.epochs != 1:
             parts.append(f"epochs{self.epochs}")
+        if self.dtype != "bf16":
+            parts.append(self.dtype)
         parts.append(f"seed{self.seed}")
         return "_".join(parts).replace("+", "")
 
@@ -154,7 +165,7 @@ class Run:
             max_steps=self.steps,
             beta2=self.beta2,
             seed=self.seed,
-            dtype="bf16",
+            dtype=self.dtype,
             log_every=10,
             eval_every=self.steps,
             eval_tokens=131_072,
@@ -232,6 +243,22 @@ def repeated_runs() -> list[Run]:
     return [make_grid_run(width, "muon", flops, epochs=epochs) for epochs in EPOCHS]
 
 
+def repeated_fp32_runs() -> list[Run]:
+    """The same where a token of the text has fewer parameters."""
+    runs = []
+    for width, flops, epochs in REPEATED_FP32:
+        runs.append(make_grid_run(width, "muon", flops, epochs=epochs, dtype="fp32"))
+    return runs
+
+
+def code_runs() -> list[Run]:
+    """Another kind of text, of which the law of the books has seen nothing."""
+    runs = []
+    for width, flops in CODE_FP32:
+        runs.append(make_grid_run(width, "muon", flops, vocabulary=CODE, dtype="fp32"))
+    return runs
+
+
 def checking_runs() -> list[Run]:
     """Second seeds, also of neighbours with the best size between them, and half and twice the
     rates that the rule carries to the largest width.
@@ -265,6 +292,7 @@ def all_runs() -> list[Run]:
     """
     runs = tuning_runs() + grid_runs() + repeated_runs() + [last_run()]
     runs += ten_times_runs() + checking_runs() + between_runs()
+    runs += repeated_fp32_runs() + code_runs()
     return sorted(dict.fromkeys(runs), key=turn)
 
 

@@ -10,6 +10,7 @@ line tells the commit that it was made with. Two of it at a time share the runs.
 """
 
 import fcntl
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from grid import VOCABULARIES, Run, all_runs
+from grid import CODE, CODE_PACKAGES, VOCABULARIES, Run, all_runs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -59,15 +60,30 @@ def collect() -> None:
 
 
 def make_shards(texts: list[str]) -> None:
-    """The books as GPT-2's tokens and as 4,096 learned ones, unless they are there."""
+    """The books as GPT-2's tokens and as 4,096 learned ones, and the code, unless they are there."""
     for name, rows in VOCABULARIES.items():
         if (ROOT / "shards" / name / "meta.json").exists():
             continue
-        if not texts:
+        if name == CODE:
+            arguments = code_arguments()
+        elif texts:
+            arguments = texts
+        else:
             sys.exit(f"shards/{name} is missing: name the books' files, and they are made")
         tokenizer = str(rows) if name.endswith(str(rows)) else "gpt2"
-        command = ["prepare.py", *texts, "--out", f"shards/{name}", "--tokenizer", tokenizer]
+        command = ["prepare.py", *arguments, "--out", f"shards/{name}", "--tokenizer", tokenizer]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def code_arguments() -> list[str]:
+    """Where prepare.py finds the Python sources of the packages, without their tests."""
+    folders = []
+    for package in CODE_PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            sys.exit(f"shards/{CODE} is missing, and so is {package}: pip install {package}")
+        folders += spec.submodule_search_locations
+    return [*folders, "--glob", "*.py", "--exclude", "test", "--exclude", "tests"]
 
 
 def study_texts() -> None:
