@@ -78,12 +78,17 @@ def diff(old: str, new: str) -> str:
 
 
 def same(printed: str, shown: str) -> bool:
-    """The same text, with decimal numbers to within 3 %: other processors sum in other orders."""
+    """The same text, with decimal numbers to within 3 %: other processors sum in other orders. A
+    hundred steps at a high rate make more of it: the losses of a training, to within 10 %. Other
+    seeds end 6 % apart.
+    """
     if NUMBER.sub("#", printed) != NUMBER.sub("#", shown):
         return False
-    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown)):
-        if not math.isclose(float(ours), float(theirs), rel_tol=0.03, abs_tol=0.02):
-            return False
+    for our_line, their_line in zip(printed.splitlines(), shown.splitlines()):
+        tolerance = 0.1 if our_line.startswith("step ") else 0.03
+        for ours, theirs in zip(NUMBER.findall(our_line), NUMBER.findall(their_line)):
+            if not math.isclose(float(ours), float(theirs), rel_tol=tolerance, abs_tol=0.02):
+                return False
     return True
 
 

@@ -60,7 +60,7 @@ def collect() -> None:
 
 
 def make_shards(texts: list[str]) -> None:
-    """The books as GPT-2's tokens and as 4,096 learned ones, and the code, unless they are there."""
+    """Those missing: the books as GPT-2's tokens and as 4,096 learned ones, and the code."""
     for name, rows in VOCABULARIES.items():
         if (ROOT / "shards" / name / "meta.json").exists():
             continue
