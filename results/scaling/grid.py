@@ -74,9 +74,18 @@ BETWEEN_BUDGETS = {80: 2e13, 160: 6e13, 224: 2e14}
 # Text that is read so many times, at this width and budget.
 REPEATED = (128, 3e13)
 EPOCHS = (4, 16)
-# The same with fewer parameters for each token of the text, on a CPU without bf16: width, budget,
-# epochs. What reads a text once is compared with those that read a part of it.
-REPEATED_FP32 = ((64, 1e13, 1), (64, 1e13, 4), (64, 3e13, 4), (128, 3e13, 2), (128, 1e14, 4))
+# The same with 0.1 to 5 parameters for each token of the text, on a CPU without bf16: width,
+# budget, epochs. One run of a single epoch, to compare the arithmetic.
+REPEATED_FP32 = (
+    (64, 1e13, 1),
+    (64, 3e12, 4),
+    (64, 1e13, 4),
+    (96, 1e13, 4),
+    (128, 1e13, 4),
+    (64, 3e13, 4),
+    (128, 3e13, 2),
+    (128, 1e14, 4),
+)
 # How another kind of text is learned: width, budget.
 CODE_FP32 = ((64, 1e13), (128, 3e13), (64, 3e13), (128, 1e14))
 
@@ -244,7 +253,7 @@ def repeated_runs() -> list[Run]:
 
 
 def repeated_fp32_runs() -> list[Run]:
-    """The same where a token of the text has fewer parameters."""
+    """The same with other numbers of parameters for each token of the text."""
     runs = []
     for width, flops, epochs in REPEATED_FP32:
         runs.append(make_grid_run(width, "muon", flops, epochs=epochs, dtype="fp32"))
