@@ -74,18 +74,21 @@ BETWEEN_BUDGETS = {80: 2e13, 160: 6e13, 224: 2e14}
 # Text that is read so many times, at this width and budget.
 REPEATED = (128, 3e13)
 EPOCHS = (4, 16)
-# The same with 0.1 to 5 parameters for each token of the text, on a CPU without bf16: width,
-# budget, epochs. One run of a single epoch, to compare the arithmetic.
-REPEATED_FP32 = (
-    (64, 1e13, 1),
+# The beginning of the books is few books. The same with pieces of all of them and with 0.1 to 5
+# parameters for each token, on a CPU without bf16: width, budget, epochs.
+REPEATED_PIECES = (
     (64, 3e12, 4),
     (64, 1e13, 4),
     (96, 1e13, 4),
     (128, 1e13, 4),
     (64, 3e13, 4),
+    (128, 3e13, 4),
     (128, 3e13, 2),
     (128, 1e14, 4),
 )
+PIECE = 4_096  # tokens
+# For both of these, the books once and the beginning of them four times, without bf16.
+REPEATED_FP32 = (64, 1e13)
 # How another kind of text is learned: width, budget.
 CODE_FP32 = ((64, 1e13), (128, 3e13), (64, 3e13), (128, 1e14))
 
@@ -103,6 +106,7 @@ class Run:
     vocabulary: str = "books_4096"
     batch: int = 0  # sequences a step; 0: what the budget says
     epochs: int = 1  # how often the run reads its text; 1 is a text that is longer than the run
+    in_pieces: bool = False  # whether such a text is pieces of the whole, or its beginning
     seed: int = 1
     dtype: str = "bf16"
 
@@ -129,10 +133,11 @@ class Run:
 
     @property
     def data_dir(self) -> str:
-        """A folder of shards. Where text repeats, its first tokens: as many as an epoch has."""
+        """A folder of shards. Where text repeats, as many of its tokens as an epoch has."""
         if self.epochs == 1:
             return f"shards/{self.vocabulary}"
-        return f"shards/{self.vocabulary}_first_{self.epoch_tokens}"
+        which = "pieces" if self.in_pieces else "first"
+        return f"shards/{self.vocabulary}_{which}_{self.epoch_tokens}"
 
     @property
     def epoch_tokens(self) -> int:
@@ -151,6 +156,8 @@ class Run:
             parts.append(f"batch{self.batch}")
         if self.epochs != 1:
             parts.append(f"epochs{self.epochs}")
+        if self.in_pieces:
+            parts.append("pieces")
         if self.dtype != "bf16":
             parts.append(self.dtype)
         parts.append(f"seed{self.seed}")
@@ -252,10 +259,14 @@ def repeated_runs() -> list[Run]:
     return [make_grid_run(width, "muon", flops, epochs=epochs) for epochs in EPOCHS]
 
 
-def repeated_fp32_runs() -> list[Run]:
-    """The same with other numbers of parameters for each token of the text."""
+def repeated_pieces_runs() -> list[Run]:
+    """Pieces of the whole text, read several times."""
     runs = []
-    for width, flops, epochs in REPEATED_FP32:
+    for width, flops, epochs in REPEATED_PIECES:
+        run = make_grid_run(width, "muon", flops, epochs=epochs, in_pieces=True, dtype="fp32")
+        runs.append(run)
+    width, flops = REPEATED_FP32
+    for epochs in (1, 4):
         runs.append(make_grid_run(width, "muon", flops, epochs=epochs, dtype="fp32"))
     return runs
 
@@ -301,7 +312,7 @@ def all_runs() -> list[Run]:
     """
     runs = tuning_runs() + grid_runs() + repeated_runs() + [last_run()]
     runs += ten_times_runs() + checking_runs() + between_runs()
-    runs += repeated_fp32_runs() + code_runs()
+    runs += repeated_pieces_runs() + code_runs()
     return sorted(dict.fromkeys(runs), key=turn)
 
 

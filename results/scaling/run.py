@@ -12,6 +12,7 @@ line tells the commit that it was made with. Two of it at a time share the runs.
 import fcntl
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from grid import CODE, CODE_PACKAGES, VOCABULARIES, Run, all_runs
+import numpy as np
+from grid import CODE, CODE_PACKAGES, PIECE, VOCABULARIES, Run, all_runs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -101,14 +103,17 @@ def study_texts() -> None:
 
 
 def cut_shards(run: Run) -> None:
-    """The first tokens of the books as a folder of its own, with the same validation text."""
+    """A part of the books as a folder of its own, with the same validation text."""
     source = ROOT / "shards" / run.vocabulary
     folder = ROOT / run.data_dir
     if (folder / "meta.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     [whole] = open_shards(source, "train")
-    row = write_shard(folder / "books_train_000001.bin", whole.tokens[: run.epoch_tokens + 1])
+    tokens = whole.tokens[: run.epoch_tokens + 1]
+    if run.in_pieces:
+        tokens = spread_pieces(whole.tokens, run.epoch_tokens)
+    row = write_shard(folder / "books_train_000001.bin", tokens)
     for file in [*source.glob("*_val_*.bin"), source / "tokenizer.json"]:
         if file.exists():
             shutil.copy(file, folder)
@@ -116,6 +121,14 @@ def cut_shards(run: Run) -> None:
     meta["shards"]["train"] = [row]
     meta["tokens"]["train"] = row["tokens"]
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def spread_pieces(tokens: np.ndarray, wanted: int) -> np.ndarray:
+    """Pieces of the text with as many tokens together, and one more, equally far apart."""
+    n_pieces = math.ceil((wanted + 1) / PIECE)
+    starts = np.linspace(0, len(tokens) - PIECE, n_pieces).astype(int)
+    pieces = [tokens[start : start + PIECE] for start in starts]
+    return np.concatenate(pieces)[: wanted + 1]
 
 
 def summarise(run: Run, metrics: Path) -> dict:
@@ -146,6 +159,7 @@ def summarise(run: Run, metrics: Path) -> dict:
         beta2=settings["beta2"],
         seed=settings["seed"],
         epochs=run.epochs,
+        in_pieces=run.in_pieces,
         budget=run.flops,
         steps=settings["max_steps"],
         tokens=settings["max_steps"] * settings["total_batch_size"],
