@@ -20,6 +20,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,15 +30,16 @@ import torch.nn.functional as F
 from draw import NAMES, draw_frontier, draw_parabolas
 from grid import (
     BLOCK_SIZE,
-    REPEATED,
+    CODE,
     SIZES,
     VOCABULARIES,
     Run,
     Size,
     between_runs,
+    code_runs,
     grid_runs,
     last_run,
-    make_grid_run,
+    repeated_pieces_runs,
     repeated_runs,
     ten_times_runs,
 )
@@ -53,6 +55,8 @@ N_BOOTSTRAPS = 50
 # The largest models of a budget take so few steps that these are what limits them, and no term of
 # the form has the number of steps.
 NEAR = 1.05
+# Of the text that repeats, the runs of more epochs learn it by heart, which no form here expects.
+MOST_EPOCHS = 4
 
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -436,46 +440,113 @@ def report_ten_times(records: dict[str, dict]) -> None:
             print_row(NAMES[run.optimizer], *cells)
 
 
-def fit_useful_repeats(law: Law, records: dict[str, dict]) -> float:
-    """After how many repetitions text teaches almost nothing new: R of Muennighoff and others
-    (2023, arXiv 2305.16264).
+class Repeats(NamedTuple):
+    """After how many repetitions a text teaches almost nothing new: R of Muennighoff and others
+    (2023, arXiv 2305.16264), which they took to be the same for all sizes.
 
-    A run that reads U bytes over and over, 1 + r times, counts as U (1 + R (1 - exp(-r / R))). R
-    is where the law, shifted to go through the run that reads as much once, comes nearest to the
-    run of the fewest epochs. Those of more are only shown: they overfit, and the form cannot.
+    A run that reads U bytes over and over, 1 + r times, counts as U (1 + R (1 - exp(-r / R))).
     """
-    width, budget = REPEATED
-    once = make_grid_run(width, "muon", budget)
-    first = make_point(records[once.name])
-    runs = [run for run in repeated_runs() if run.name in records]
-    shift = first.bits / law.bits(first.parameters, first.n_bytes)
 
-    def expected(run: Run, R: float) -> float:
-        epoch = first.n_bytes / run.epochs
-        return shift * law.bits(first.parameters, useful(epoch, run.epochs, R))
+    at_one: float  # R of a model that has one parameter for each token of the text
+    exponent: float
 
-    def error(R: float) -> float:
-        return abs(expected(runs[0], R) - make_point(records[runs[0].name]).bits)
-
-    best = min(np.geomspace(0.3, 300, 700).tolist(), key=error)
-    print("\n### Text that repeats\n")
-    print_row("epochs", "tokens of text", "bits a byte", "worth as many new tokens", "the law")
-    print("|" + "---|" * 5)
-    for run in [once, *runs]:
-        worth = useful(run.epoch_tokens, run.epochs, best)
-        print_row(
-            run.epochs,
-            f"{run.epoch_tokens / 1e6:.2f}M",
-            f"{make_point(records[run.name]).bits:.3f}",
-            f"{worth / 1e6:.2f}M",
-            f"{expected(run, best):.3f}",
-        )
-    print(f"\nR = {best:.1f}")
-    return best
+    def R(self, parameters_per_token: float) -> float:
+        return self.at_one / parameters_per_token**self.exponent
 
 
 def useful(epoch: float, epochs: int, R: float) -> float:
     return epoch * (1 + R * (1 - math.exp(-(epochs - 1) / R)))
+
+
+class Repeated(NamedTuple):
+    """A run that has read a text several times, beside one that has read as much new text."""
+
+    run: Run
+    once: Point
+    point: Point
+
+    @property
+    def parameters_per_token(self) -> float:
+        return self.once.parameters / self.run.epoch_tokens
+
+    def expected(self, law: Law, R: float) -> float:
+        """Bits a byte by the law, shifted to go through the run that has read new text."""
+        shift = self.once.bits / law.bits(self.once.parameters, self.once.n_bytes)
+        n_bytes = useful(self.once.n_bytes / self.run.epochs, self.run.epochs, R)
+        return shift * law.bits(self.once.parameters, n_bytes)
+
+    def error(self, law: Law, R: float) -> float:
+        """In log L."""
+        return math.log(self.point.bits / self.expected(law, R))
+
+    def own_R(self, law: Law) -> float:
+        """The R that this run alone would give."""
+        tried = np.geomspace(0.05, 300, 1000).tolist()
+        return min(tried, key=lambda R: abs(self.error(law, R)))
+
+
+def repeated_points(records: dict[str, dict]) -> list[Repeated]:
+    """The runs of several epochs. The arithmetic makes no difference, so where a run in fp32 has no
+    counterpart in fp32, it has one in bf16.
+    """
+    found = []
+    for run in [*repeated_runs(), *repeated_pieces_runs()]:
+        if run.epochs == 1 or run.name not in records:
+            continue
+        once = replace(run, epochs=1, in_pieces=False)
+        if once.name not in records:
+            once = replace(once, dtype="bf16")
+        found.append(Repeated(run, make_point(records[once.name]), make_point(records[run.name])))
+    return found
+
+
+def fit_repeats(law: Law, repeated: list[Repeated]) -> Repeats:
+    """Where the law comes nearest to these runs, by least squares."""
+
+    def squares(repeats: Repeats) -> float:
+        errors = [each.error(law, repeats.R(each.parameters_per_token)) for each in repeated]
+        return float(np.sum(np.square(errors)))
+
+    tried = itertools.product(np.geomspace(0.3, 30, 300).tolist(), np.linspace(0, 1, 101).tolist())
+    return min(itertools.starmap(Repeats, tried), key=squares)
+
+
+def report_repeats(law: Law, records: dict[str, dict]) -> Repeats:
+    """Text that repeats. The fit is to the runs of up to four epochs whose text is pieces of all
+    books: the beginning of the books is another text than their validation, and those of more
+    epochs have learned much by heart, which the form does not know.
+    """
+    repeated = repeated_points(records)
+    fitted = [each for each in repeated if each.run.in_pieces and each.run.epochs <= MOST_EPOCHS]
+    repeats = fit_repeats(law, fitted)
+    print("\n### Text that repeats\n")
+    print_row(
+        "width",
+        "the text",
+        "tokens of it",
+        "parameters a token",
+        "epochs",
+        "bits a byte",
+        "of new text",
+        "the law",
+        "R of this run",
+    )
+    print("|" + "---|" * 9)
+    for each in sorted(repeated, key=lambda each: (each.run.in_pieces, each.parameters_per_token)):
+        run = each.run
+        print_row(
+            run.width,
+            "pieces" if run.in_pieces else "beginning",
+            f"{run.epoch_tokens / 1e6:.2f}M",
+            f"{each.parameters_per_token:.2f}",
+            run.epochs,
+            f"{each.point.bits:.3f}",
+            f"{each.once.bits:.3f}",
+            f"{each.expected(law, repeats.R(each.parameters_per_token)):.3f}",
+            f"{each.own_R(law):.2g}",
+        )
+    print(f"\nR = {repeats.at_one:.2f} / (parameters a token)^{repeats.exponent:.2f}")
+    return repeats
 
 
 def draw(records: dict[str, dict], fit: Fit) -> None:
@@ -503,6 +574,29 @@ def draw(records: dict[str, dict], fit: Fit) -> None:
     if last_run().name in records:
         last = (last_run().flops, make_point(records[last_run().name]).bits)
     draw_frontier((budgets, bits, low, high), lowest, last)
+
+
+def report_code(records: dict[str, dict], law: Law) -> None:
+    """Another kind of text than the law's, beside the same run on the books."""
+    hardness = TEXTS[CODE]["xz_bits"]["1000000"] / TEXTS["books_4096"]["xz_bits"]["1000000"]
+    print(f"\n### Code, for which xz needs {hardness:.3f} times as many bits as for the books\n")
+    print_row("width", "FLOPs", "steps", "the law, times that", "came", "books", "came / books")
+    print("|" + "---|" * 7)
+    for run in code_runs():
+        if run.name not in records:
+            continue
+        point = make_point(records[run.name])
+        of_books = replace(run, vocabulary="books_4096", dtype="bf16")
+        books = make_point(records[of_books.name])
+        print_row(
+            run.width,
+            f"{run.flops:.0e}",
+            f"{run.steps:,}",
+            f"{hardness * law.bits(point.parameters, point.n_bytes):.3f}",
+            f"{point.bits:.3f}",
+            f"{books.bits:.3f}",
+            f"{point.bits / books.bits:.3f}",
+        )
 
 
 def line_of_budget(law: Law, shapes: list[Shape], points: list[Point], budget: float):
@@ -566,9 +660,10 @@ def main() -> None:
         report_minima(records, optimizer)
     report_muon(records)
     report_ten_times(records)
-    dial = dict(law=fit.law._asdict(), useful_repeats=fit_useful_repeats(fit.law, records))
+    dial = dict(law=fit.law._asdict(), repeats=report_repeats(fit.law, records)._asdict())
     dial["xz_bits"] = TEXTS["books_4096"]["xz_bits"]
     report_outside(records, fit)
+    report_code(records, fit.law)
     stored = dict(dial=dial, bootstraps=[list(other) for other in fit.others])
     (HERE / "law.json").write_text(json.dumps(stored, indent=1) + "\n")
     draw(records, fit)
