@@ -44,10 +44,24 @@ class Law(NamedTuple):
 
 
 LAW = Law(E=0.8491, A=11.52, alpha=0.2458, B=11.1, beta=0.1699)
-# Text that is read again is worth less each time: see `Text.useful`.
-USEFUL_REPEATS = 0.7
-# More than so many times teach nothing new, and after 16 a model knows it by heart and is worse.
-MOST_EPOCHS = 4
+
+
+class Repeats(NamedTuple):
+    """After how many repetitions a text teaches almost nothing new: R of `Text.useful`."""
+
+    at_one: float  # of a model that has one parameter for each token of the text
+    exponent: float  # larger models learn it by heart sooner
+
+    def R(self, parameters_per_token: float) -> float:
+        return self.at_one / parameters_per_token**self.exponent
+
+
+REPEATS = Repeats(at_one=2.76, exponent=0.35)
+# A text is read so many times, also by a model that learns it by heart sooner: fewer are few steps.
+EPOCHS = 4
+# A model that learns it later reads it once and then so many times its R: that is 1 - exp(-2), or
+# 86 %, of what repetitions can teach it. Eight times where this rule says seven were not too many.
+MOST_REPETITIONS = 2
 # Bytes -> the bits a byte that xz needs for as much of the law's text: more repeats itself more.
 LAW_XZ_BITS = {10_000: 3.798, 30_000: 3.315, 100_000: 3.058, 300_000: 2.706, 1_000_000: 2.47}
 # How far texts may lie from what the law expects of them, as a share: see docs/scaling.md.
@@ -80,6 +94,9 @@ FEWEST_STEPS = 30
 STEPS_OF_LAW = 900
 # Where the text ends before the time does, so many are enough.
 STEPS_OF_SHORT_TEXT = 250
+# A size whose expected loss is at most so many times the lowest is as good, because the law misses
+# runs that it has not seen by 1.3 %. A smaller model takes more steps, and samples faster.
+AS_GOOD = 1.01
 # The settings that the hours choose.
 CHOSEN = (
     "n_layer",
@@ -110,16 +127,23 @@ class Text:
     bytes_per_token: float
     hardness: float  # times the bits a byte of the law's books
 
-    def useful(self, tokens: float) -> float:
-        """How many tokens that are new would teach as much as these, of which some repeat.
+    def R(self, parameters: float) -> float:
+        return REPEATS.R(parameters / self.train_tokens)
+
+    def most_epochs(self, parameters: float) -> float:
+        """How often a model of so many parameters reads the text at most."""
+        return max(EPOCHS, 1 + MOST_REPETITIONS * self.R(parameters))
+
+    def useful(self, tokens: float, parameters: float) -> float:
+        """How many tokens that are new would teach a model as much as these, of which some repeat.
 
         The form is that of Muennighoff and others (2023, arXiv 2305.16264).
         """
         if tokens <= self.train_tokens:
             return tokens
-        repeats = tokens / self.train_tokens - 1
-        worth = USEFUL_REPEATS * (1 - math.exp(-repeats / USEFUL_REPEATS))
-        return self.train_tokens * (1 + worth)
+        R = self.R(parameters)
+        repetitions = tokens / self.train_tokens - 1
+        return self.train_tokens * (1 + R * (1 - math.exp(-repetitions / R)))
 
 
 class Option(NamedTuple):
@@ -128,6 +152,7 @@ class Option(NamedTuple):
     config: Any  # train.py's settings
     parameters: int
     seconds_per_step: float
+    text_ends: bool  # before the time does
     bits: float  # a byte
 
 
@@ -161,7 +186,7 @@ def study_text(data_dir: str, tokenizer: Tokenizer) -> Text:
     """Look at the first megabyte of the training text. ValueError if it is too short."""
     shards = data.open_shards(data_dir, "train")
     n_tokens = sum(len(shard.tokens) for shard in shards)
-    needed = FEWEST_STEPS * FEWEST_SEQUENCES * BLOCK_SIZE // MOST_EPOCHS
+    needed = FEWEST_STEPS * FEWEST_SEQUENCES * BLOCK_SIZE // EPOCHS
     if n_tokens < needed:
         raise ValueError(
             f"{data_dir}: {n_tokens:,} training tokens are too few to choose a model by the hours; "
@@ -199,7 +224,7 @@ def law_size(config: Any, model: GPT) -> int:
 
 def expected_bits(parameters: float, tokens: float, text: Text) -> float:
     """Bits a byte of this text after so many tokens of it."""
-    n_bytes = text.useful(tokens) * text.bytes_per_token
+    n_bytes = text.useful(tokens, parameters) * text.bytes_per_token
     return LAW.bits(parameters, n_bytes) * text.hardness
 
 
@@ -220,32 +245,35 @@ def choose(
     build: Callable[[Any], GPT],
     say: Callable[[str], None],
 ) -> Any:
-    """The settings with the lowest expected loss.
+    """The settings of the smallest model whose expected loss is as good as the lowest.
 
     Sizes are timed from the smallest on, until the expected loss rises. build: settings -> a new
     model. ValueError if the time is too short for any.
     """
-    best: Option | None = None
+    considered: list[Option] = []
+    lowest = math.inf
     for option in options(config, machine, text, build):
         say(
             f"hours: {option.parameters:,} parameters, "
             f"{1000 * option.seconds_per_step:,.0f} ms a step, {option.config.max_steps:,} steps: "
             f"{option.bits:.3f} bits a byte expected"
         )
-        if best is not None and option.bits > best.bits:
+        considered.append(option)
+        if option.bits > lowest:
             break
-        best = option
-    if best is None:
+        lowest = option.bits
+    if not considered:
         raise ValueError(
             f"hours={config.hours} is too short for {FEWEST_STEPS} steps of the smallest model; "
             "set more"
         )
-    text_ends = best.config.max_steps == most_steps(best.config, text)
-    if text_ends:
+    best = next(option for option in considered if option.bits <= AS_GOOD * lowest)
+    if best.text_ends:
         minutes = best.seconds_per_step * best.config.max_steps / 60
+        tokens = best.config.max_steps * best.config.total_batch_size
         say(
             f"hours: the run ends early, after about {minutes:,.1f} minutes: it has read the text "
-            f"{MOST_EPOCHS} times, and more of it would make the model worse"
+            f"{tokens / text.train_tokens:.0f} times, and would learn it by heart"
         )
     elif best.config.n_embd == SHAPES[-1][2]:
         say(
@@ -255,17 +283,11 @@ def choose(
     return best.config
 
 
-def most_steps(config: Any, text: Text) -> int:
-    return MOST_EPOCHS * text.train_tokens // config.total_batch_size
-
-
 def sequences_per_step(text: Text) -> int:
     """As in the law's runs, or fewer: then a short text is read in enough steps."""
     sequences = SEQUENCES
     enough_tokens = STEPS_OF_SHORT_TEXT * BLOCK_SIZE
-    while sequences > FEWEST_SEQUENCES and (
-        MOST_EPOCHS * text.train_tokens < sequences * enough_tokens
-    ):
+    while sequences > FEWEST_SEQUENCES and (EPOCHS * text.train_tokens < sequences * enough_tokens):
         sequences //= 2
     return sequences
 
@@ -291,24 +313,24 @@ def options(
             muon_momentum=0.9,
         )
         model = build(shaped)
+        size = law_size(shaped, model)
+        steps_of_text = int(text.most_epochs(size) * text.train_tokens / shaped.total_batch_size)
         seconds = time_step(shaped, model, machine)
-        steps = int(config.hours * 3600 * TRAINING_SHARE / seconds)
-        time_is_short = steps < most_steps(shaped, text)
-        steps = min(steps, most_steps(shaped, text))
+        steps_of_time = int(config.hours * 3600 * TRAINING_SHARE / seconds)
+        text_ends = steps_of_text <= steps_of_time
+        steps = min(steps_of_text, steps_of_time)
         if steps < FEWEST_STEPS:
             return
         is_smallest = n_embd == SHAPES[0][2]
-        if time_is_short:
-            is_too_large = steps < STEPS_OF_LAW
-        else:
+        if text_ends:
             is_too_large = model.num_params() > MOST_PARAMETERS_PER_TOKEN * text.train_tokens
+        else:
+            is_too_large = steps < STEPS_OF_LAW
         if is_too_large and not is_smallest:
             return
         settings = replace(shaped, **settings_of_length(steps, shaped.total_batch_size))
-        parameters = model.num_params()
-        tokens = steps * settings.total_batch_size
-        bits = expected_bits(law_size(settings, model), tokens, text)
-        yield Option(settings, parameters, seconds, bits)
+        bits = expected_bits(size, steps * settings.total_batch_size, text)
+        yield Option(settings, model.num_params(), seconds, text_ends, bits)
 
 
 def settings_of_length(steps: int, tokens_per_step: int) -> dict:
