@@ -44,24 +44,10 @@ class Law(NamedTuple):
 
 
 LAW = Law(E=0.8491, A=11.52, alpha=0.2458, B=11.1, beta=0.1699)
-
-
-class Repeats(NamedTuple):
-    """After how many repetitions a text teaches almost nothing new: R of `Text.useful`."""
-
-    at_one: float  # of a model that has one parameter for each token of the text
-    exponent: float  # larger models learn it by heart sooner
-
-    def R(self, parameters_per_token: float) -> float:
-        return self.at_one / parameters_per_token**self.exponent
-
-
-REPEATS = Repeats(at_one=2.76, exponent=0.35)
-# A text is read so many times, also by a model that learns it by heart sooner: fewer are few steps.
-EPOCHS = 4
-# A model that learns it later reads it once and then so many times its R: that is 1 - exp(-2), or
-# 86 %, of what repetitions can teach it. Eight times where this rule says seven were not too many.
-MOST_REPETITIONS = 2
+# R of `Text.useful`: what text that is read again is worth.
+USEFUL_REPEATS = 2.5
+# A text is read so many times at most.
+MOST_EPOCHS = 4
 # Bytes -> the bits a byte that xz needs for as much of the law's text: more repeats itself more.
 LAW_XZ_BITS = {10_000: 3.798, 30_000: 3.315, 100_000: 3.058, 300_000: 2.706, 1_000_000: 2.47}
 # How far texts may lie from what the law expects of them, as a share: see docs/scaling.md.
@@ -94,8 +80,8 @@ FEWEST_STEPS = 30
 STEPS_OF_LAW = 900
 # Where the text ends before the time does, so many are enough.
 STEPS_OF_SHORT_TEXT = 250
-# A size whose expected loss is at most so many times the lowest is as good, because the law misses
-# runs that it has not seen by 1.3 %. A smaller model takes more steps, and samples faster.
+# A size whose expected loss is at most so many times the lowest is as good: the law is not known
+# better than that, and a smaller model samples faster.
 AS_GOOD = 1.01
 # The settings that the hours choose.
 CHOSEN = (
@@ -127,23 +113,16 @@ class Text:
     bytes_per_token: float
     hardness: float  # times the bits a byte of the law's books
 
-    def R(self, parameters: float) -> float:
-        return REPEATS.R(parameters / self.train_tokens)
-
-    def most_epochs(self, parameters: float) -> float:
-        """How often a model of so many parameters reads the text at most."""
-        return max(EPOCHS, 1 + MOST_REPETITIONS * self.R(parameters))
-
-    def useful(self, tokens: float, parameters: float) -> float:
-        """How many tokens that are new would teach a model as much as these, of which some repeat.
+    def useful(self, tokens: float) -> float:
+        """How many tokens that are new would teach as much as these, of which some repeat.
 
         The form is that of Muennighoff and others (2023, arXiv 2305.16264).
         """
         if tokens <= self.train_tokens:
             return tokens
-        R = self.R(parameters)
         repetitions = tokens / self.train_tokens - 1
-        return self.train_tokens * (1 + R * (1 - math.exp(-repetitions / R)))
+        worth = USEFUL_REPEATS * (1 - math.exp(-repetitions / USEFUL_REPEATS))
+        return self.train_tokens * (1 + worth)
 
 
 class Option(NamedTuple):
@@ -186,7 +165,7 @@ def study_text(data_dir: str, tokenizer: Tokenizer) -> Text:
     """Look at the first megabyte of the training text. ValueError if it is too short."""
     shards = data.open_shards(data_dir, "train")
     n_tokens = sum(len(shard.tokens) for shard in shards)
-    needed = FEWEST_STEPS * FEWEST_SEQUENCES * BLOCK_SIZE // EPOCHS
+    needed = FEWEST_STEPS * FEWEST_SEQUENCES * BLOCK_SIZE // MOST_EPOCHS
     if n_tokens < needed:
         raise ValueError(
             f"{data_dir}: {n_tokens:,} training tokens are too few to choose a model by the hours; "
@@ -224,7 +203,7 @@ def law_size(config: Any, model: GPT) -> int:
 
 def expected_bits(parameters: float, tokens: float, text: Text) -> float:
     """Bits a byte of this text after so many tokens of it."""
-    n_bytes = text.useful(tokens, parameters) * text.bytes_per_token
+    n_bytes = text.useful(tokens) * text.bytes_per_token
     return LAW.bits(parameters, n_bytes) * text.hardness
 
 
@@ -268,26 +247,37 @@ def choose(
             "set more"
         )
     best = next(option for option in considered if option.bits <= AS_GOOD * lowest)
+    last = considered[-1]
     if best.text_ends:
         minutes = best.seconds_per_step * best.config.max_steps / 60
-        tokens = best.config.max_steps * best.config.total_batch_size
         say(
             f"hours: the run ends early, after about {minutes:,.1f} minutes: it has read the text "
-            f"{tokens / text.train_tokens:.0f} times, and would learn it by heart"
+            f"{MOST_EPOCHS} times, and each time it learns less"
         )
-    elif best.config.n_embd == SHAPES[-1][2]:
+    elif best.config.max_steps < STEPS_OF_LAW:
         say(
-            "hours: this is the largest size that the law is used for, and a larger one would "
-            "learn more in the time; config/gpt2_124M.py is the next"
+            f"hours: {best.config.max_steps:,} steps are few, and the law is of {STEPS_OF_LAW} and "
+            "more; expect a higher loss"
+        )
+    elif last.config.n_embd == SHAPES[-1][2] and last.bits == lowest:
+        say(
+            f"hours: the law is used for no larger size than width {last.config.n_embd}, and one "
+            "would learn more in the time; config/gpt2_124M.py is the next"
         )
     return best.config
+
+
+def most_steps(config: Any, text: Text) -> int:
+    return MOST_EPOCHS * text.train_tokens // config.total_batch_size
 
 
 def sequences_per_step(text: Text) -> int:
     """As in the law's runs, or fewer: then a short text is read in enough steps."""
     sequences = SEQUENCES
     enough_tokens = STEPS_OF_SHORT_TEXT * BLOCK_SIZE
-    while sequences > FEWEST_SEQUENCES and (EPOCHS * text.train_tokens < sequences * enough_tokens):
+    while sequences > FEWEST_SEQUENCES and (
+        MOST_EPOCHS * text.train_tokens < sequences * enough_tokens
+    ):
         sequences //= 2
     return sequences
 
@@ -313,9 +303,8 @@ def options(
             muon_momentum=0.9,
         )
         model = build(shaped)
-        size = law_size(shaped, model)
-        steps_of_text = int(text.most_epochs(size) * text.train_tokens / shaped.total_batch_size)
         seconds = time_step(shaped, model, machine)
+        steps_of_text = most_steps(shaped, text)
         steps_of_time = int(config.hours * 3600 * TRAINING_SHARE / seconds)
         text_ends = steps_of_text <= steps_of_time
         steps = min(steps_of_text, steps_of_time)
@@ -329,7 +318,8 @@ def options(
         if is_too_large and not is_smallest:
             return
         settings = replace(shaped, **settings_of_length(steps, shaped.total_batch_size))
-        bits = expected_bits(size, steps * settings.total_batch_size, text)
+        tokens = steps * settings.total_batch_size
+        bits = expected_bits(law_size(settings, model), tokens, text)
         yield Option(settings, model.num_params(), seconds, text_ends, bits)
 
 

@@ -49,15 +49,6 @@ def speed(monkeypatch, factor: float) -> None:
     monkeypatch.setattr(dial, "time_step", time_step)
 
 
-def steps_of_text(monkeypatch, steps: int) -> None:
-    """Set after how many steps of the fixture's 64 tokens a text ends."""
-
-    def most_epochs(text, parameters):
-        return (steps + 0.5) * 64 / text.train_tokens
-
-    monkeypatch.setattr(dial.Text, "most_epochs", most_epochs)
-
-
 def options(config) -> list[dial.Option]:
     """All that the dial would consider."""
     tokenizer = data.tokenizer_of_shards(config.data_dir)
@@ -85,8 +76,7 @@ def test_the_law_is_that_of_the_measurements():
         assert getattr(dial.LAW, name) == pytest.approx(value, rel=1e-3)
     rounded = {int(size): round(bits, 3) for size, bits in stored["xz_bits"].items()}
     assert dial.LAW_XZ_BITS == rounded
-    for name, value in stored["repeats"].items():
-        assert getattr(dial.REPEATS, name) == pytest.approx(value, abs=0.005)
+    assert dial.USEFUL_REPEATS == round(stored["useful_repeats"], 1)
 
 
 def test_runs_of_as_many_steps_as_the_dial_asks_for_follow_the_law(monkeypatch):
@@ -116,7 +106,7 @@ def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
     assert set(dial.SHAPES) <= set(grid.SIZES.values())
     monkeypatch.setattr(dial, "time_step", lambda *_: 1.0)
     chosen = {name: getattr(train.TrainConfig(), name) for name in dial.CHOSEN}
-    monkeypatch.setattr(dial, "EPOCHS", 1000)
+    monkeypatch.setattr(dial, "MOST_EPOCHS", 1000)
     for option in options(config(hours=1.0, **chosen)):
         run = grid.make_grid_run(option.config.n_embd, "muon", 1e14)
         measured = dict(argument.lstrip("-").split("=") for argument in run.arguments())
@@ -133,22 +123,13 @@ def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
 
 def test_text_that_repeats_is_worth_less_and_at_last_nothing():
     text = dial.Text(train_tokens=1000, bytes_per_token=1.0, hardness=1.0)
-    assert text.useful(700, 500) == 700 and text.useful(1000, 500) == 1000
-    assert 1000 < text.useful(2000, 500) < 2000
-    R = dial.REPEATS.R(0.5)
-    assert text.useful(10**9, 500) == pytest.approx(1000 * (1 + R))
+    assert text.useful(700) == 700 and text.useful(1000) == 1000
+    assert 1000 < text.useful(2000) < 2000
+    R = dial.USEFUL_REPEATS
+    assert text.useful(10**9) == pytest.approx(1000 * (1 + R))
     # Of many repetitions, each a small part: the sum of what is left of each.
-    slope = (text.useful(3001, 500) - text.useful(3000, 500)) / 1
+    slope = (text.useful(3001) - text.useful(3000)) / 1
     assert slope == pytest.approx(math.exp(-2 / R), rel=1e-3)
-    # The more parameters a model has for each token, the sooner it knows them by heart.
-    assert text.useful(3000, 100) > text.useful(3000, 500) > text.useful(3000, 2000)
-    assert dial.REPEATS.R(1.0) == dial.REPEATS.at_one
-
-
-def test_a_text_is_read_more_often_where_a_token_has_few_parameters():
-    text = dial.Text(train_tokens=1000, bytes_per_token=1.0, hardness=1.0)
-    assert text.most_epochs(50_000) == 4
-    assert text.most_epochs(500) == 1 + 2 * dial.REPEATS.R(0.5) > 5
 
 
 def test_what_the_dial_knows_of_a_text(shards):
@@ -177,13 +158,22 @@ def test_a_larger_model_has_as_many_steps_as_the_laws_runs(hours, monkeypatch):
     """Unless it is the text that ends, which ends for all sizes."""
     monkeypatch.setattr(dial, "STEPS_OF_LAW", 43)
     assert [option.config.max_steps for option in options(hours)] == [85]
-    steps_of_text(monkeypatch, 35)
+    monkeypatch.setattr(dial, "most_steps", lambda config, text: 35)
     assert [option.config.max_steps for option in options(hours)] == [35, 35]
+
+
+def test_fewer_steps_than_the_laws_runs_had_are_said(hours, monkeypatch, capsys):
+    monkeypatch.setattr(dial, "STEPS_OF_LAW", 86)
+    train.settings_by_hours(hours, runtime.start("cpu"), print)
+    assert "hours: 85 steps are few, and the law is of 86 and more" in capsys.readouterr().out
+    monkeypatch.setattr(dial, "STEPS_OF_LAW", 85)
+    train.settings_by_hours(hours, runtime.start("cpu"), print)
+    assert "are few" not in capsys.readouterr().out
 
 
 def test_a_short_text_gets_no_model_that_is_much_larger_than_itself(hours, monkeypatch):
     speed(monkeypatch, 0.001)
-    steps_of_text(monkeypatch, 35)
+    monkeypatch.setattr(dial, "most_steps", lambda config, text: 35)
     considered = options(hours)
     assert [option.config.n_embd for option in considered] == [16, 32, 64]
     train_tokens = json.loads((Path(hours.data_dir) / "meta.json").read_text())["tokens"]["train"]
@@ -222,21 +212,20 @@ def test_of_sizes_that_are_as_good_the_smallest_wins(hours, monkeypatch, bits, c
 
 def test_more_time_than_the_law_has_sizes_for_is_said(hours, monkeypatch, capsys):
     speed(monkeypatch, 0.001)
-    monkeypatch.setattr(dial, "EPOCHS", 10**6)
+    monkeypatch.setattr(dial, "MOST_EPOCHS", 10**6)
     chosen = train.settings_by_hours(hours, runtime.start("cpu"), print)
     assert chosen.n_embd == SHAPES[-1][2]
-    assert "hours: this is the largest size" in capsys.readouterr().out
+    assert "hours: the law is used for no larger size than width 64" in capsys.readouterr().out
 
 
-def test_a_short_text_is_read_four_times_and_no_more(hours, monkeypatch, capsys):
-    monkeypatch.setattr(dial, "REPEATS", dial.Repeats(at_one=1.0, exponent=0.61))
+def test_a_short_text_is_read_four_times_and_no_more(hours, capsys):
     chosen = train.settings_by_hours(replace(hours, hours=100.0), runtime.start("cpu"), print)
     train_tokens = json.loads((Path(hours.data_dir) / "meta.json").read_text())["tokens"]["train"]
     read = chosen.max_steps * chosen.total_batch_size
     assert 4 * train_tokens - chosen.total_batch_size < read <= 4 * train_tokens
     printed = capsys.readouterr().out
     assert "it has read the text 4 times" in printed
-    assert "this is the largest size" not in printed  # and a larger one would learn no more
+    assert "no larger size" not in printed  # and a larger one would learn no more
 
 
 def test_a_run_by_the_hours_is_the_run_of_the_settings_that_it_prints(hours, capsys):

@@ -55,7 +55,7 @@ N_BOOTSTRAPS = 50
 # The largest models of a budget take so few steps that these are what limits them, and no term of
 # the form has the number of steps.
 NEAR = 1.05
-# Of the text that repeats, the runs of more epochs learn it by heart, which no form here expects.
+# Of text that repeats, the fit is to runs of so many epochs, and others test it.
 MOST_EPOCHS = 4
 
 
@@ -440,21 +440,12 @@ def report_ten_times(records: dict[str, dict]) -> None:
             print_row(NAMES[run.optimizer], *cells)
 
 
-class Repeats(NamedTuple):
-    """After how many repetitions a text teaches almost nothing new: R of Muennighoff and others
-    (2023, arXiv 2305.16264), which they took to be the same for all sizes.
-
-    A run that reads U bytes over and over, 1 + r times, counts as U (1 + R (1 - exp(-r / R))).
-    """
-
-    at_one: float  # R of a model that has one parameter for each token of the text
-    exponent: float
-
-    def R(self, parameters_per_token: float) -> float:
-        return self.at_one / parameters_per_token**self.exponent
-
-
 def useful(epoch: float, epochs: int, R: float) -> float:
+    """How much new text would teach as much as this text, read so many times.
+
+    The form is that of Muennighoff and others (2023, arXiv 2305.16264): the first repetition is
+    worth almost as much as new text, R more of them leave 37 % of what repetitions can teach.
+    """
     return epoch * (1 + R * (1 - math.exp(-(epochs - 1) / R)))
 
 
@@ -470,19 +461,14 @@ class Repeated(NamedTuple):
         return self.once.parameters / self.run.epoch_tokens
 
     def expected(self, law: Law, R: float) -> float:
-        """Bits a byte by the law, shifted to go through the run that has read new text."""
-        shift = self.once.bits / law.bits(self.once.parameters, self.once.n_bytes)
+        """Bits a byte by the law, times what makes it right for the run that has read new text."""
+        factor = self.once.bits / law.bits(self.once.parameters, self.once.n_bytes)
         n_bytes = useful(self.once.n_bytes / self.run.epochs, self.run.epochs, R)
-        return shift * law.bits(self.once.parameters, n_bytes)
+        return factor * law.bits(self.once.parameters, n_bytes)
 
     def error(self, law: Law, R: float) -> float:
         """In log L."""
         return math.log(self.point.bits / self.expected(law, R))
-
-    def own_R(self, law: Law) -> float:
-        """The R that this run alone would give."""
-        tried = np.geomspace(0.05, 300, 1000).tolist()
-        return min(tried, key=lambda R: abs(self.error(law, R)))
 
 
 def repeated_points(records: dict[str, dict]) -> list[Repeated]:
@@ -500,25 +486,22 @@ def repeated_points(records: dict[str, dict]) -> list[Repeated]:
     return found
 
 
-def fit_repeats(law: Law, repeated: list[Repeated]) -> Repeats:
-    """Where the law comes nearest to these runs, by least squares."""
+def fit_repeats(law: Law, repeated: list[Repeated]) -> float:
+    """The R with which the law comes nearest to these runs, by least squares."""
 
-    def squares(repeats: Repeats) -> float:
-        errors = [each.error(law, repeats.R(each.parameters_per_token)) for each in repeated]
-        return float(np.sum(np.square(errors)))
+    def squares(R: float) -> float:
+        return float(np.sum(np.square([each.error(law, R) for each in repeated])))
 
-    tried = itertools.product(np.geomspace(0.3, 30, 300).tolist(), np.linspace(0, 1, 101).tolist())
-    return min(itertools.starmap(Repeats, tried), key=squares)
+    return min(np.geomspace(0.05, 300, 1000).tolist(), key=squares)
 
 
-def report_repeats(law: Law, records: dict[str, dict]) -> Repeats:
-    """Text that repeats. The fit is to the runs of up to four epochs whose text is pieces of all
-    books: the beginning of the books is another text than their validation, and those of more
-    epochs have learned much by heart, which the form does not know.
+def report_repeats(law: Law, records: dict[str, dict]) -> float:
+    """Text that repeats. R is fitted to the runs of four epochs whose text is pieces of the books,
+    because the beginning of the books is few of them. Those of more epochs test it.
     """
     repeated = repeated_points(records)
     fitted = [each for each in repeated if each.run.in_pieces and each.run.epochs <= MOST_EPOCHS]
-    repeats = fit_repeats(law, fitted)
+    best = fit_repeats(law, fitted)
     print("\n### Text that repeats\n")
     print_row(
         "width",
@@ -538,15 +521,18 @@ def report_repeats(law: Law, records: dict[str, dict]) -> Repeats:
             run.width,
             "pieces" if run.in_pieces else "beginning",
             f"{run.epoch_tokens / 1e6:.2f}M",
-            f"{each.parameters_per_token:.2f}",
+            f"{each.parameters_per_token:.2g}",
             run.epochs,
             f"{each.point.bits:.3f}",
             f"{each.once.bits:.3f}",
-            f"{each.expected(law, repeats.R(each.parameters_per_token)):.3f}",
-            f"{each.own_R(law):.2g}",
+            f"{each.expected(law, best):.3f}",
+            f"{fit_repeats(law, [each]):.2g}",
         )
-    print(f"\nR = {repeats.at_one:.2f} / (parameters a token)^{repeats.exponent:.2f}")
-    return repeats
+    without = []
+    for left_out in fitted:
+        without.append(fit_repeats(law, [each for each in fitted if each is not left_out]))
+    print(f"\nR = {best:.2f}; without one of the runs {min(without):.2f} to {max(without):.2f}")
+    return best
 
 
 def draw(records: dict[str, dict], fit: Fit) -> None:
@@ -660,7 +646,7 @@ def main() -> None:
         report_minima(records, optimizer)
     report_muon(records)
     report_ten_times(records)
-    dial = dict(law=fit.law._asdict(), repeats=report_repeats(fit.law, records)._asdict())
+    dial = dict(law=fit.law._asdict(), useful_repeats=report_repeats(fit.law, records))
     dial["xz_bits"] = TEXTS["books_4096"]["xz_bits"]
     report_outside(records, fit)
     report_code(records, fit.law)

@@ -74,7 +74,7 @@ BETWEEN_BUDGETS = {80: 2e13, 160: 6e13, 224: 2e14}
 # Text that is read so many times, at this width and budget.
 REPEATED = (128, 3e13)
 EPOCHS = (4, 16)
-# The beginning of the books is few books. The same with pieces of all of them and with 0.1 to 5
+# The beginning of the books is few of them. The same with pieces from all over them, with 0.1 to 5
 # parameters for each token, on a CPU without bf16: width, budget, epochs.
 REPEATED_PIECES = (
     (64, 3e12, 4),
@@ -89,7 +89,7 @@ REPEATED_PIECES = (
     (128, 1e14, 4),
 )
 PIECE = 4_096  # tokens
-# For both of these, the books once and the beginning of them four times, without bf16.
+# The books once and the beginning of them four times, without bf16: width, budget.
 REPEATED_FP32 = (64, 1e13)
 # How another kind of text is learned: width, budget.
 CODE_FP32 = ((64, 1e13), (128, 3e13), (64, 3e13), (128, 1e14))
