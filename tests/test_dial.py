@@ -100,6 +100,16 @@ def test_runs_of_as_many_steps_as_the_dial_asks_for_follow_the_law(monkeypatch):
     assert len(errors_of_few) > 3 and min(errors_of_few) > 0.025
 
 
+def test_the_pieces_of_a_text_that_repeats_come_from_all_over_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    run = importlib.import_module("run")
+    monkeypatch.setattr(run, "PIECE", 100)
+    pieces = run.spread_pieces(torch.arange(10_000).numpy(), 450)
+    assert len(pieces) == 451  # a last token to predict
+    assert pieces[::100].tolist() == [0, 2_475, 4_950, 7_425, 9_900]
+    assert pieces[100:200].tolist() == list(range(2_475, 2_575))
+
+
 def test_the_dial_trains_as_the_measured_runs_did(config, monkeypatch):
     monkeypatch.syspath_prepend(str(STUDY))
     grid = importlib.import_module("grid")
