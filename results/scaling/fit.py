@@ -443,8 +443,8 @@ def report_ten_times(records: dict[str, dict]) -> None:
 def useful(epoch: float, epochs: int, R: float) -> float:
     """How much new text would teach as much as this text, read so many times.
 
-    The form is that of Muennighoff and others (2023, arXiv 2305.16264): the first repetition is
-    worth almost as much as new text, R more of them leave 37 % of what repetitions can teach.
+    The form is that of Muennighoff and others (2023, arXiv 2305.16264): each repetition is worth
+    less than the one before, and after R of them 37 % of what they can teach is still to come.
     """
     return epoch * (1 + R * (1 - math.exp(-(epochs - 1) / R)))
 
@@ -472,8 +472,8 @@ class Repeated(NamedTuple):
 
 
 def repeated_points(records: dict[str, dict]) -> list[Repeated]:
-    """The runs of several epochs. The arithmetic makes no difference, so where a run in fp32 has no
-    counterpart in fp32, it has one in bf16.
+    """The runs of several epochs. Where the run of new text was not made in fp32, that in bf16 is
+    taken: the one that was made in both ends within 0.001 bits.
     """
     found = []
     for run in [*repeated_runs(), *repeated_pieces_runs()]:

@@ -6,7 +6,8 @@ another program slows down is the same run.
 
 Every run reads windows of 256 tokens, 8 of them a step, from 2e13 FLOPs on 16 and from 2e15 on 32
 (or as its name says): English books, with a vocabulary of 4,096 tokens learned from them or with
-GPT-2's. The rates rise over the first twentieth of the steps and fall to zero as a cosine.
+GPT-2's, and some runs Python code. The rates rise over the first twentieth of the steps and fall to
+zero as a cosine.
 """
 
 from dataclasses import dataclass
