@@ -38,6 +38,7 @@ from parts.documents import (
 )
 from parts.encoding import Replacements
 from parts.files import sha256, write_whole
+from parts.overlap import share_in_training
 from parts.sharding import (
     SEED,
     Split,
@@ -68,6 +69,9 @@ from parts.tokenizer import (
     sample_texts,
     tokenizer_of_folder,
 )
+
+# As a share of the validation tokens.
+COPIES_WORTH_A_NOTE = 0.05
 
 # ---- The options ---------------------------------------------------------------------------------
 
@@ -358,6 +362,17 @@ def describe_tokenizer(tokenizer: Tokenizer, texts: list[bytes]) -> str:
     )
 
 
+def note_copies(out: Path, tokenizer: Tokenizer) -> None:
+    """Print a line if much of the validation text is no test of what a model has learned."""
+    share = share_in_training(out, tokenizer)
+    if share >= COPIES_WORTH_A_NOTE:
+        print_note(
+            f"{share:.0%} of the validation tokens are copies of training text, so the validation "
+            "loss will be lower than that of new text; --exclude leaves out copies and generated "
+            "files"
+        )
+
+
 @command("prepare.py")
 def main(argv: list[str] | None = None) -> None:
     """Read the files up to four times: to hash them, to count documents (the first ones only), to
@@ -412,6 +427,8 @@ def main(argv: list[str] | None = None) -> None:
         if replacements.total:
             print_note(replacements.describe(keeps_bytes))
         print(f"{arguments.out}: {finish_folder(out, tokenizer, meta['source'], rows, documents)}")
+        if rows["val"]:
+            note_copies(out, tokenizer)
 
 
 if __name__ == "__main__":

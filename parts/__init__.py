@@ -21,6 +21,7 @@ tokenizer     GPT-2's, bytes, and byte-level BPEs learned from text
 documents     files of any kind -> documents
 data          shards, windows, batches, and their loader
 sharding      documents -> tokens -> shards, on all cores
+overlap       how much of the validation text stands in the training text too
 inference     KV cache, packed weights, the one-token step as a whole, sampling
 auto          what "auto" means on this machine, for training and for inference
 dial          a run's settings from the hours it may take

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 TOP = {
     "configurator": "",
     "model": "attention loss pretrained tokenizer",
-    "prepare": "console documents encoding files sharding tokenizer",
+    "prepare": "console documents encoding files overlap sharding tokenizer",
     "fineweb": "console data documents encoding files hub sharding tokenizer",
     "hellaswag": "model auto console files hub json_files metrics runtime standin tokenizer",
     "sample": "configurator model auto console encoding files inference json_files page "
@@ -51,6 +51,7 @@ PARTS = {
     "documents": "encoding tokenizer",
     "data": "files json_files tokenizer",
     "sharding": "console encoding files tokenizer documents data",
+    "overlap": "data tokenizer",
     "inference": "decode matvec pretrained standin tokenizer console runtime",
     "auto": "attention matvec console runtime inference",
     "dial": "auto data optimizer runtime tokenizer",

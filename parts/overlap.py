@@ -1,0 +1,78 @@
+"""How much of the validation text stands in the training text too.
+
+A model that has read a passage can recite it. Where validation is partly copies of training, as in
+generated files, its loss measures memory there, and says less about text that is new.
+"""
+
+if __name__ == "__main__":
+    raise SystemExit("parts/overlap.py is no command: README.md lists the commands")
+
+from pathlib import Path
+
+from parts.data import Shard, open_shards
+from parts.tokenizer import Tokenizer
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+# A passage is about as many bytes: long enough that texts rarely share one by chance.
+PASSAGE_BYTES = 128
+# So many tokens of validation stand for all of them.
+MOST_VALIDATION_TOKENS = 1 << 20
+PASSAGES_AT_ONCE = 1 << 12  # their tokens and hashes stay in a core's cache
+# Any odd number whose bits are mixed: this one is of Knuth's MMIX generator.
+MULTIPLIER = 6364136223846793005
+
+
+def share_in_training(data_dir: str | Path, tokenizer: Tokenizer) -> float:
+    """The share of a folder's validation tokens that stand in its training shards too.
+
+    The training text is cut into passages of some 128 bytes, and looked for in the first 1,048,576
+    validation tokens. So what is copied is found from twice that length on, less its ends. Passages
+    are compared by hashes of 64 bits. 0 without validation.
+    """
+    training = open_shards(data_dir, "train")
+    validation = open_shards(data_dir, "val")
+    tokens = np.concatenate([shard.tokens[:MOST_VALIDATION_TOKENS] for shard in validation])
+    tokens = tokens[:MOST_VALIDATION_TOKENS]
+    length = passage_length(tokens, tokenizer)
+    if len(tokens) < length:
+        return 0.0
+    hashes = hash_passages(sliding_window_view(tokens, length))
+    starts = np.flatnonzero(np.isin(hashes, find_hashes(hashes, training, length)))
+    is_copy = np.zeros(len(tokens), dtype=bool)
+    for offset in range(length):
+        is_copy[starts + offset] = True
+    return float(is_copy.mean())
+
+
+def passage_length(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
+    """In tokens."""
+    n_bytes = len(tokenizer.decode_bytes(tokens.tolist()))
+    return max(1, round(PASSAGE_BYTES * len(tokens) / max(1, n_bytes)))
+
+
+def hash_passages(passages: np.ndarray) -> np.ndarray:
+    """passages: uint16 tokens of shape (n, length). Returns n hashes, uint64: the polynomial whose
+    coefficients are the tokens, at MULTIPLIER, modulo 2^64.
+    """
+    hashes = np.zeros(len(passages), dtype=np.uint64)
+    for column in passages.T:
+        hashes *= np.uint64(MULTIPLIER)
+        hashes += column
+    return hashes
+
+
+def find_hashes(wanted: np.ndarray, shards: list[Shard], length: int) -> np.ndarray:
+    """Those of the hashes that a passage of the shards has."""
+    wanted = np.unique(wanted)
+    is_found = np.zeros(len(wanted), dtype=bool)
+    for shard in shards:
+        n_passages = len(shard.tokens) // length
+        passages = shard.tokens[: n_passages * length].reshape(n_passages, length)
+        for start in range(0, n_passages, PASSAGES_AT_ONCE):
+            hashes = hash_passages(passages[start : start + PASSAGES_AT_ONCE])
+            places = np.searchsorted(wanted, hashes)
+            places[places == len(wanted)] = 0
+            is_found[places[wanted[places] == hashes]] = True
+    return wanted[is_found]
