@@ -18,7 +18,8 @@ help:
 quickstart: $(BIN)/installed
 	@echo "== 1/3  shards: the source of Python's standard library, in 4,096 tokens learned from it"
 	@$(BIN)/python prepare.py "$(STDLIB)" --out shards/stdlib --tokenizer 4096 --glob '*.py' \
-		--exclude site-packages --exclude dist-packages --exclude test --exclude tests --exclude idle_test
+		--exclude site-packages --exclude dist-packages --exclude test --exclude tests --exclude idle_test \
+		--exclude encodings
 	@echo "== 2/3  training: config/quickstart.py"
 	@$(BIN)/python train.py config/quickstart.py
 	@echo "== 3/3  what it writes after 'def main(', 'class Queue:' and 'import os, sys'"
