@@ -38,7 +38,7 @@ from parts.documents import (
 )
 from parts.encoding import Replacements
 from parts.files import sha256, write_whole
-from parts.overlap import share_in_training
+from parts.overlap import find_copies
 from parts.sharding import (
     SEED,
     Split,
@@ -364,7 +364,7 @@ def describe_tokenizer(tokenizer: Tokenizer, texts: list[bytes]) -> str:
 
 def note_copies(out: Path, tokenizer: Tokenizer) -> None:
     """Print a line if much of the validation text is no test of what a model has learned."""
-    share = share_in_training(out, tokenizer)
+    share = find_copies(out, tokenizer).mean()
     if share >= COPIES_WORTH_A_NOTE:
         print_note(
             f"{share:.0%} of the validation tokens are copies of training text, so the validation "

@@ -24,26 +24,27 @@ PASSAGES_AT_ONCE = 1 << 12  # their tokens and hashes stay in a core's cache
 MULTIPLIER = 6364136223846793005
 
 
-def share_in_training(data_dir: str | Path, tokenizer: Tokenizer) -> float:
-    """The share of a folder's validation tokens that stand in its training shards too.
+def find_copies(data_dir: str | Path, tokenizer: Tokenizer) -> np.ndarray:
+    """Which of the first 1,048,576 validation tokens stand in the training shards too: bool, one a
+    token.
 
-    The training text is cut into passages of some 128 bytes, and looked for in the first 1,048,576
-    validation tokens. So what is copied is found from twice that length on, less its ends. Passages
-    are compared by hashes of 64 bits. 0 without validation.
+    The training text is cut into passages of some 128 bytes, which are looked for in validation. So
+    what is copied is found from twice that length on, less its ends. Passages are compared by
+    hashes of 64 bits. ValueError if the folder has no such shards.
     """
     training = open_shards(data_dir, "train")
     validation = open_shards(data_dir, "val")
     tokens = np.concatenate([shard.tokens[:MOST_VALIDATION_TOKENS] for shard in validation])
     tokens = tokens[:MOST_VALIDATION_TOKENS]
     length = passage_length(tokens, tokenizer)
+    is_copy = np.zeros(len(tokens), dtype=bool)
     if len(tokens) < length:
-        return 0.0
+        return is_copy
     hashes = hash_passages(sliding_window_view(tokens, length))
     starts = np.flatnonzero(np.isin(hashes, find_hashes(hashes, training, length)))
-    is_copy = np.zeros(len(tokens), dtype=bool)
     for offset in range(length):
         is_copy[starts + offset] = True
-    return float(is_copy.mean())
+    return is_copy
 
 
 def passage_length(tokens: np.ndarray, tokenizer: Tokenizer) -> int:

@@ -19,18 +19,20 @@ def write_shards(folder: Path, **splits: list[np.ndarray]) -> None:
             data.write_shard(folder / f"text_{split}_{number:06d}.bin", tokens.astype(np.uint16))
 
 
-def share_by_hand(training: list[np.ndarray], validation: list[np.ndarray], length: int) -> float:
+def find_by_hand(
+    training: list[np.ndarray], validation: list[np.ndarray], length: int
+) -> np.ndarray:
     """Compare every passage of training with every place of validation."""
     passages = set()
     for tokens in training:
         for start in range(0, len(tokens) - length + 1, length):
             passages.add(tuple(tokens[start : start + length]))
     text = np.concatenate(validation)
-    copied = set()
+    is_copy = np.zeros(len(text), dtype=bool)
     for start in range(len(text) - length + 1):
         if tuple(text[start : start + length]) in passages:
-            copied.update(range(start, start + length))
-    return len(copied) / len(text)
+            is_copy[start : start + length] = True
+    return is_copy
 
 
 @pytest.mark.parametrize("passages_at_once", [1, 3, 4096])
@@ -44,10 +46,10 @@ def test_copies_are_found_as_by_hand(tmp_path, monkeypatch, passages_at_once):
         validation[0][place : place + length] = training[0][source : source + length]
     validation[1][600:984] = training[1][-384:]
     write_shards(tmp_path, train=training, val=validation)
-    share = overlap.share_in_training(tmp_path, BYTES)
-    expected = share_by_hand(training, validation, 128)
-    assert share == pytest.approx(expected)
-    assert 0.2 < expected < 0.3
+    copies = overlap.find_copies(tmp_path, BYTES)
+    expected = find_by_hand(training, validation, 128)
+    assert np.array_equal(copies, expected)
+    assert 0.2 < expected.mean() < 0.3
 
 
 def test_only_the_beginning_of_a_long_validation_is_read(tmp_path, monkeypatch):
@@ -56,13 +58,14 @@ def test_only_the_beginning_of_a_long_validation_is_read(tmp_path, monkeypatch):
     training = [generator.integers(32, 127, 2048)]
     validation = [generator.integers(32, 127, 512), training[0][:2048]]
     write_shards(tmp_path, train=training, val=validation)
-    assert overlap.share_in_training(tmp_path, BYTES) == 0.5
+    copies = overlap.find_copies(tmp_path, BYTES)
+    assert copies.tolist() == [False] * 512 + [True] * 512
 
 
 def test_a_passage_is_longer_than_the_text(tmp_path):
     text = np.full(100, 65)
     write_shards(tmp_path, train=[text], val=[text])
-    assert overlap.share_in_training(tmp_path, BYTES) == 0
+    assert overlap.find_copies(tmp_path, BYTES).tolist() == [False] * 100
 
 
 def test_a_passage_has_as_many_bytes_with_any_tokens():
