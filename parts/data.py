@@ -352,6 +352,25 @@ class TokenWindows:
             raise ValueError(self.explain_too_small("validation", T + 1))
         return np.array(starts[: max(1, max_tokens // T)])
 
+    def select_spread(self, max_tokens: int) -> np.ndarray:
+        """Return the starts of windows from all over the text, equally far apart, as a sample of
+        training: (n, 2) int.
+
+        They predict max_tokens tokens, or fewer if there are fewer, but are always one at least.
+        ValueError if the shards are too small for one.
+        """
+        T = self.block_size
+        counts = np.array([max(0, len(shard.tokens) - 1) // T for shard in self.shards])
+        n_windows = int(counts.sum())
+        if n_windows == 0:
+            raise ValueError(self.explain_too_small("training", T + 1))
+        n_selected = min(n_windows, max(1, max_tokens // T))
+        selected = np.linspace(0, n_windows - 1, n_selected).astype(np.int64)
+        numbers = np.searchsorted(np.cumsum(counts), selected, side="right")
+        windows_before = np.cumsum(counts) - counts
+        firsts = (selected - windows_before[numbers]) * T
+        return np.stack([numbers, firsts], axis=1)
+
     def bits_per_byte(self, starts: np.ndarray, tokenizer: Tokenizer) -> float:
         """Return what a loss of one nat per token is in bits per byte, over the windows' targets.
 

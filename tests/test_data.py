@@ -173,6 +173,15 @@ def test_validation_windows_are_the_first_in_order():
     assert windows.select_first(max_tokens=1).tolist() == all_starts[:1]
 
 
+def test_a_sample_is_windows_from_all_over():
+    windows = make_windows(30, 7, 20)
+    all_starts = [[0, 0], [0, 8], [0, 16], [2, 0], [2, 8]]
+    assert windows.select_spread(max_tokens=10**9).tolist() == all_starts
+    assert windows.select_spread(max_tokens=25).tolist() == [[0, 0], [0, 16], [2, 8]]
+    assert windows.select_spread(max_tokens=17).tolist() == [[0, 0], [2, 8]]
+    assert windows.select_spread(max_tokens=1).tolist() == [[0, 0]]
+
+
 def test_bits_per_byte_of_one_nat_a_token():
     """150 windows of 8 targets, whose bytes are counted one by one."""
     tokenizer = get_tokenizer("gpt2")
@@ -195,6 +204,8 @@ def test_too_few_tokens_are_named():
         Batches(make(32), batch_size=4, windows_per_step=4, world_size=1, seed=0)
     with pytest.raises(ValueError, match="8 validation tokens, but no shard has the 9"):
         make(8).select_first(100)
+    with pytest.raises(ValueError, match="8 training tokens, but no shard has the 9"):
+        make(8).select_spread(100)
 
 
 def test_an_id_beyond_the_vocabulary_is_named():

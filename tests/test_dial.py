@@ -156,6 +156,21 @@ def test_what_the_dial_knows_of_a_text(shards):
     assert text.hardness == bits / dial.law_xz_bits(len(content))
 
 
+def test_a_compressor_sees_pieces_from_all_over_a_long_text(shards, monkeypatch):
+    """Pieces of a window, so that it sees no more of a document at once than a model does."""
+    monkeypatch.setattr(dial, "MEGABYTE", 4 * dial.BLOCK_SIZE)
+    tokenizer = data.tokenizer_of_shards(shards)
+    pieces = []
+    for shard in data.open_shards(shards, "train"):
+        for first in range(1, len(shard.tokens) - dial.BLOCK_SIZE + 1, dial.BLOCK_SIZE):
+            ids = shard.tokens[first : first + dial.BLOCK_SIZE].tolist()
+            pieces.append(tokenizer.decode_bytes(ids))
+    last = len(pieces) - 1
+    sample = b"".join(pieces[number] for number in (0, last // 3, 2 * last // 3, last))
+    expected = dial.xz_bits(sample) / dial.law_xz_bits(len(sample))
+    assert dial.study_text(str(shards), tokenizer).hardness == expected
+
+
 def test_short_text_is_compared_with_as_short_a_piece_of_the_books():
     table = dial.LAW_XZ_BITS
     assert dial.law_xz_bits(30_000) == table[30_000]
@@ -228,13 +243,15 @@ def test_more_time_than_the_law_has_sizes_for_is_said(hours, monkeypatch, capsys
     assert "hours: the law is used for no larger size than width 64" in capsys.readouterr().out
 
 
-def test_a_short_text_is_read_four_times_and_no_more(hours, capsys):
+def test_a_short_text_is_read_four_times_and_no_more(hours, monkeypatch, capsys):
+    monkeypatch.setattr(dial, "STEPS_OF_LAW", 10_000)
     chosen = train.settings_by_hours(replace(hours, hours=100.0), runtime.start("cpu"), print)
     train_tokens = json.loads((Path(hours.data_dir) / "meta.json").read_text())["tokens"]["train"]
     read = chosen.max_steps * chosen.total_batch_size
     assert 4 * train_tokens - chosen.total_batch_size < read <= 4 * train_tokens
     printed = capsys.readouterr().out
     assert "it has read the text 4 times" in printed
+    assert f"{chosen.max_steps:,} steps are few" in printed
     assert "no larger size" not in printed  # and a larger one would learn no more
 
 
@@ -293,8 +310,8 @@ def test_which_checkpoint_gives_the_settings(hours, tmp_path, monkeypatch):
 
 def test_shards_without_any_text(hours, monkeypatch):
     tokenizer = data.tokenizer_of_shards(hours.data_dir)
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: "")
-    with pytest.raises(ValueError, match="its first tokens are only ends of documents"):
+    monkeypatch.setattr(tokenizer, "decode_bytes", lambda ids: b"")
+    with pytest.raises(ValueError, match="its tokens are only ends of documents"):
         dial.study_text(hours.data_dir, tokenizer)
 
 

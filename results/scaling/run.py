@@ -21,14 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from grid import CODE, CODE_PACKAGES, PIECE, VOCABULARIES, Run, all_runs
+from grid import BLOCK_SIZE, CODE, CODE_PACKAGES, PIECE, VOCABULARIES, Run, all_runs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 from parts import dial  # noqa: E402
-from parts.data import open_shards, read_meta, tokenizer_of_shards, write_shard  # noqa: E402
+from parts.data import TokenWindows, open_shards, read_meta, tokenizer_of_shards, write_shard  # noqa: E402
 
 COLLECTED = HERE / "runs.jsonl"
 NEW = ROOT / "out" / "scaling" / "runs.jsonl"
@@ -95,9 +95,12 @@ def study_texts() -> None:
         folder = ROOT / "shards" / name
         tokenizer = tokenizer_of_shards(folder)
         text = dial.study_text(str(folder), tokenizer)
-        ids = open_shards(folder, "train")[0].tokens[1 : dial.MEGABYTE]
-        content = tokenizer.decode(ids.tolist()).encode()
-        xz_bits = {size: dial.xz_bits(content[:size]) for size in dial.LAW_XZ_BITS}
+        windows = TokenWindows(open_shards(folder, "train"), BLOCK_SIZE, tokenizer.vocab_size)
+        xz_bits = {}
+        for size in dial.LAW_XZ_BITS:
+            one_window_more = round(size / text.bytes_per_token) + BLOCK_SIZE
+            content = dial.sample_text(windows, tokenizer, one_window_more)
+            xz_bits[size] = dial.xz_bits(content[:size])
         facts[name] = dict(bytes_per_token=text.bytes_per_token, xz_bits=xz_bits)
     (NEW.parent / "texts.json").write_text(json.dumps(facts, indent=1) + "\n")
 
