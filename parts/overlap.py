@@ -17,25 +17,25 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 # A passage is about as many bytes: long enough that texts rarely share one by chance.
 PASSAGE_BYTES = 128
-# So many tokens of validation stand for all of them.
+# So many tokens of each split stand for all of them. Training's take some 24 seconds.
 MOST_VALIDATION_TOKENS = 1 << 20
+MOST_TRAINING_TOKENS = 1 << 28
 PASSAGES_AT_ONCE = 1 << 12  # their tokens and hashes stay in a core's cache
 # Any odd number whose bits are mixed: this one is of Knuth's MMIX generator.
 MULTIPLIER = 6364136223846793005
 
 
 def find_copies(data_dir: str | Path, tokenizer: Tokenizer) -> np.ndarray:
-    """Which of the first 1,048,576 validation tokens stand in the training shards too: bool, one a
-    token.
+    """Which of the first 1,048,576 validation tokens stand in the first 268M training tokens too:
+    bool, one a token.
 
     The training text is cut into passages of some 128 bytes, which are looked for in validation. So
     what is copied is found from twice that length on, less its ends. Passages are compared by
     hashes of 64 bits. ValueError if the folder has no such shards.
     """
-    training = open_shards(data_dir, "train")
-    validation = open_shards(data_dir, "val")
-    tokens = np.concatenate([shard.tokens[:MOST_VALIDATION_TOKENS] for shard in validation])
-    tokens = tokens[:MOST_VALIDATION_TOKENS]
+    training = first_tokens(open_shards(data_dir, "train"), MOST_TRAINING_TOKENS)
+    validation = first_tokens(open_shards(data_dir, "val"), MOST_VALIDATION_TOKENS)
+    tokens = np.concatenate(validation)
     length = passage_length(tokens, tokenizer)
     is_copy = np.zeros(len(tokens), dtype=bool)
     if len(tokens) < length:
@@ -45,6 +45,15 @@ def find_copies(data_dir: str | Path, tokenizer: Tokenizer) -> np.ndarray:
     for offset in range(length):
         is_copy[starts + offset] = True
     return is_copy
+
+
+def first_tokens(shards: list[Shard], most: int) -> list[np.ndarray]:
+    """The first tokens of a split, so many at most: a part of each shard."""
+    parts = []
+    for shard in shards:
+        parts.append(shard.tokens[:most])
+        most -= len(parts[-1])
+    return parts
 
 
 def passage_length(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
@@ -64,13 +73,13 @@ def hash_passages(passages: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def find_hashes(wanted: np.ndarray, shards: list[Shard], length: int) -> np.ndarray:
-    """Those of the hashes that a passage of the shards has."""
+def find_hashes(wanted: np.ndarray, parts: list[np.ndarray], length: int) -> np.ndarray:
+    """Those of the hashes that a passage of these parts of a text has."""
     wanted = np.unique(wanted)
     is_found = np.zeros(len(wanted), dtype=bool)
-    for shard in shards:
-        n_passages = len(shard.tokens) // length
-        passages = shard.tokens[: n_passages * length].reshape(n_passages, length)
+    for tokens in parts:
+        n_passages = len(tokens) // length
+        passages = tokens[: n_passages * length].reshape(n_passages, length)
         for start in range(0, n_passages, PASSAGES_AT_ONCE):
             hashes = hash_passages(passages[start : start + PASSAGES_AT_ONCE])
             places = np.searchsorted(wanted, hashes)

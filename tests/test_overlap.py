@@ -52,14 +52,15 @@ def test_copies_are_found_as_by_hand(tmp_path, monkeypatch, passages_at_once):
     assert 0.2 < expected.mean() < 0.3
 
 
-def test_only_the_beginning_of_a_long_validation_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(overlap, "MOST_VALIDATION_TOKENS", 1024)
+def test_only_the_beginnings_of_long_texts_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "MOST_VALIDATION_TOKENS", 1280)
+    monkeypatch.setattr(overlap, "MOST_TRAINING_TOKENS", 1536)
     generator = np.random.default_rng(4)
-    training = [generator.integers(32, 127, 2048)]
-    validation = [generator.integers(32, 127, 512), training[0][:2048]]
+    training = [generator.integers(32, 127, 1024), generator.integers(32, 127, 1024)]
+    validation = [generator.integers(32, 127, 512), training[1], training[0]]
     write_shards(tmp_path, train=training, val=validation)
     copies = overlap.find_copies(tmp_path, BYTES)
-    assert copies.tolist() == [False] * 512 + [True] * 512
+    assert copies.tolist() == [False] * 512 + [True] * 512 + [False] * 256
 
 
 def test_a_passage_is_longer_than_the_text(tmp_path):
