@@ -367,9 +367,9 @@ def note_copies(out: Path, tokenizer: Tokenizer) -> None:
     share = find_copies(out, tokenizer).mean()
     if share >= COPIES_WORTH_A_NOTE:
         print_note(
-            f"{share:.0%} of the validation tokens are copies of training text, so the validation "
-            "loss will be lower than that of new text; --exclude leaves out copies and generated "
-            "files"
+            f"at least {share:.0%} of the validation tokens are copies of training text, so the "
+            "validation loss will be lower than that of new text; --exclude leaves out copies and "
+            "generated files"
         )
 
 

@@ -66,6 +66,9 @@ SHAPES = (
 )
 BLOCK_SIZE = 256
 MEGABYTE = 1_000_000
+# Of a text at most one part in so many is shown to the compressor: windows that are far apart, as
+# those of the law's text are.
+SPREAD = 16
 SEQUENCES = 16  # a step
 # A text that would be read in too few steps is read in smaller ones.
 FEWEST_SEQUENCES = 4
@@ -176,7 +179,8 @@ def study_text(data_dir: str, tokenizer: Tokenizer) -> Text:
     starts = windows.select_spread(MEGABYTE)
     bits_per_nat = windows.bits_per_byte(starts, tokenizer)
     bytes_per_token = 1 / (bits_per_nat * math.log(2))
-    sample = sample_text(windows, tokenizer, round(MEGABYTE / bytes_per_token))
+    sample_tokens = min(round(MEGABYTE / bytes_per_token), windows.n_tokens // SPREAD)
+    sample = sample_text(windows, tokenizer, sample_tokens)
     if not sample:
         raise ValueError(f"{data_dir}: its tokens are only ends of documents")
     return Text(
@@ -190,8 +194,8 @@ def sample_text(windows: data.TokenWindows, tokenizer: Tokenizer, tokens: int) -
     """About so many tokens of the text, in pieces from all over it that are as long as a model's
     window: a compressor shall see no more at once of a document than the model does.
     """
-    ids = windows.read(windows.select_spread(tokens))[:, 1:]
-    return tokenizer.decode_bytes(ids.reshape(-1).tolist())
+    ids = windows.read(windows.select_spread(tokens))[:, 1:].reshape(-1)
+    return tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text].tolist())
 
 
 def xz_bits(text: bytes) -> float:

@@ -29,9 +29,10 @@ def find_copies(data_dir: str | Path, tokenizer: Tokenizer) -> np.ndarray:
     """Which of the first 1,048,576 validation tokens stand in the first 268M training tokens too:
     bool, one a token.
 
-    The training text is cut into passages of some 128 bytes, which are looked for in validation. So
-    what is copied is found from twice that length on, less its ends. Passages are compared by
-    hashes of 64 bits. ValueError if the folder has no such shards.
+    The training text is cut into passages of some 128 bytes, which are looked for in validation. A
+    copy of 256 bytes or more is found, but for up to 127 bytes at each end, and a shorter one by
+    luck: there are at least so many. Passages are compared by hashes of 64 bits. ValueError if the
+    folder has no such shards.
     """
     training = first_tokens(open_shards(data_dir, "train"), MOST_TRAINING_TOKENS)
     validation = first_tokens(open_shards(data_dir, "val"), MOST_VALIDATION_TOKENS)

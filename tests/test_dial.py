@@ -142,7 +142,8 @@ def test_text_that_repeats_is_worth_less_and_at_last_nothing():
     assert slope == pytest.approx(math.exp(-2 / R), rel=1e-3)
 
 
-def test_what_the_dial_knows_of_a_text(shards):
+def test_what_the_dial_knows_of_a_text(shards, monkeypatch):
+    monkeypatch.setattr(dial, "SPREAD", 1)
     tokenizer = data.tokenizer_of_shards(shards)
     text = dial.study_text(str(shards), tokenizer)
     meta = json.loads((shards / "meta.json").read_text())
@@ -159,6 +160,7 @@ def test_what_the_dial_knows_of_a_text(shards):
 def test_a_compressor_sees_pieces_from_all_over_a_long_text(shards, monkeypatch):
     """Pieces of a window, so that it sees no more of a document at once than a model does."""
     monkeypatch.setattr(dial, "MEGABYTE", 4 * dial.BLOCK_SIZE)
+    monkeypatch.setattr(dial, "SPREAD", 1)
     tokenizer = data.tokenizer_of_shards(shards)
     pieces = []
     for shard in data.open_shards(shards, "train"):
@@ -169,6 +171,15 @@ def test_a_compressor_sees_pieces_from_all_over_a_long_text(shards, monkeypatch)
     sample = b"".join(pieces[number] for number in (0, last // 3, 2 * last // 3, last))
     expected = dial.xz_bits(sample) / dial.law_xz_bits(len(sample))
     assert dial.study_text(str(shards), tokenizer).hardness == expected
+
+
+def test_of_a_short_text_a_compressor_sees_a_sixteenth(shards, monkeypatch):
+    """Windows next to each other repeat more than those of the law's text, which are far apart."""
+    lengths = []
+    monkeypatch.setattr(dial, "xz_bits", lambda text: lengths.append(len(text)) or 1.0)
+    text = dial.study_text(str(shards), data.tokenizer_of_shards(shards))
+    windows = max(1, text.train_tokens // dial.SPREAD // dial.BLOCK_SIZE)
+    assert 0 < lengths[0] <= windows * dial.BLOCK_SIZE
 
 
 def test_short_text_is_compared_with_as_short_a_piece_of_the_books():

@@ -48,12 +48,12 @@ def main() -> None:
 
     targets = tokens[1 : len(losses) + 1]
     is_copy = is_copy[1 : len(losses) + 1]
-    vocabulary = range(opened.tokenizer.vocab_size)
-    n_bytes = np.array([len(opened.tokenizer.decode_bytes([token])) for token in vocabulary])
-    # An end of text is a token without bytes, as in train.py's val_bpb.
-    n_bytes[opened.tokenizer.end_of_text] = 0
+    n_bytes = opened.tokenizer.byte_counts()  # 0 for an end of text, as in train.py's val_bpb
     for name, chosen in (("all", losses > -1), ("copies", is_copy), ("new", ~is_copy)):
         total = n_bytes[targets[chosen]].sum()
+        if total == 0:
+            print(f"{name:8} none")
+            continue
         bits = losses[chosen].sum() / math.log(2) / total
         print(f"{name:8} {chosen.mean():6.1%} of the tokens  {bits:.3f} bits a byte")
 
