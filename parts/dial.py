@@ -65,10 +65,10 @@ SHAPES = (
     (10, 8, 512),
 )
 BLOCK_SIZE = 256
-MEGABYTE = 1_000_000
-# Of a text at most one part in so many is shown to the compressor: windows that are far apart, as
-# those of the law's text are.
-SPREAD = 16
+# Tokens whose bytes are counted; no more of them are shown to the compressor.
+STUDIED_TOKENS = 1_000_000
+# What the compressor is shown of a text: windows far apart, as those of the law's text are.
+SAMPLED_SHARE = 1 / 16
 SEQUENCES = 16  # a step
 # A text that would be read in too few steps is read in smaller ones.
 FEWEST_SEQUENCES = 4
@@ -176,11 +176,11 @@ def study_text(data_dir: str, tokenizer: Tokenizer) -> Text:
             f"take more text, {needed:,} tokens at least"
         )
     windows = data.TokenWindows(shards, BLOCK_SIZE, tokenizer.vocab_size)
-    starts = windows.select_spread(MEGABYTE)
+    starts = windows.select_spread(STUDIED_TOKENS)
     bits_per_nat = windows.bits_per_byte(starts, tokenizer)
     bytes_per_token = 1 / (bits_per_nat * math.log(2))
-    sample_tokens = min(round(MEGABYTE / bytes_per_token), windows.n_tokens // SPREAD)
-    sample = sample_text(windows, tokenizer, sample_tokens)
+    sample_bytes = size_of_sample(n_tokens * bytes_per_token)
+    sample = sample_text(windows, tokenizer, round(sample_bytes / bytes_per_token))
     if not sample:
         raise ValueError(f"{data_dir}: its tokens are only ends of documents")
     return Text(
@@ -190,11 +190,17 @@ def study_text(data_dir: str, tokenizer: Tokenizer) -> Text:
     )
 
 
+def size_of_sample(text_bytes: float) -> float:
+    """How many bytes of a text the compressor is shown: as many as it was shown of the law's."""
+    return float(np.clip(SAMPLED_SHARE * text_bytes, min(LAW_XZ_BITS), max(LAW_XZ_BITS)))
+
+
 def sample_text(windows: data.TokenWindows, tokenizer: Tokenizer, tokens: int) -> bytes:
     """About so many tokens of the text, in pieces from all over it that are as long as a model's
     window: a compressor shall see no more at once of a document than the model does.
     """
-    ids = windows.read(windows.select_spread(tokens))[:, 1:].reshape(-1)
+    starts = windows.select_spread(min(tokens, STUDIED_TOKENS))
+    ids = windows.read(starts)[:, 1:].reshape(-1)
     return tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text].tolist())
 
 

@@ -26,8 +26,8 @@ MULTIPLIER = 6364136223846793005
 
 
 def find_copies(data_dir: str | Path, tokenizer: Tokenizer) -> np.ndarray:
-    """Which of the first 1,048,576 validation tokens stand in the first 268M training tokens too:
-    bool, one a token.
+    """Which validation tokens stand in the training shards too: bool, one for each of the first
+    MOST_VALIDATION_TOKENS.
 
     The training text is cut into passages of some 128 bytes, which are looked for in validation. A
     copy of 256 bytes or more is found, but for up to 127 bytes at each end, and a shorter one by
@@ -59,7 +59,7 @@ def first_tokens(shards: list[Shard], most: int) -> list[np.ndarray]:
 
 def passage_length(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
     """In tokens."""
-    n_bytes = len(tokenizer.decode_bytes(tokens.tolist()))
+    n_bytes = int(tokenizer.byte_counts()[tokens].sum())
     return max(1, round(PASSAGE_BYTES * len(tokens) / max(1, n_bytes)))
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import train
 from parts import auto, data, dial, runtime
 from parts.pretrained import checkpoints
+from parts.tokenizer import get_tokenizer
 
+import numpy as np
 import pytest
 import torch
 from conftest import flags, losses, metrics, weights
@@ -143,7 +145,7 @@ def test_text_that_repeats_is_worth_less_and_at_last_nothing():
 
 
 def test_what_the_dial_knows_of_a_text(shards, monkeypatch):
-    monkeypatch.setattr(dial, "SPREAD", 1)
+    monkeypatch.setattr(dial, "SAMPLED_SHARE", 1)
     tokenizer = data.tokenizer_of_shards(shards)
     text = dial.study_text(str(shards), tokenizer)
     meta = json.loads((shards / "meta.json").read_text())
@@ -159,8 +161,7 @@ def test_what_the_dial_knows_of_a_text(shards, monkeypatch):
 
 def test_a_compressor_sees_pieces_from_all_over_a_long_text(shards, monkeypatch):
     """Pieces of a window, so that it sees no more of a document at once than a model does."""
-    monkeypatch.setattr(dial, "MEGABYTE", 4 * dial.BLOCK_SIZE)
-    monkeypatch.setattr(dial, "SPREAD", 1)
+    monkeypatch.setattr(dial, "size_of_sample", lambda text_bytes: 4.1 * dial.BLOCK_SIZE)
     tokenizer = data.tokenizer_of_shards(shards)
     pieces = []
     for shard in data.open_shards(shards, "train"):
@@ -173,13 +174,30 @@ def test_a_compressor_sees_pieces_from_all_over_a_long_text(shards, monkeypatch)
     assert dial.study_text(str(shards), tokenizer).hardness == expected
 
 
-def test_of_a_short_text_a_compressor_sees_a_sixteenth(shards, monkeypatch):
+def test_of_a_short_text_a_compressor_sees_a_sixteenth():
     """Windows next to each other repeat more than those of the law's text, which are far apart."""
-    lengths = []
-    monkeypatch.setattr(dial, "xz_bits", lambda text: lengths.append(len(text)) or 1.0)
-    text = dial.study_text(str(shards), data.tokenizer_of_shards(shards))
-    windows = max(1, text.train_tokens // dial.SPREAD // dial.BLOCK_SIZE)
-    assert 0 < lengths[0] <= windows * dial.BLOCK_SIZE
+    assert dial.size_of_sample(1e9) == 1_000_000
+    assert dial.size_of_sample(1.6e6) == 100_000
+    assert dial.size_of_sample(50_000) == 10_000  # the law's shortest piece
+
+
+def test_a_part_of_a_text_is_as_hard_as_the_whole(tmp_path, monkeypatch):
+    """Documents that repeat themselves: side by side they would look easier."""
+    # Random characters do not get easier where there are more of them, as the law's text does.
+    monkeypatch.setattr(dial, "law_xz_bits", lambda n_bytes: 1.0)
+    generator = np.random.default_rng(6)
+    documents = []
+    for _ in range(4000):
+        line = generator.integers(32, 127, 500)
+        documents.append(np.concatenate([[256], np.tile(line, 4)]))
+    hardness = []
+    for n_documents in (4000, 50):
+        folder = tmp_path / str(n_documents)
+        folder.mkdir()
+        tokens = np.concatenate(documents[:n_documents]).astype(np.uint16)
+        data.write_shard(folder / "text_train_000001.bin", tokens)
+        hardness.append(dial.study_text(str(folder), get_tokenizer("bytes")).hardness)
+    assert hardness[1] == pytest.approx(hardness[0], rel=0.05)
 
 
 def test_short_text_is_compared_with_as_short_a_piece_of_the_books():
@@ -319,11 +337,13 @@ def test_which_checkpoint_gives_the_settings(hours, tmp_path, monkeypatch):
     assert train.settings_by_hours(anew, machine, print).max_steps != steps
 
 
-def test_shards_without_any_text(hours, monkeypatch):
-    tokenizer = data.tokenizer_of_shards(hours.data_dir)
-    monkeypatch.setattr(tokenizer, "decode_bytes", lambda ids: b"")
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_shards_without_any_text(tmp_path, name):
+    tokenizer = get_tokenizer(name)
+    tokens = np.full(10_000, tokenizer.end_of_text, np.uint16)
+    data.write_shard(tmp_path / "text_train_000001.bin", tokens)
     with pytest.raises(ValueError, match="its tokens are only ends of documents"):
-        dial.study_text(hours.data_dir, tokenizer)
+        dial.study_text(str(tmp_path), tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
     python results/scaling/copies.py out/hours/step_0003037 shards/stdlib
 
-All is in bits a byte, over the first 1,048,576 validation tokens in windows of the model's block
-size.
+All is in bits a byte, over the validation tokens that parts/overlap.py looks at, in windows of the
+model's block size.
 """
 
 import math
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model import open_model
 from parts.data import open_shards
-from parts.overlap import MOST_VALIDATION_TOKENS, find_copies
+from parts.overlap import MOST_VALIDATION_TOKENS, find_copies, first_tokens
 
 import numpy as np
 import torch
@@ -42,14 +42,14 @@ def main() -> None:
     checkpoint, data_dir = sys.argv[1:]
     opened = open_model(checkpoint)
     is_copy = find_copies(data_dir, opened.tokenizer)
-    shards = open_shards(data_dir, "val")
-    tokens = np.concatenate([shard.tokens for shard in shards])[:MOST_VALIDATION_TOKENS]
+    validation = first_tokens(open_shards(data_dir, "val"), MOST_VALIDATION_TOKENS)
+    tokens = np.concatenate(validation)
     losses = token_losses(opened.model.eval(), tokens)
 
     targets = tokens[1 : len(losses) + 1]
     is_copy = is_copy[1 : len(losses) + 1]
     n_bytes = opened.tokenizer.byte_counts()  # 0 for an end of text, as in train.py's val_bpb
-    for name, chosen in (("all", losses > -1), ("copies", is_copy), ("new", ~is_copy)):
+    for name, chosen in (("all", is_copy | ~is_copy), ("copies", is_copy), ("new", ~is_copy)):
         total = n_bytes[targets[chosen]].sum()
         if total == 0:
             print(f"{name:8} none")

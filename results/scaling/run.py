@@ -98,8 +98,8 @@ def study_texts() -> None:
         windows = TokenWindows(open_shards(folder, "train"), BLOCK_SIZE, tokenizer.vocab_size)
         xz_bits = {}
         for size in dial.LAW_XZ_BITS:
-            one_window_more = round(size / text.bytes_per_token) + BLOCK_SIZE
-            content = dial.sample_text(windows, tokenizer, one_window_more)
+            tokens = round(size / text.bytes_per_token) + BLOCK_SIZE  # enough, and then cut
+            content = dial.sample_text(windows, tokenizer, tokens)
             xz_bits[size] = dial.xz_bits(content[:size])
         facts[name] = dict(bytes_per_token=text.bytes_per_token, xz_bits=xz_bits)
     (NEW.parent / "texts.json").write_text(json.dumps(facts, indent=1) + "\n")
